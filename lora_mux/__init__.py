@@ -1,0 +1,14 @@
+"""lora_mux: a different subset of LoRA adapters for every row of a batch.
+
+y[m] = W0 x[m] + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
+"""
+
+from . import errors as errors
+from ._version import __version__ as __version__
+from .errors import LoraMuxError as LoraMuxError
+from .linear import MuxLinear as MuxLinear
+from .mux import Mux as Mux
+from .mux import attach as attach
+from .routing import Routing as Routing
+
+__all__ = ["LoraMuxError", "Mux", "MuxLinear", "Routing", "__version__", "attach", "errors"]

@@ -1,0 +1,62 @@
+"""The command line: lora-mux info, lora-mux demo."""
+
+import argparse
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, demo, ops
+from .errors import LoraMuxError
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2: the arguments or the installation are wrong)."""
+    parser = argparse.ArgumentParser(
+        prog="lora-mux",
+        description="A different subset of LoRA adapters for every row of a batch.",
+    )
+    parser.add_argument("--version", action="version", version=f"lora-mux {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="versions, devices, and the backend that would be used")
+    demo.add_arguments(
+        commands.add_parser("demo", help="one batch of a real model, checked against PEFT")
+    )
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    try:
+        return demo.run(args)
+    except LoraMuxError as error:
+        print(f"lora-mux: {error}", file=sys.stderr)
+        return 2
+
+
+def info() -> str:
+    """What is installed here, and which backend `backend="auto"` would use and why."""
+    lines = [f"lora-mux      {__version__}", f"python        {platform.python_version()}"]
+    lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
+    lines += [f"device        {device}" for device in _devices()]
+    lines += [f"backend       {ops.backend_reason()}"]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return [cpu, *gpus]

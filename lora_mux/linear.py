@@ -1,0 +1,212 @@
+"""MuxLinear: a linear layer of any make whose rows choose their own adapters."""
+
+import functools
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .errors import AdapterError, ArgumentTypeError, InputError, RoutingError, TargetError
+from .pool import LoraWeights, Pool
+from .router import Router
+from .routing import Routing, number
+from .slots import Slots, slot_of
+from .targets import check_linear, device_of, dtype_of, features
+
+
+class MuxLinear(nn.Module):
+    """A linear layer with a pool of LoRA adapters; every row of a batch selects its own subset.
+
+        y[m] = base(x[m]) + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
+
+    `MuxLinear(linear)` is a new module of the linear's own class and of this one. It shares the
+    linear's parameters, which stay as they are, and calls the linear's own forward, so that any
+    layer that maps [..., in_features] to [..., out_features] works, quantised ones included.
+    A batch that selects no adapter gets the base's tensor untouched; rows that select none keep
+    every bit in a mixed batch.
+
+    Args:
+        linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features.
+        backend: "auto" or "reference" ("triton" is refused until the kernels are there).
+
+    Raises:
+        TargetError: not a linear layer, or one whose forward is patched on the instance.
+        BackendError: a backend that does not exist or cannot run.
+
+    Example:
+        >>> import torch, lora_mux
+        >>> layer = lora_mux.MuxLinear(torch.nn.Linear(8, 4))
+        >>> sql = layer.add_adapter("sql", A=torch.ones(2, 8), B=torch.ones(4, 2), alpha=2)
+        >>> y = layer(torch.ones(3, 8), lora_mux.Routing(torch.tensor([[sql], [-1], [sql]])))
+        >>> (y - layer(torch.ones(3, 8)))[:, 0].tolist()
+        [16.0, 0.0, 16.0]
+    """
+
+    mux_pool: Pool
+    mux_slots: Slots
+    mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
+
+    def __new__(cls, linear: nn.Module, *, backend: ops.Backend = "auto") -> "MuxLinear":
+        ops.check_backend(backend)
+        check_linear(linear, "linear")
+        twin = object.__new__(mux_class(type(linear)))
+        # The registries are copied, so that a buffer or hook of one is not one of the other.
+        twin.__dict__.update(
+            {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(linear).items()}
+        )
+        return twin
+
+    def __init__(self, linear: nn.Module, *, backend: ops.Backend = "auto") -> None:
+        equip(self, Slots(), router=None, dtype=dtype_of(linear, torch.get_default_dtype()))
+
+    def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
+        """y [..., out_features] for x [..., in_features].
+
+        Args:
+            x: [..., in_features].
+            routing: one row per row of x (x.shape[:-1] flattened), or per sample (x.shape[0], for
+                x of at least three dimensions). None: the route of the attached model, else base.
+
+        Raises:
+            InputError: x does not end in in_features.
+            RoutingError: the routing's rows fit neither the rows nor the samples of x.
+            UnknownAdapterError: the index holds a handle whose adapter is not there.
+        """
+        plan = self._plan(x, routing)
+        y: Tensor = super().forward(x, **kwargs)
+        return y if plan is None else ops.add_lora(y, x, self.mux_pool, plan)
+
+    def _plan(self, x: Tensor, routing: Routing | None) -> ops.Plan | None:
+        router = self.mux_router
+        if routing is None and (router is None or not router.active):
+            return None
+        width = self.mux_pool.in_features
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
+        if routing is None:
+            assert router is not None
+            return router.plan(x)
+        if not isinstance(routing, Routing):
+            raise ArgumentTypeError(
+                f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
+            )
+        if router is not None and router.disabled:
+            return None
+        return ops.plan(_spread(routing, x).to(x.device), self.mux_slots)
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """The loaded adapters: name -> handle."""
+        return self.mux_slots.handles
+
+    def add_adapter(
+        self,
+        name: str,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
+
+        Args:
+            name: any new str other than "__base__".
+            A: [r, in_features], any floating dtype; stored in the layer's own.
+            B: [out_features, r].
+            alpha: scaling = alpha / r. Give alpha or scaling, not both.
+            scaling: the factor itself.
+            bias: [out_features], a bias on B (PEFT's lora_bias), scaled like the rest.
+
+        Raises:
+            AdapterError: a name in use, shapes that do not fit, values that are not finite.
+            ArgumentTypeError: something of the wrong type.
+        """
+        self._refuse_attached("add_adapter")
+        self.mux_slots.check_new(name)
+        A_rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 else 1
+        factor = scaling_from(alpha, scaling, A_rank)
+        weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
+        handle = self.mux_slots.add(name)
+        self.mux_pool.write(slot_of(handle), weights)
+        return handle
+
+    def remove_adapter(self, name: str) -> None:
+        """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
+        self._refuse_attached("remove_adapter")
+        self.mux_pool.erase(self.mux_slots.remove(name))
+
+    def _refuse_attached(self, method: str) -> None:
+        if self.mux_router is not None:
+            raise TargetError(
+                f"`{method}`: this layer belongs to an attached model, whose adapters span all "
+                f"its layers; use the Mux that attach() returned"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and deepcopy rebuild it from the linear's.
+        return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+def _rebuild(linear_class: type[nn.Module]) -> MuxLinear:
+    return object.__new__(mux_class(linear_class))
+
+
+@functools.cache
+def mux_class(linear_class: type[nn.Module]) -> type[MuxLinear]:
+    """The class of MuxLinears over `linear_class`: both, with MuxLinear's forward in front."""
+    name = f"Mux{linear_class.__name__}"
+    return type(name, (MuxLinear, linear_class), {"__module__": __name__})
+
+
+def equip(layer: MuxLinear, slots: Slots, router: Router | None, dtype: torch.dtype) -> None:
+    """Give a layer whose class is a MuxLinear its empty pool."""
+    in_features, out_features = features(layer)
+    layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
+    layer.mux_slots = slots
+    layer.mux_router = router
+
+
+def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
+    """Make a checked linear a MuxLinear in place, by its class: names, keys and hooks stay."""
+    linear.__class__ = mux_class(type(linear))
+    assert isinstance(linear, MuxLinear)
+    equip(linear, router.slots, router, dtype)
+    return linear
+
+
+def swap_out(layer: MuxLinear) -> None:
+    """The linear layer as it was before swap_in."""
+    for name in ("mux_pool", "mux_slots", "mux_router"):
+        delattr(layer, name)
+    layer.__class__ = type(layer).__bases__[1]
+
+
+def scaling_from(alpha: object, scaling: object, rank: int) -> float:
+    """alpha / rank, or scaling itself: exactly one must be given."""
+    if (alpha is None) == (scaling is None):
+        raise AdapterError(
+            f"give exactly one of `alpha` (scaling = alpha / r) and `scaling`, "
+            f"got alpha={alpha!r}, scaling={scaling!r}"
+        )
+    if alpha is None:
+        return number(scaling, "scaling", AdapterError)
+    return number(alpha, "alpha", AdapterError) / rank
+
+
+def _spread(routing: Routing, x: Tensor) -> Routing:
+    """The routing with one row per row of x. Equality decides, never divisibility."""
+    rows = prod(x.shape[:-1])
+    if routing.rows == rows:
+        return routing
+    if x.ndim >= 3 and routing.rows == x.shape[0]:
+        return routing.repeat_interleave(rows // routing.rows)
+    samples = f" or {x.shape[0]} (its samples)" if x.ndim >= 3 else ""
+    raise RoutingError(
+        f"`routing` must have {rows} rows (the rows of x {list(x.shape)}){samples}, "
+        f"got {routing.rows}"
+    )

@@ -1,0 +1,327 @@
+"""attach(model): every target of a model shares one set of adapters and one routing."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .checkpoint import read_checkpoint
+from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
+from .linear import MuxLinear, scaling_from, swap_in, swap_out
+from .pool import LoraWeights
+from .router import Route, Router
+from .routing import Routing, Selection, from_names, number, selection
+from .slots import Slots, slot_of
+from .targets import dtype_of, find_targets
+
+logger = logging.getLogger(__name__)
+
+Expand: TypeAlias = Literal["interleave", "tile"] | None
+Rows: TypeAlias = Sequence[Selection] | Tensor
+
+
+def attach(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    backend: ops.Backend = "auto",
+) -> "Mux":
+    """Let the rows of a model's batches choose their own adapters; in place.
+
+    The targets become MuxLinears by a change of class: parameters, module names, state_dict keys
+    and hooks stay what they were, and detach() gives the plain model back. Attach last, after
+    quantising or moving the model.
+
+    Args:
+        model: any nn.Module.
+        targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
+            path suffixes (["q_proj", "v_proj"]), or a regular expression for whole paths.
+        backend: "auto" or "reference" ("triton" is refused until the kernels are there).
+
+    Raises:
+        TargetError: nothing matches, a match can not carry adapters, or the model has a Mux.
+        BackendError: a backend that does not exist or cannot run.
+
+    Example:
+        >>> import torch, lora_mux
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> mux = lora_mux.attach(model)
+        >>> handle = mux.add_adapter("sql", {"1": (torch.ones(2, 8), torch.ones(4, 2))}, alpha=2)
+        >>> x = torch.ones(2, 8)
+        >>> base = model(x)
+        >>> with mux.route(["sql", None]):
+        ...     mixed = model(x)
+        >>> torch.equal(mixed[0], base[0]), torch.equal(mixed[1], base[1])
+        (False, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    ops.check_backend(backend)
+    if any(isinstance(module, MuxLinear) for module in model.modules()):
+        raise TargetError(
+            "`model` must be plain, got one that is attached already; detach it first"
+        )
+    return Mux(model, find_targets(model, targets))
+
+
+class Mux:
+    """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+        self._model: nn.Module | None = model
+        self._slots = Slots()
+        self._router = Router(self._slots)
+        plain = (dtype_of(module, torch.int8) for module in model.modules())
+        default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
+        self._layers = {
+            path: swap_in(module, self._router, dtype_of(module, default))
+            for path, module in targets.items()
+        }
+        self._hooks = (
+            model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
+            model.register_forward_hook(self._router.end_forward, always_call=True),
+        )
+        self._routes_generate = hasattr(type(model), "generate") and "generate" not in vars(model)
+        if self._routes_generate:
+            model.generate = _RoutedGenerate(model, self._router)
+        logger.info("attached %d targets", len(self._layers))
+
+    @property
+    def targets(self) -> list[str]:
+        """The paths of the layers that carry adapters."""
+        return list(self._layers)
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """The loaded adapters: name -> handle, in the order of loading."""
+        return self._slots.handles
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that the route in force selects; empty for the base model."""
+        route = self._router.route
+        if route is None or self._router.disabled:
+            return []
+        return self._slots.names_of(route.routing.index.flatten().tolist())
+
+    def load(self, name: str, folder: str | PathLike[str]) -> int:
+        """Load a PEFT checkpoint folder under a name; returns its handle.
+
+        Args:
+            name: any new str other than "__base__".
+            folder: holds adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            CheckpointError: the folder is broken, unsafe, or more than plain LoRA.
+            AdapterError: the name is taken, or a module of the checkpoint is no target here.
+        """
+        self._check_attached()
+        self._slots.check_new(name)
+        checkpoint = read_checkpoint(folder)
+        handle = self._add(name, checkpoint.weights, str(folder))
+        checkpoint.warn_unless_complete(self.targets)
+        return handle
+
+    def add_adapter(
+        self,
+        name: str,
+        weights: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+    ) -> int:
+        """Copy an adapter from tensors; returns its handle.
+
+        Args:
+            name: any new str other than "__base__".
+            weights: path of a target -> (A [r, in_features], B [out_features, r]). Targets that
+                are left out keep the base's answer for this adapter.
+            alpha: scaling = alpha / r, with each layer's own r. Give alpha or scaling, not both.
+            scaling: the factor itself.
+
+        Raises:
+            AdapterError: a taken name, a path that is no target, shapes or values that do not fit.
+            ArgumentTypeError: something of the wrong type.
+        """
+        self._check_attached()
+        self._slots.check_new(name)
+        if not isinstance(weights, Mapping):
+            raise ArgumentTypeError(
+                f"`weights` must map target paths to (A, B), got {type(weights).__name__}"
+            )
+        parts = {}
+        for path, pair in weights.items():
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ArgumentTypeError(
+                    f"`weights[{path!r}]` must be a pair (A, B), got {type(pair).__name__}"
+                )
+            A, B = pair
+            rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
+            parts[path] = LoraWeights(A, B, scaling_from(alpha, scaling, rank))
+        return self._add(name, parts, "weights")
+
+    def remove(self, name: str) -> None:
+        """Free an adapter in all layers. Its handle raises from now on, and never means another."""
+        self._check_attached()
+        slot = self._slots.remove(name)
+        for layer in self._layers.values():
+            layer.mux_pool.erase(slot)
+
+    def route(
+        self, rows: Rows, weights: Tensor | None = None, *, expand: Expand = None
+    ) -> AbstractContextManager[Routing]:
+        """A `with` block in which each sample of a batch has its own adapters.
+
+        Args:
+            rows: one entry per sample: None or "__base__" (the base model), a name, a sequence of
+                names (summed), or a mapping name -> weight. Or an int tensor [samples, J] of
+                handles, -1 = none.
+            weights: floating [samples, J], only with an index tensor.
+            expand: how the batch may repeat its samples outside generate(), which knows by
+                itself: "interleave" (a, a, b, b) or "tile" (a, b, a, b: classifier-free guidance).
+
+        Raises:
+            UnknownAdapterError: a name or handle that is not loaded.
+            RoutingError: rows or weights that do not fit; at the forward pass, also a batch that
+                has another number of samples.
+            RoutingBusyError: another thread is inside a `with` block of this model.
+        """
+        return self._router.routed(self._route(rows, weights, "sample", expand))
+
+    def route_tokens(
+        self, rows: Rows, weights: Tensor | None = None
+    ) -> AbstractContextManager[Routing]:
+        """As `route`, with one entry per token of the flattened batch, in order."""
+        return self._router.routed(self._route(rows, weights, "token", None))
+
+    def set_route(
+        self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
+    ) -> None:
+        """As `route`, but it stays until the next one; None goes back to the base model."""
+        self._check_attached()
+        if rows is None:
+            self.set_adapter(None)
+        else:
+            self._router.set(self._route(rows, weights, "sample", expand))
+
+    def set_adapter(
+        self, adapter: Selection, weights: float | Sequence[float] | None = None
+    ) -> None:
+        """The adapters of every row of every batch from now on; None = the base model.
+
+        Costs the same for any number of layers and adapters: one entry is written.
+
+        Args:
+            adapter: None, a name, a sequence of names, or a mapping name -> weight.
+            weights: one number for each name, or one for all.
+        """
+        self._check_attached()
+        chosen = selection(adapter, "adapter")
+        if weights is not None:
+            if isinstance(adapter, Mapping):
+                raise RoutingError("`weights` must be None when `adapter` maps names to weights")
+            chosen = dict(zip(chosen, _strengths(weights, len(chosen)), strict=True))
+        routing = from_names([chosen], self._slots.lookup)
+        self._router.set(Route(routing, "batch") if chosen else None)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """A `with` block in which every row gets the base model; wins over every route."""
+        self._check_attached()
+        return self._router.disable()
+
+    def detach(self) -> None:
+        """Give the plain model back: the very same modules, without a trace of the adapters."""
+        model = self._check_attached()
+        self._router.set(None)  # refuses while another thread is inside a block
+        for hook in self._hooks:
+            hook.remove()
+        if self._routes_generate:
+            del model.generate
+        for layer in self._layers.values():
+            swap_out(layer)
+        self._model = None
+
+    def __repr__(self) -> str:
+        state = "" if self._model is not None else ", detached"
+        return f"Mux(targets={len(self._layers)}, adapters={list(self.adapters)}{state})"
+
+    def _route(
+        self,
+        rows: Rows,
+        weights: Tensor | None,
+        unit: Literal["sample", "token"],
+        expand: Expand,
+    ) -> Route:
+        self._check_attached()
+        if expand not in (None, "interleave", "tile"):
+            raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
+        if not isinstance(rows, Tensor):
+            if weights is not None:
+                raise RoutingError(
+                    "`weights` must be None when rows are names; give a mapping name -> weight"
+                )
+            return Route(from_names(rows, self._slots.lookup), unit, expand)
+        given = Routing(rows, weights)
+        if rows.device.type == "cpu":  # elsewhere reading the values would be a sync
+            self._slots.resolve(rows)
+        # A copy: what the caller writes into its tensors later is not a change of route.
+        return Route(Routing(given.index.clone(), given.weight.clone()), unit, expand)
+
+    def _add(self, name: str, weights: Mapping[str, LoraWeights], source: str) -> int:
+        """Check everything, then write everything; a failure on the way leaves nothing behind."""
+        if not weights:
+            raise AdapterError(f"`{source}` must hold at least one target, got none")
+        unknown = [path for path in weights if path not in self._layers]
+        if unknown:
+            raise AdapterError(
+                f"`{source}`: {unknown[0]!r} must be a target of the attached model, which it is "
+                f"not ({len(unknown)} of {len(weights)} are not); attach with targets that cover it"
+            )
+        checked = {
+            path: self._layers[path].mux_pool.check(part, f"{source}[{path!r}]")
+            for path, part in weights.items()
+        }
+        handle = self._slots.add(name)
+        slot = slot_of(handle)
+        try:
+            for path, layer in self._layers.items():
+                layer.mux_pool.write(slot, checked.get(path))
+        except BaseException:
+            self.remove(name)
+            raise
+        return handle
+
+    def _check_attached(self) -> nn.Module:
+        if self._model is None:
+            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
+        return self._model
+
+
+class _RoutedGenerate:
+    """A model's generate(), inside which its samples may be repeated.
+
+    An object with an attribute, not a closure: a copy of the model gets a copy of it.
+    """
+
+    def __init__(self, model: nn.Module, router: Router) -> None:
+        self.model = model
+        self.router = router
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.router.generating(args, kwargs):
+            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _strengths(weights: object, names: int) -> list[float]:
+    if not isinstance(weights, Sequence):
+        return [number(weights, "weights")] * names
+    if len(weights) != names:
+        raise RoutingError(
+            f"`weights` must hold one number for each of the {names} adapters, got {len(weights)}"
+        )
+    return [number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
