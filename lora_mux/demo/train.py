@@ -47,12 +47,14 @@ def train_adapter(
     model = _with_new_adapter(encoder.model, task.name).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
     draw = _sampler(task, corpus.train, rng)
     for _ in range(STEPS):
         loss = _loss(encoder, model, task, draw(), rng)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        schedule.step()
         on_step(loss.item())
     return model.eval()
 
