@@ -114,7 +114,7 @@ def test_defaults_are_peft_s(tmp_path: Path) -> None:
         ({"alpha_pattern": {"q": 2}}, 0.5),
         ({"alpha_pattern": {r"layers\.0\.q": 2, "q": 4}}, 0.5),
         ({"alpha_pattern": {"q": 4, r"layers\.0\.q": 2}}, 1.0),
-        ({"alpha_pattern": {"^layers.0.q": 2}}, 2.0),  # ^ after PEFT's optional prefix
+        ({"alpha_pattern": {"^layers.0.q": 2}}, 0.5),  # ^ is the whole path's beginning
         ({"alpha_pattern": {"ayers.0.q": 2}}, 2.0),  # a pattern begins at a dot
         ({"alpha_pattern": {"q.": 2}}, 2.0),  # and ends at the end
         ({"r": 2, "rank_pattern": {".*": 4}}, 2.0),

@@ -201,14 +201,13 @@ class TestState:
         want = model(X)
         for block in (mux.route(["a"] * 3), mux.disable_adapter(), mux.route(["a"] * 2)):
             with pytest.raises(RuntimeError), block:  # noqa: PT012
-                model.layers[1](X)
                 raise RuntimeError("in the middle")
             assert torch.equal(model(X), want)
 
     def test_restored_after_an_exception_inside_the_forward(self) -> None:
         model, mux = attached()
         base = model(X)
-        with pytest.raises(RuntimeError), mux.route(["a"] * 3):
+        with pytest.raises(lora_mux.LoraMuxError), mux.route(["a"] * 3):
             model(X[..., :7])
         assert torch.equal(model(X), base)
         with mux.route(["a"] * 2):  # nothing of the failed batch is remembered
@@ -323,17 +322,15 @@ class TestDropIn:
     def test_detach_gives_the_plain_model_back(self, build: Callable[[], Any]) -> None:
         model = build()
         before = {path: (module, type(module)) for path, module in model.named_modules()}
-        keys, attributes = (
-            list(model.state_dict()),
-            {k: set(vars(m)) for k, (m, _) in before.items()},
-        )
+        keys = list(model.state_dict())
+        attributes = {path: set(vars(module)) for path, (module, _) in before.items()}
         mux = lora_mux.attach(model)
         assert list(model.state_dict()) == keys
         assert all(isinstance(model.get_submodule(p), lora_mux.MuxLinear) for p in mux.targets)
         mux.detach()
         after = {path: (module, type(module)) for path, module in model.named_modules()}
         assert after == before
-        assert {k: set(vars(m)) for k, (m, _) in after.items()} == attributes
+        assert {path: set(vars(module)) for path, (module, _) in after.items()} == attributes
         assert not model._forward_hooks and not model._forward_pre_hooks
         lora_mux.attach(model).detach()
 
