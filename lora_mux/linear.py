@@ -52,7 +52,7 @@ class MuxLinear(nn.Module):
     def __new__(cls, linear: nn.Module, *, backend: ops.Backend = "auto") -> "MuxLinear":
         ops.check_backend(backend)
         check_linear(linear, "linear")
-        twin = object.__new__(mux_class(type(linear)))
+        twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
         # The registries are copied, so that a buffer or hook of one is not one of the other.
         twin.__dict__.update(
             {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(linear).items()}
@@ -153,11 +153,11 @@ class MuxLinear(nn.Module):
 
 
 def _rebuild(linear_class: type[nn.Module]) -> MuxLinear:
-    return object.__new__(mux_class(linear_class))
+    return object.__new__(mux_class(linear_class))  # type: ignore[arg-type]
 
 
 @functools.cache
-def mux_class(linear_class: type[nn.Module]) -> type[MuxLinear]:
+def mux_class(linear_class: Any) -> type[MuxLinear]:
     """The class of MuxLinears over `linear_class`: both, with MuxLinear's forward in front."""
     name = f"Mux{linear_class.__name__}"
     return type(name, (MuxLinear, linear_class), {"__module__": __name__})
@@ -173,7 +173,7 @@ def equip(layer: MuxLinear, slots: Slots, router: Router | None, dtype: torch.dt
 
 def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
     """Make a checked linear a MuxLinear in place, by its class: names, keys and hooks stay."""
-    linear.__class__ = mux_class(type(linear))
+    linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
     equip(linear, router.slots, router, dtype)
     return linear

@@ -88,7 +88,7 @@ class Mux:
         )
         self._routes_generate = hasattr(type(model), "generate") and "generate" not in vars(model)
         if self._routes_generate:
-            model.generate = _RoutedGenerate(model, self._router)
+            vars(model)["generate"] = _RoutedGenerate(model, self._router)
         logger.info("attached %d targets", len(self._layers))
 
     @property
@@ -266,7 +266,7 @@ class Mux:
                     "`weights` must be None when rows are names; give a mapping name -> weight"
                 )
             return Route(from_names(rows, self._slots.lookup), unit, expand)
-        given = Routing(rows, weights)
+        given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
         if rows.device.type == "cpu":  # elsewhere reading the values would be a sync
             self._slots.resolve(rows)
         # A copy: what the caller writes into its tensors later is not a change of route.

@@ -163,7 +163,7 @@ class Pool(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
         scaling = self.scaling
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:
             self.scaling = scaling.to(self.scaling.device, dtype)

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
 def plan(slots: Tensor, weight: Tensor) -> Plan:
     """The distinct slots of `slots` [M, J] (-1 = none), and each row's strength [M, J] of them."""
-    used = slots[slots >= 0].unique()
+    used = torch.unique(slots[slots >= 0])
     places = slots[:, :, None] == used  # [M, J, U]
     # Selected, not multiplied: the weight of a place that selects nothing may be anything.
     strength = torch.where(places, weight[:, :, None], 0.0).sum(1)

@@ -39,7 +39,7 @@ class Row:
     @property
     def task(self) -> str:
         """What the row is about: the task of its last adapter, or the search of descriptions."""
-        return next(reversed(self.adapters), DOCS_TASK)
+        return next(reversed(list(self.adapters)), DOCS_TASK)
 
 
 def demo_rows() -> list[Row]:
