@@ -7,9 +7,11 @@ queries are read. Only what `run` needs is imported, and only when it runs.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         _check_installed()
-        return _run(args)
+        with warnings.catch_warnings():
+            # transformers and peft deprecate each other's names; that is no news for the reader.
+            warnings.simplefilter("ignore", FutureWarning)
+            return _run(args)
     except DemoError as error:
         print(f"lora-mux demo: {error}", file=sys.stderr)
         return 2
@@ -80,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import lora_mux
 
-    from .batch import plain_copy
     from .corpus import read_corpus
     from .encoder import load_encoder
     from .report import Report
@@ -95,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
     unknown = sorted(args.adapters.keys() - set(names))
     if unknown:
         raise DemoError(f"--adapters: unknown adapter {unknown[0]!r}; there are {', '.join(names)}")
-    base = plain_copy(encoder.model)
+    base = copy.deepcopy(encoder.model)  # for PEFT, plain
     search = Search(encoder, corpus)
     report.line(
         f"{len(corpus.items)} documented objects of {len(corpus.about)} packages, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import random
 import time
@@ -104,11 +103,6 @@ def _peft_adapters(model: Any, adapters: Mapping[str, float]) -> Iterator[None]:
     for name in adapters:
         for module in scaled:
             module.set_scale(name, 1.0)
-
-
-def plain_copy(model: Any) -> Any:
-    """The base model for PEFT to wrap, made before lora_mux is attached."""
-    return copy.deepcopy(model)
 
 
 def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from lora_mux.demo.corpus import Corpus, Item
+from .corpus import Corpus, Item
 
 KINDS = {
     "function": "a module level function",

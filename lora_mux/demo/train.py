@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_mux.demo.corpus import Corpus, Item
-from lora_mux.demo.encoder import Encoder, pooled
-from lora_mux.demo.tasks import Task
+from .corpus import Corpus, Item
+from .encoder import Encoder, pooled
+from .tasks import Task
 
 STEPS = 40
 BATCH = 24
