@@ -57,6 +57,7 @@ class Routing:
 
     @property
     def rows(self) -> int:
+        """How many rows it is for."""
         return self.index.shape[0]
 
     def repeat_interleave(self, times: int) -> "Routing":
@@ -72,6 +73,7 @@ class Routing:
         return self._each(lambda t: t.expand(rows, -1))
 
     def to(self, device: torch.device) -> "Routing":
+        """The routing on a device; itself when it is there."""
         return self if self.index.device == device else self._each(lambda t: t.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Routing":

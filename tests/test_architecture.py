@@ -1,0 +1,142 @@
+"""Who may import whom: the table of DESIGN, read from the sources, and shown to catch a breach."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"lora_mux": ROOT / "lora_mux", "lora_mux.kernels": ROOT / "kernels" / "src"}
+
+# Each module, and what of the package it may import. Arrows point one way: no module is above
+# itself, which `test_the_table_has_no_cycle` checks.
+ALLOWED = {
+    "errors": set(),
+    "routing": {"errors"},
+    "pool": {"errors"},
+    "targets": {"errors"},
+    "slots": {"errors", "routing"},
+    "reference": {"pool"},
+    "kernels": set(),
+    "ops": {"errors", "kernels", "pool", "reference", "routing", "slots"},
+    "router": {"errors", "ops", "routing", "slots"},
+    "linear": {"errors", "ops", "pool", "router", "routing", "slots", "targets"},
+    "peft_config": {"errors"},
+    "checkpoint": {"errors", "peft_config", "pool"},
+    "mux": {
+        *("checkpoint", "errors", "linear", "ops", "pool"),
+        *("router", "routing", "slots", "targets"),
+    },
+    "_version": set(),
+    "__init__": {"_version", "errors", "linear", "mux", "routing"},
+    "demo": {"__init__"},  # an application: the public API only
+    "cli": {"__init__", "demo", "errors", "ops"},
+    "__main__": {"cli"},
+}
+STDLIB = set(sys.stdlib_module_names)
+LIBRARIES = {
+    "kernels": {"torch", "triton"},
+    "checkpoint": {"torch", "safetensors"},
+    "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
+}
+# What may be imported inside a function only, so that `import lora_mux` goes without it.
+LAZY = {"kernels"}
+
+
+def modules() -> dict[str, list[ast.Module]]:
+    """Each module of the table -> its syntax trees (a subpackage is one module)."""
+    found: dict[str, list[ast.Module]] = {}
+    for package, folder in SOURCES.items():
+        for file in sorted(folder.rglob("*.py")):
+            inside = file.relative_to(folder)
+            name = inside.parts[0] if len(inside.parts) > 1 else inside.stem
+            name = "kernels" if package == "lora_mux.kernels" else name
+            found.setdefault(name, []).append(ast.parse(file.read_text(encoding="utf-8")))
+    return found
+
+
+def breaches(name: str, tree: ast.Module, depth: int = 1) -> list[str]:
+    """What `tree`, a file `depth` packages below the root, imports against the table."""
+    found = []
+    at_top = set(tree.body)
+    for node in ast.walk(tree):
+        for module in _imported(node, depth):
+            root, _, rest = module.partition(".")
+            if root != "lora_mux":
+                if root not in STDLIB | LIBRARIES.get(name, {"torch"}):
+                    found.append(f"{name} imports {root}")
+                continue
+            inner = rest.partition(".")[0] or "__init__"
+            if inner == name:
+                continue
+            if inner not in ALLOWED[name]:
+                found.append(f"{name} imports {inner}")
+            elif inner in LAZY and node in at_top:
+                found.append(f"{name} imports {inner} outside a function")
+    return found
+
+
+def _imported(node: ast.AST, depth: int) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if not node.level:
+        if node.module != "lora_mux":
+            return [node.module or ""]
+    elif node.level < depth:
+        return []  # inside the subpackage
+    elif node.module:
+        return [f"lora_mux.{node.module}"]
+    # from lora_mux import x: a module when there is one of that name
+    return [f"lora_mux.{a.name}" if a.name in ALLOWED else "lora_mux" for a in node.names]
+
+
+def depth_of(name: str) -> int:
+    return 2 if name in ("demo", "kernels") else 1
+
+
+def test_every_module_is_in_the_table() -> None:
+    assert modules().keys() == ALLOWED.keys()
+
+
+def test_imports_follow_the_table() -> None:
+    found = [
+        b
+        for name, trees in modules().items()
+        for t in trees
+        for b in breaches(name, t, depth_of(name))
+    ]
+    assert not found
+
+
+def test_the_table_has_no_cycle() -> None:
+    left = {name: set(allowed) for name, allowed in ALLOWED.items()}
+    while left:
+        free = {name for name, allowed in left.items() if not allowed & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {name: allowed for name, allowed in left.items() if name not in free}
+
+
+def test_breaches_are_caught() -> None:
+    planted = {
+        "reference imports kernels": ("reference", "def f():\n    from .kernels import shrink"),
+        "reference imports ops": ("reference", "from . import ops"),
+        "pool imports linear": ("pool", "from .linear import MuxLinear"),
+        "pool imports __init__": ("pool", "import lora_mux"),
+        "routing imports slots": ("routing", "from lora_mux.slots import Slots"),
+        "kernels imports errors": ("kernels", "from ..errors import LoraMuxError"),
+        "demo imports mux": ("demo", "from ..mux import Mux"),
+        "mux imports peft": ("mux", "def f():\n    import peft"),
+        "pool imports safetensors": ("pool", "from safetensors import safe_open"),
+        "ops imports kernels outside a function": ("ops", "from . import kernels"),
+    }
+    for message, (name, source) in planted.items():
+        assert breaches(name, ast.parse(source), depth_of(name)) == [message]
+    allowed = {"ops": "def f():\n    from .kernels import shrink", "demo": "from .batch import Row"}
+    for name, source in allowed.items():
+        assert not breaches(name, ast.parse(source), depth_of(name))
+
+
+def test_kernels_is_no_package() -> None:
+    """transformers imports Hugging Face's `kernels`, and would find ours from the root."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
