@@ -20,6 +20,8 @@ from .errors import DemoError
 if TYPE_CHECKING:
     import lora_mux
 
+    from .corpus import Corpus
+    from .encoder import Encoder
     from .report import Report
     from .search import Search
 
@@ -54,9 +56,9 @@ def adapter_weights(text: str) -> dict[str, float]:
     """`name=1.0,noisy=0.5` as a mapping; an adapter without a weight has weight 1."""
     weights = {}
     for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
+        name, equals, weight = part.strip().partition("=")
         try:
-            value = float(weight or "1")
+            value = float(weight) if equals else 1.0
         except ValueError:
             value = float("nan")
         if not name or name in weights or not abs(value) < float("inf"):
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        _check_options(args)
         _check_installed()
         with warnings.catch_warnings():
             # transformers and peft deprecate each other's names; that is no news for the reader.
@@ -89,33 +92,38 @@ def _run(args: argparse.Namespace) -> int:
     from .encoder import load_encoder
     from .report import Report
     from .search import Search
-    from .train import TARGETS
 
     report = Report()
     encoder, corpus = load_encoder(args.base), read_corpus()
     if args.retrain:
-        _retrain(report, Search(encoder, corpus), args.adapter_folder)
+        _retrain(report, encoder, corpus, args.adapter_folder)
     names = _adapter_names(args.adapter_folder)
-    unknown = sorted(args.adapters.keys() - set(names))
-    if unknown:
-        raise DemoError(f"--adapters: unknown adapter {unknown[0]!r}; there are {', '.join(names)}")
+    _check_adapters(args, names)
     base = copy.deepcopy(encoder.model)  # for PEFT, plain
+    mux = lora_mux.attach(encoder.model)
+    for name in names:
+        mux.load(name, args.adapter_folder / name)
     search = Search(encoder, corpus)
     report.line(
         f"{len(corpus.items)} documented objects of {len(corpus.about)} packages, "
         f"indexed by the base model"
     )
-    mux = lora_mux.attach(encoder.model, targets=list(TARGETS))
-    for name in names:
-        mux.load(name, args.adapter_folder / name)
     if args.text is not None:
         _answer(report, search, mux, args.text, args.adapters)
-        return 0
-    code = _mixed_batch(report, search, mux, base, args.adapter_folder)
+        code = 0
+    else:
+        code = _mixed_batch(report, search, mux, base, args.adapter_folder)
     if args.evaluate:
         _evaluate(report, search, mux)
     report.line(LIMITS)
     return code
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.adapters and args.text is None:
+        raise DemoError("--adapters is for a query of your own: give it with --text")
+    if args.retrain and args.adapter_folder == ADAPTERS and not ADAPTERS.parent.is_dir():
+        raise DemoError("--retrain outside a clone of the repository needs --adapter-folder")
 
 
 def _check_installed() -> None:
@@ -138,18 +146,29 @@ def _adapter_names(folder: Path) -> list[str]:
     return names
 
 
+def _check_adapters(args: argparse.Namespace, names: list[str]) -> None:
+    from .batch import demo_rows
+    from .tasks import TASKS
+
+    unknown = sorted(args.adapters.keys() - set(names))
+    if unknown:
+        raise DemoError(f"--adapters: unknown adapter {unknown[0]!r}; there are {', '.join(names)}")
+    needed = set(TASKS) if args.evaluate else set()
+    if args.text is None:
+        needed |= {name for row in demo_rows() for name in row.adapters}
+    if not needed <= set(names):
+        raise DemoError(
+            f"--adapter-folder: the adapters {', '.join(sorted(needed))} are needed, "
+            f"got {', '.join(names)}; --text works with any"
+        )
+
+
 def _mixed_batch(
     report: Report, search: Search, mux: lora_mux.Mux, base: object, folder: Path
 ) -> int:
     from .batch import demo_rows, mixed_batch, peft_rows
 
     rows = demo_rows()
-    needed = {name for row in rows for name in row.adapters}
-    if not needed <= mux.adapters.keys():
-        raise DemoError(
-            f"--adapter-folder: the batch needs the adapters {', '.join(sorted(needed))}, "
-            f"got {', '.join(mux.adapters)}; --text works with any"
-        )
     ours, seconds = mixed_batch(search.encoder, mux, rows)
     cells = []
     for row, vector in zip(rows, ours, strict=True):
@@ -193,16 +212,18 @@ def _evaluate(report: Report, search: Search, mux: lora_mux.Mux) -> None:
     report.quality("mixes of two on garbled text", columns, mixes(quality, names))
 
 
-def _retrain(report: Report, search: Search, folder: Path) -> None:
+def _retrain(report: Report, encoder: Encoder, corpus: Corpus, folder: Path) -> None:
     from .encoder import MODEL_NAME
+    from .tasks import make_tasks
     from .train import STEPS, save_adapter, train_adapter
 
-    with report.progress(STEPS * len(search.tasks)) as advance:
-        for name, task in search.tasks.items():
+    tasks = make_tasks(corpus)
+    with report.progress(STEPS * len(tasks)) as advance:
+        for name, task in tasks.items():
             model = train_adapter(
-                search.encoder,
+                encoder,
                 task,
-                search.corpus,
+                corpus,
                 lambda loss, name=name: advance(f"{name} (loss {loss:.2f})"),  # type: ignore[misc]
             )
             save_adapter(model, name, MODEL_NAME, folder)

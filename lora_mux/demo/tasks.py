@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .corpus import Corpus, Item
 
+TASKS = ("noisy", "name", "kind", "module")
 KINDS = {
     "function": "a module level function",
     "method": "a method of an object",
@@ -55,6 +56,7 @@ def make_tasks(corpus: Corpus) -> dict[str, Task]:
             "module", False, lambda item: item.module, corpus.about.__getitem__, tuple(corpus.about)
         ),
     )
+    assert tuple(task.name for task in tasks) == TASKS
     return {task.name: task for task in tasks}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .corpus import Corpus, Item
 from .encoder import Encoder, pooled
+from .errors import DemoError
 from .tasks import Task
 
 STEPS = 40
@@ -80,7 +81,10 @@ def _with_new_adapter(base: Any, name: str) -> Any:
         target_modules=list(TARGETS),
         layers_to_transform=list(range(layers // 3, layers)),
     )
-    return peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name)
+    try:
+        return peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name)
+    except ValueError as error:  # another base, without layers of these names
+        raise DemoError(f"--retrain: {error}") from error
 
 
 def _sampler(task: Task, items: tuple[Item, ...], rng: random.Random) -> Callable[[], list[Item]]:

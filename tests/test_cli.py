@@ -1,0 +1,57 @@
+"""lora-mux info, the parsing of the command line, and what stands in options."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+import lora_mux
+from lora_mux import cli, demo
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["lora-mux"] == lora_mux.__version__
+    assert shown["torch"] and shown["device"].startswith("cpu")
+    assert shown["backend"].startswith("reference (")
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_mux", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"lora-mux {lora_mux.__version__}"
+
+
+def test_info_says_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cli.main(["info"])
+    assert "peft          not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("name", {"name": 1.0}),
+        ("name=1.0,noisy=0.5", {"name": 1.0, "noisy": 0.5}),
+        (" name=-2 , noisy ", {"name": -2.0, "noisy": 1.0}),
+    ],
+)
+def test_adapters_option(text: str, weights: dict[str, float]) -> None:
+    assert demo.adapter_weights(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "name=", "name=x", "=1", "name,name=2", "name=nan", "a,,b"])
+def test_adapters_option_refuses(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="name=1.0,noisy=0.5"):
+        demo.adapter_weights(text)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["dmo"])
+    assert exit.value.code == 2 and "demo" in capsys.readouterr().err
