@@ -128,8 +128,7 @@ class MuxLinear(nn.Module):
         """
         self._refuse_attached("add_adapter")
         self.mux_slots.check_new(name)
-        A_rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 else 1
-        factor = scaling_from(alpha, scaling, A_rank)
+        factor = scaling_from(alpha, scaling, A)
         weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
         handle = self.mux_slots.add(name)
         self.mux_pool.write(slot_of(handle), weights)
@@ -186,8 +185,8 @@ def swap_out(layer: MuxLinear) -> None:
     layer.__class__ = type(layer).__bases__[1]
 
 
-def scaling_from(alpha: object, scaling: object, rank: int) -> float:
-    """alpha / rank, or scaling itself: exactly one must be given."""
+def scaling_from(alpha: object, scaling: object, A: object) -> float:
+    """alpha / r for A [r, in_features], or scaling itself: exactly one must be given."""
     if (alpha is None) == (scaling is None):
         raise AdapterError(
             f"give exactly one of `alpha` (scaling = alpha / r) and `scaling`, "
@@ -195,6 +194,8 @@ def scaling_from(alpha: object, scaling: object, rank: int) -> float:
         )
     if alpha is None:
         return number(scaling, "scaling", AdapterError)
+    # An A without rank rows, or that is no matrix at all, is the pool's to refuse.
+    rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
     return number(alpha, "alpha", AdapterError) / rank
 
 

@@ -161,8 +161,7 @@ class Mux:
                     f"`weights[{path!r}]` must be a pair (A, B), got {type(pair).__name__}"
                 )
             A, B = pair
-            rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
-            parts[path] = LoraWeights(A, B, scaling_from(alpha, scaling, rank))
+            parts[path] = LoraWeights(A, B, scaling_from(alpha, scaling, A))
         return self._add(name, parts, "weights")
 
     def remove(self, name: str) -> None:

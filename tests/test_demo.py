@@ -87,10 +87,10 @@ class TestRefusals:
         assert "--adapter-folder" in self.refused(capsys, "--adapter-folder", str(tmp_path))
 
     def test_broken_adapter(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        shutil.copytree(ADAPTERS / "name", tmp_path / "name")
-        config = tmp_path / "name" / "adapter_config.json"
+        shutil.copytree(ADAPTERS, tmp_path / "all")
+        config = tmp_path / "all" / "name" / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
-        assert "use_dora" in self.refused(capsys, "--adapter-folder", str(tmp_path))
+        assert "use_dora" in self.refused(capsys, "--adapter-folder", str(tmp_path / "all"))
 
     def test_other_adapters_than_the_batch_needs(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path

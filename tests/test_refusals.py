@@ -1,0 +1,379 @@
+"""Every refusal: an error of ours that names argument, expected and got, and changes nothing.
+
+Checkpoint folders have their own table in test_checkpoint.py.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_mux
+from lora_mux import Routing
+
+
+class Stage:
+    """A stand-alone layer with adapters "sql" and "gone" (removed), and an attached model with
+    "sql" routed: what the refusals must leave alone."""
+
+    def __init__(self) -> None:
+        self.layer = lora_mux.MuxLinear(nn.Linear(8, 4))
+        self.sql = self.layer.add_adapter("sql", *self.pair(8, 4), alpha=2)
+        self.gone = self.layer.add_adapter("gone", *self.pair(8, 4), alpha=2)
+        self.layer.remove_adapter("gone")
+        self.model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.mux = lora_mux.attach(self.model)
+        self.mux.add_adapter("sql", {"0": self.pair(8, 8), "2": self.pair(8, 4)}, alpha=2)
+        self.mux.add_adapter("french", {"2": self.pair(8, 4)}, alpha=2)
+        self.mux.set_adapter("sql")
+        self.plain = nn.Sequential(nn.Linear(8, 8))
+        self.x = torch.linspace(-1, 1, 24).reshape(3, 8)
+
+    @staticmethod
+    def pair(in_features: int, out_features: int, rank: int = 2) -> tuple[Tensor, Tensor]:
+        return torch.ones(rank, in_features), torch.ones(out_features, rank)
+
+    def add(self, name: Any = "new", A: Any = None, B: Any = None, **how: Any) -> None:
+        ones_A, ones_B = self.pair(8, 4)
+        A, B = ones_A if A is None else A, ones_B if B is None else B
+        self.layer.add_adapter(name, A, B, **({"alpha": 2} | how))
+
+    def call(self, index: Any, weight: Any = None, x: Tensor | None = None) -> None:
+        self.layer(self.x if x is None else x, Routing(index, weight))
+
+    def routed(self, rows: Any, weights: Any = None, **how: Any) -> None:
+        with self.mux.route(rows, weights, **how):
+            self.model(self.x)
+
+    def routed_tokens(self, rows: Any) -> None:
+        with self.mux.route_tokens(rows):
+            self.model(self.x)
+
+    def state(self) -> list[Any]:
+        """All that can be seen: names, handles, buffers, routes, classes, answers."""
+        index = torch.tensor([[self.sql], [-1], [self.sql]])
+        return [
+            dict(self.layer.adapters),
+            dict(self.mux.adapters),
+            self.mux.active_adapters,
+            [type(m) for root in (self.model, self.plain) for m in root.modules()],
+            *(b.clone() for root in (self.layer, self.model) for b in root.buffers()),
+            self.layer(self.x, Routing(index)).detach(),
+            self.model(self.x).detach(),
+        ]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    act: Callable[[Stage], object]
+    says: tuple[str, ...]  # the argument, what was expected, what was got
+    kind: type[Exception]
+
+
+def index(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
+class Patched(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.forward = super().forward  # type: ignore[method-assign]
+
+
+NAN = float("nan")
+REFUSALS = {
+    # an adapter for a layer
+    "name: type": Refusal(lambda s: s.add(3), ("`name`", "str", "int"), TypeError),
+    "name: empty": Refusal(lambda s: s.add(""), ("`name`", "non-empty", "''"), ValueError),
+    "name: base": Refusal(lambda s: s.add("__base__"), ("`name`", "__base__"), ValueError),
+    "name: taken": Refusal(lambda s: s.add("sql"), ("`name`", "new", "'sql'"), ValueError),
+    "A: type": Refusal(lambda s: s.add(A=[[1.0]]), ("A`", "tensor", "list"), TypeError),
+    "A: dtype": Refusal(
+        lambda s: s.add(A=torch.ones(2, 8, dtype=torch.int32)),
+        ("A`", "floating", "torch.int32"),
+        TypeError,
+    ),
+    "A: in_features": Refusal(
+        lambda s: s.add(A=torch.ones(2, 7)), ("A`", "[r, 8]", "[2, 7]"), ValueError
+    ),
+    "A: one dimension": Refusal(
+        lambda s: s.add(A=torch.ones(8)), ("A`", "[r, 8]", "[8]"), ValueError
+    ),
+    "A: rank 0": Refusal(
+        lambda s: s.add(A=torch.ones(0, 8), B=torch.ones(4, 0), alpha=None, scaling=1),
+        ("A`", "at least 1", "got 0"),
+        ValueError,
+    ),
+    "A: rank 0 with alpha": Refusal(
+        lambda s: s.add(A=torch.ones(0, 8), B=torch.ones(4, 0)),
+        ("A`", "at least 1", "got 0"),
+        ValueError,
+    ),
+    "A: not finite": Refusal(
+        lambda s: s.add(A=torch.full((2, 8), NAN)), ("A`", "finite", "16 values"), ValueError
+    ),
+    "A: no values": Refusal(
+        lambda s: s.add(A=torch.ones(2, 8, device="meta")), ("A`", "values", "meta"), ValueError
+    ),
+    "B: rank": Refusal(lambda s: s.add(B=torch.ones(4, 3)), ("B`", "[4, 2]", "[4, 3]"), ValueError),
+    "B: transposed": Refusal(
+        lambda s: s.add(B=torch.ones(2, 4)), ("B`", "[4, 2]", "[2, 4]"), ValueError
+    ),
+    "bias: shape": Refusal(
+        lambda s: s.add(bias=torch.ones(5)), ("bias`", "[4]", "[5]"), ValueError
+    ),
+    "alpha and scaling": Refusal(
+        lambda s: s.add(scaling=1.0), ("`alpha`", "exactly one", "scaling=1.0"), ValueError
+    ),
+    "neither alpha nor scaling": Refusal(
+        lambda s: s.add(alpha=None), ("`scaling`", "exactly one", "alpha=None"), ValueError
+    ),
+    "alpha: type": Refusal(lambda s: s.add(alpha="2"), ("`alpha`", "number", "str"), TypeError),
+    "alpha: nan": Refusal(lambda s: s.add(alpha=NAN), ("`alpha`", "finite", "nan"), ValueError),
+    "remove_adapter: unknown": Refusal(
+        lambda s: s.layer.remove_adapter("sqk"),
+        ("'sqk'", "did you mean 'sql'", "loaded"),
+        KeyError,
+    ),
+    # a routing for a layer
+    "index: type": Refusal(lambda s: s.call([[0]]), ("`index`", "int tensor", "list"), TypeError),
+    "index: dtype": Refusal(
+        lambda s: s.call(torch.zeros(3, 1)), ("`index`", "int32 or int64", "float32"), TypeError
+    ),
+    "index: one dimension": Refusal(
+        lambda s: s.call(torch.tensor([0, 0, 0])), ("`index`", "[rows, J]", "[3]"), ValueError
+    ),
+    "index: below -1": Refusal(
+        lambda s: s.call(index([0], [-2], [0])),
+        ("`index`", "or -1", "got -2 at [1, 0]"),
+        ValueError,
+    ),
+    "index: unknown handle": Refusal(
+        lambda s: s.call(index([0], [77], [0])),
+        ("`index[1, 0]`", "loaded adapter or -1", "got 77"),
+        KeyError,
+    ),
+    "index: freed handle": Refusal(
+        lambda s: s.call(index([0], [s.gone], [0])), ("`index[1, 0]`", "was removed"), KeyError
+    ),
+    "index: rows": Refusal(
+        lambda s: s.call(index([0], [0])), ("`routing`", "3 rows", "got 2"), ValueError
+    ),
+    "weight: type": Refusal(
+        lambda s: s.call(index([0], [0], [0]), 1.0),
+        ("`weight`", "floating tensor", "float"),
+        TypeError,
+    ),
+    "weight: dtype": Refusal(
+        lambda s: s.call(index([0], [0], [0]), index([1], [1], [1])),
+        ("`weight`", "floating dtype", "int64"),
+        TypeError,
+    ),
+    "weight: shape": Refusal(
+        lambda s: s.call(index([0], [0], [0]), torch.ones(3)),
+        ("`weight`", "[3, 1]", "[3]"),
+        ValueError,
+    ),
+    "weight: nan": Refusal(
+        lambda s: s.call(index([0], [0]), torch.tensor([[1.0], [NAN]])),
+        ("`weight`", "finite", "nan at [1, 0]"),
+        ValueError,
+    ),
+    "routing: type": Refusal(
+        lambda s: s.layer(s.x, ["sql"]), ("`routing`", "lora_mux.Routing", "list"), TypeError
+    ),
+    "x: in_features": Refusal(
+        lambda s: s.call(index([0]), x=torch.ones(1, 9)),
+        ("`x`", "in_features=8", "[1, 9]"),
+        ValueError,
+    ),
+    # a layer
+    "linear: type": Refusal(
+        lambda s: lora_mux.MuxLinear("linear"), ("`linear`", "linear layer", "str"), TypeError
+    ),
+    "linear: no linear": Refusal(
+        lambda s: lora_mux.MuxLinear(nn.ReLU()), ("`linear`", "nn.Linear", "ReLU"), ValueError
+    ),
+    "linear: a MuxLinear": Refusal(
+        lambda s: lora_mux.MuxLinear(s.layer), ("`linear`", "plain", "MuxLinear"), ValueError
+    ),
+    "linear: patched forward": Refusal(
+        lambda s: lora_mux.MuxLinear(Patched()), ("`linear`", "patched on the instance"), ValueError
+    ),
+    "backend: unknown": Refusal(
+        lambda s: lora_mux.MuxLinear(nn.Linear(2, 2), backend="cuda"),
+        ("`backend`", "'auto', 'triton' or 'reference'", "'cuda'"),
+        ValueError,
+    ),
+    "backend: triton": Refusal(
+        lambda s: lora_mux.MuxLinear(nn.Linear(2, 2), backend="triton"),
+        ("`backend`", "no Triton kernels yet", "'auto' or 'reference'"),
+        ValueError,
+    ),
+    # attach
+    "model: type": Refusal(
+        lambda s: lora_mux.attach("gpt2"), ("`model`", "nn.Module", "str"), TypeError
+    ),
+    "model: attached": Refusal(
+        lambda s: lora_mux.attach(s.model), ("`model`", "plain", "detach"), ValueError
+    ),
+    "targets: type": Refusal(
+        lambda s: lora_mux.attach(s.plain, targets=3), ("`targets`", "'all-linear'", "3"), TypeError
+    ),
+    "targets: no match": Refusal(
+        lambda s: lora_mux.attach(s.plain, targets=["q_proj"]),
+        ("`targets`", "at least one", "q_proj"),
+        ValueError,
+    ),
+    "targets: regex": Refusal(
+        lambda s: lora_mux.attach(s.plain, targets="("), ("`targets`", "regular", "'('"), ValueError
+    ),
+    "targets: no linear": Refusal(
+        lambda s: lora_mux.attach(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), targets=["0", "1"]),
+        ("targets: 0", "linear layer", "ReLU"),
+        ValueError,
+    ),
+    "attach: backend": Refusal(
+        lambda s: lora_mux.attach(s.plain, backend="triton"), ("`backend`", "Triton"), ValueError
+    ),
+    # adapters of a model
+    "weights: type": Refusal(
+        lambda s: s.mux.add_adapter("new", [s.pair(8, 8)], alpha=1),
+        ("`weights`", "map target paths", "list"),
+        TypeError,
+    ),
+    "weights: empty": Refusal(
+        lambda s: s.mux.add_adapter("new", {}, alpha=1), ("`weights`", "at least one"), ValueError
+    ),
+    "weights: no pair": Refusal(
+        lambda s: s.mux.add_adapter("new", {"0": torch.ones(2, 8)}, alpha=1),
+        ("`weights['0']`", "pair (A, B)", "Tensor"),
+        TypeError,
+    ),
+    "weights: no target": Refusal(
+        lambda s: s.mux.add_adapter("new", {"0": s.pair(8, 8), "1": s.pair(8, 8)}, alpha=1),
+        ("`weights`", "'1' must be a target", "1 of 2"),
+        ValueError,
+    ),
+    "weights: second does not fit": Refusal(
+        lambda s: s.mux.add_adapter("new", {"0": s.pair(8, 8), "2": s.pair(8, 8)}, alpha=1),
+        ("weights['2'].B`", "[4, 2]", "[8, 2]"),
+        ValueError,
+    ),
+    "layer of a model": Refusal(
+        lambda s: s.model[0].add_adapter("new", *s.pair(8, 8), alpha=1),
+        ("`add_adapter`", "the Mux that attach() returned"),
+        ValueError,
+    ),
+    "remove: unknown": Refusal(lambda s: s.mux.remove("x"), ("'x'", "loaded"), KeyError),
+    "load: taken name": Refusal(
+        lambda s: s.mux.load("sql", "nowhere"), ("`name`", "new", "'sql'"), ValueError
+    ),
+    # routes
+    "rows: type": Refusal(lambda s: s.routed("sql"), ("`rows`", "one entry per sample"), TypeError),
+    "rows: entry": Refusal(lambda s: s.routed([3]), ("`rows[0]`", "a name", "int"), TypeError),
+    "rows: unknown": Refusal(
+        lambda s: s.routed(["sql", "frnch", None]), ("'frnch'", "did you mean 'french'"), KeyError
+    ),
+    "rows: twice": Refusal(
+        lambda s: s.routed([("sql", "sql")]), ("`rows[0]`", "once", "use a weight"), ValueError
+    ),
+    "rows: base among others": Refusal(
+        lambda s: s.routed([("sql", "__base__")]), ("`rows[0]`", "__base__", "alone"), ValueError
+    ),
+    "rows: weight": Refusal(
+        lambda s: s.routed([{"sql": "1"}]), ("`rows[0]`", "number", "str"), TypeError
+    ),
+    "rows: weight nan": Refusal(
+        lambda s: s.routed([{"sql": NAN}]), ("`rows[0]`", "finite", "nan"), ValueError
+    ),
+    "rows: count": Refusal(lambda s: s.routed(["sql"]), ("`rows`", "here 3", "got 1"), ValueError),
+    "rows: handle": Refusal(
+        lambda s: s.routed(index([0], [99], [0])), ("`index[1, 0]`", "got 99"), KeyError
+    ),
+    "weights with names": Refusal(
+        lambda s: s.routed(["sql"], torch.ones(1, 1)), ("`weights`", "mapping"), ValueError
+    ),
+    "expand": Refusal(
+        lambda s: s.routed(["sql"], expand="repeat"), ("`expand`", "'tile'", "'repeat'"), ValueError
+    ),
+    "route_tokens: count": Refusal(
+        lambda s: s.routed_tokens(["sql"]),
+        ("one row per token", "here 3", "got 1"),
+        ValueError,
+    ),
+    "set_adapter: unknown": Refusal(
+        lambda s: s.mux.set_adapter("x"), ("unknown adapter 'x'", "loaded"), KeyError
+    ),
+    "set_adapter: type": Refusal(
+        lambda s: s.mux.set_adapter(3), ("`adapter`", "a name", "int"), TypeError
+    ),
+    "set_adapter: weights": Refusal(
+        lambda s: s.mux.set_adapter(["sql", "french"], weights=[1.0]),
+        ("`weights`", "each of the 2", "got 1"),
+        ValueError,
+    ),
+    "set_adapter: weights and mapping": Refusal(
+        lambda s: s.mux.set_adapter({"sql": 1.0}, weights=[1.0]), ("`weights`", "None"), ValueError
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name: str) -> None:
+    stage, refusal = Stage(), REFUSALS[name]
+    before = stage.state()
+    with pytest.raises(lora_mux.LoraMuxError) as caught:
+        refusal.act(stage)
+    assert isinstance(caught.value, refusal.kind)
+    for part in refusal.says:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+    after = stage.state()
+    assert len(after) == len(before)
+    for was, now in zip(before, after, strict=True):
+        assert torch.equal(was, now) if isinstance(was, Tensor) else was == now
+
+
+def test_the_state_sees_a_change() -> None:
+    """The check above can fail: each of these leaves another state."""
+    changes: list[Callable[[Stage], object]] = [
+        lambda s: s.add("new"),
+        lambda s: s.mux.set_adapter(None),
+        lambda s: s.mux.remove("french"),
+        lambda s: s.mux.detach(),
+        lambda s: lora_mux.attach(s.plain),
+    ]
+    for change in changes:
+        stage = Stage()
+        before = stage.state()
+        change(stage)
+        same = [
+            was.shape == now.shape and torch.equal(was, now)
+            if isinstance(was, Tensor)
+            else was == now
+            for was, now in zip(before, stage.state(), strict=False)
+        ]
+        assert not all(same)
+
+
+def test_a_detached_mux() -> None:
+    stage = Stage()
+    stage.mux.detach()
+    calls: list[Callable[[], object]] = [
+        lambda: stage.mux.load("new", "folder"),
+        lambda: stage.mux.add_adapter("new", {"0": stage.pair(8, 8)}, alpha=1),
+        lambda: stage.mux.remove("sql"),
+        lambda: stage.mux.route(["sql"]),
+        lambda: stage.mux.route_tokens(["sql"]),
+        lambda: stage.mux.set_route(None),
+        lambda: stage.mux.set_adapter("sql"),
+        lambda: stage.mux.disable_adapter(),
+        lambda: stage.mux.detach(),
+    ]
+    for call in calls:
+        with pytest.raises(lora_mux.errors.DetachedError, match=re.escape("attach()")):
+            call()
