@@ -40,6 +40,16 @@ def test_a_neighbours_weight_changes_no_bit() -> None:
     assert torch.equal(loud[0], clean[0])
 
 
+def test_another_rows_adapter_that_overflows_changes_no_bit() -> None:
+    """Its h for this row is infinite: it must be left out by selecting, for inf * 0 is NaN."""
+    mux, (a, *_) = layer()
+    huge = mux.add_adapter("huge", torch.full((2, 16), 3e38), torch.ones(12, 2), alpha=1)
+    x = torch.full((3, 16), 9.0)
+    clean = mux(x, lora_mux.Routing(torch.tensor([[a], [-1], [a]])))
+    got = mux(x, lora_mux.Routing(torch.tensor([[a], [-1], [huge]])))
+    assert torch.equal(got[:2], clean[:2]) and got[2].isinf().all()
+
+
 def test_permuted_rows_give_permuted_outputs() -> None:
     mux, handles = layer()
     index = torch.tensor([*handles, -1])[torch.randint(0, 4, (9, 2))]
@@ -150,6 +160,21 @@ class TestPool:
         mux, _ = layer((3, 8))
         mux.remove_adapter("a1")
         assert not mux.mux_pool.A_rows[3:11].any() and not mux.mux_pool.B_rows[3:11].any()
+
+    def test_a_slots_next_tenant_has_no_part_of_the_last(self) -> None:
+        """The next tenant leaves layer 0 alone, where the last one had rank rows."""
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        mux = lora_mux.attach(model)
+        pair = (torch.ones(2, 4), torch.ones(4, 2))
+        last = mux.add_adapter("last", {"0": pair, "1": pair}, alpha=2)
+        mux.remove("last")
+        next_ = mux.add_adapter("next", {"1": pair}, alpha=2)
+        assert last & 0xFFFF == next_ & 0xFFFF
+        mux.add_adapter("other", {"0": pair}, alpha=2)  # takes the rank rows that were freed
+        x = torch.ones(1, 4)
+        with mux.route(["next"]):
+            got = model[0](x)
+        assert torch.equal(got, model[0](x))
 
     def test_a_tenant_after_a_biased_one_has_no_bias(self) -> None:
         mux = lora_mux.MuxLinear(nn.Linear(4, 4))

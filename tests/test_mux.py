@@ -155,9 +155,37 @@ class TestRoutes:
         mux.set_adapter(None)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], layer(X)[1])
 
+    def test_disable_wins_over_an_explicit_routing(self) -> None:
+        model, mux = attached()
+        routing = lora_mux.Routing(torch.tensor([[mux.adapters["a"]]] * 3))
+        base = model.layers[0](X)
+        with mux.disable_adapter():
+            assert torch.equal(model.layers[0](X, routing), base)
+        assert not torch.equal(model.layers[0](X, routing), base)
+
 
 class TestWrongBatches:
     """A batch that is not the routed one raises, whatever divides what."""
+
+    @pytest.mark.parametrize("tokens", [1, 5, 6])
+    def test_a_layer_that_sees_tokens_first(self, tokens: int) -> None:
+        """[tokens, samples, features], as torch's own attention has it: not rows of samples."""
+
+        class TokensFirst(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(8, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+        model = TokensFirst()
+        mux = lora_mux.attach(model)
+        add(mux, "a")
+        x = torch.randn(3, tokens, 8)
+        with mux.route(["a", None, "a"]):
+            with pytest.raises(lora_mux.errors.RoutingError, match="begin with the batch of 3"):
+                model(x)
 
     @pytest.mark.parametrize("samples", [1, 2, 4, 6])
     def test_samples_differ_from_rows(self, samples: int) -> None:
