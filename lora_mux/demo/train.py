@@ -19,7 +19,7 @@ from .encoder import Encoder, pooled
 from .errors import DemoError
 from .tasks import Task
 
-STEPS = 40
+STEPS = 60
 BATCH = 24
 LEARNING_RATE = 2e-3
 TEMPERATURE = 0.05
