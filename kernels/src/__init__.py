@@ -1,4 +1,5 @@
-"""The Triton kernels of lora_mux: plan, shrink, expand. None is here yet.
+"""The Triton kernels of lora_mux: plan, shrink, expand, and their launchers.
 
-This package imports torch and triton, and nothing of lora_mux; only `lora_mux.ops` imports it.
+Imports torch and triton, and nothing of lora_mux; there only `ops` and `operators` import it,
+when they need it.
 """

@@ -1,0 +1,216 @@
+"""Launchers: outputs, grids and tiles of the kernels, from shapes alone.
+
+Nothing here reads a tensor's values, so nothing syncs, and a CUDA graph that captured a launch
+replays right for other values. Tensors are on one device, inner strides are 1 unless said.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Architecture, Config
+from .expand import expand_kernel
+from .plan import plan_kernel
+from .rank_blocks import RANK_BLOCK
+from .shrink import shrink_kernel
+
+# Set by TRITON_INTERPRET=1 when triton was imported: kernels run on CPU tensors, slowly.
+INTERPRETED = not isinstance(plan_kernel, triton.JITFunction)
+DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Windows of a union: a search over more of it at once would not fit the registers.
+UNION_WINDOW = 64
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> Architecture:
+    """The one place that asks a device what it is."""
+    if device.type != "cuda":
+        return Architecture("sm_90", 132)  # the interpreter computes as on an H200
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.partition(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return Architecture(name, properties.multi_processor_count)
+
+
+def plan(
+    index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(slots, strength, union, length, place, state) of a batch; see plan.py for their meaning.
+
+    Args:
+        index: [M, J] int32 or int64, of any strides.
+        weight: [M, J] floating, of any strides.
+        live: [65536] int32, the handle of each slot's tenant, or -1.
+        capacity: more than the slot of any adapter alive, now and while a graph is replayed.
+        block_m: rows of a tile.
+    """
+    M, J = index.shape
+    # One tile more than there are: lora_mux.tiles.shapes says why.
+    T, U = triton.cdiv(M, block_m) + 1, max(1, min(block_m * J, capacity))
+    slots = index.new_empty((M, J), dtype=torch.int32)
+    strength = weight.new_empty((M, J), dtype=torch.promote_types(weight.dtype, torch.float32))
+    union = index.new_empty((T, U), dtype=torch.int32)
+    length = index.new_empty(T, dtype=torch.int32)
+    place = index.new_empty((T, U, block_m), dtype=torch.int16)
+    state = index.new_empty(M, dtype=torch.int8)
+    if J == 0:
+        length.zero_()
+        state.zero_()
+    elif M:
+        block_u = 16
+        plan_kernel[(T - 1, triton.cdiv(U, block_u))](
+            index,
+            weight,
+            live,
+            slots,
+            strength,
+            union,
+            length,
+            place,
+            state,
+            M=M,
+            J=J,
+            U=U,
+            stride_im=index.stride(0),
+            stride_ij=index.stride(1),
+            stride_wm=weight.stride(0),
+            stride_wj=weight.stride(1),
+            BLOCK_M=block_m,
+            BLOCK_J=triton.next_power_of_2(J),
+            BLOCK_U=block_u,
+        )
+    return slots, strength, union, length, place, state
+
+
+def shrink(
+    x: Tensor,
+    A_rows: Tensor,
+    h: Tensor,
+    strength: Tensor | None,
+    union: Tensor,
+    length: Tensor,
+    place: Tensor,
+    offset: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    constant: Tensor | None,
+    config: Config,
+) -> None:
+    """h [split_k, M, J, R] = A_rows [C, at least K, zeros from there on] applied to x [M, K].
+
+    Args:
+        strength: [M, J]; None: strength and scaling length 1.
+        constant: [C] bool, the rank rows whose h is 1 in the place of A x; None: no row.
+    """
+    assert product_itemsize(x, A_rows) == 2 or config.block_m < 64, "TF32 on sm_100"
+    (M, K), (_, _, J, R), U = x.shape, h.shape, union.shape[1]
+    tiles = triton.cdiv(M, config.block_m)
+    # Programs for every group of blocks there may be, until the machine is full twice.
+    groups = triton.cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
+    fill = 2 * architecture(x.device).processors // (tiles * config.split_k)
+    shrink_kernel[(tiles, min(groups, max(1, fill)), config.split_k)](
+        x,
+        A_rows,
+        h,
+        strength,
+        union,
+        length,
+        place,
+        offset,
+        rank,
+        scaling,
+        constant,
+        M=M,
+        K=K,
+        J=J,
+        R=R,
+        U=U,
+        stride_xm=x.stride(0),
+        stride_ac=A_rows.stride(0),
+        HAS_STRENGTH=strength is not None,
+        HAS_CONSTANT=constant is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_U=_window(U),
+        GROUP=config.shrink_group,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        DOT_DTYPE=_dot_dtype(x, A_rows),
+        num_warps=config.shrink_warps,
+        num_stages=config.shrink_stages,
+        **_registers(config),
+    )
+
+
+def expand(
+    h: Tensor,
+    B_rows: Tensor,
+    y: Tensor,
+    union: Tensor,
+    length: Tensor,
+    place: Tensor,
+    state: Tensor,
+    offset: Tensor,
+    rank: Tensor,
+    config: Config,
+) -> None:
+    """y [M, N] += B_rows [C, at least N, zeros from there on] applied to h [split_k, M, J, R]."""
+    (M, N), (_, _, J, R), U = y.shape, h.shape, union.shape[1]
+    expand_kernel[(triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n))](
+        h,
+        B_rows,
+        y,
+        union,
+        length,
+        place,
+        state,
+        offset,
+        rank,
+        M=M,
+        N=N,
+        J=J,
+        R=R,
+        U=U,
+        stride_bc=B_rows.stride(0),
+        stride_ym=y.stride(0),
+        BLOCK_M=config.block_m,
+        BLOCK_U=_window(U),
+        GROUP=config.expand_group,
+        BLOCK_N=config.block_n,
+        SPLIT_K=config.split_k,
+        DOT_DTYPE=_dot_dtype(y, B_rows),
+        num_warps=config.expand_warps,
+        num_stages=config.expand_stages,
+        **_registers(config),
+    )
+
+
+def h_shape(slots: Tensor, max_rank: int, config: Config) -> tuple[int, int, int, int]:
+    """[split_k, M, J, R]: R is `max_rank`, at least every rank of the pool, in whole blocks."""
+    blocks = max(1, triton.cdiv(max_rank, RANK_BLOCK.value))
+    return config.split_k, slots.shape[0], slots.shape[1], blocks * RANK_BLOCK.value
+
+
+def product_itemsize(*tensors: Tensor) -> int:
+    """Bytes of an element of the products: 2 when all tensors share a 16-bit type."""
+    (dtype, *others) = {tensor.dtype for tensor in tensors}
+    return 2 if dtype in DOT_DTYPES and not others else 4
+
+
+def _dot_dtype(*tensors: Tensor) -> tl.dtype:
+    """Tensor cores for 16-bit types; everything else is multiplied in fp32."""
+    return DOT_DTYPES[tensors[0].dtype] if product_itemsize(*tensors) == 2 else tl.float32
+
+
+def _registers(config: Config) -> dict[str, int]:
+    """A limit for the compiler; only NVIDIA's knows the option."""
+    return {} if config.registers is None else {"maxnreg": config.registers}
+
+
+def _window(U: int) -> int:
+    window: int = triton.next_power_of_2(U)
+    return min(UNION_WINDOW, max(16, window))

@@ -1,0 +1,89 @@
+"""plan: what the rows of each tile select, once per forward pass, for all layers.
+
+    slots[m, j] = slot of the handle index[m, j], or -1
+    union[t, :length[t]] = sorted({slots[m, j] : m in tile t, slots[m, j] >= 0})
+    place[t, u, m] = min {j : slots[t * BLOCK_M + m, j] = union[t, u]}, or -1 when there is none
+    strength[m, j] = sum of weight[m, j'] over the j' with slots[m, j'] = slots[m, j], for a first j
+    state[m] = 0: row m selects nothing; 1: it selects; 2: it names a handle that is not alive
+
+A handle is generation << 16 | slot; live[slot] is the handle of the slot's present tenant, or -1.
+No sync, no atomics, sizes from shapes alone: it can be captured in a CUDA graph.
+"""
+
+import triton
+import triton.language as tl
+
+SLOT_MASK = tl.constexpr(0xFFFF)
+
+
+@triton.jit(do_not_specialize=["M", "U"])
+def plan_kernel(
+    index_ptr,  # [M, J] int32 or int64: handles, -1 = none
+    weight_ptr,  # [M, J] floating
+    live_ptr,  # [65536] int32
+    slots_ptr,  # [M, J] int32, written
+    strength_ptr,  # [M, J] fp32, written where place points to
+    union_ptr,  # [cdiv(M, BLOCK_M), U] int32, written up to length
+    length_ptr,  # [cdiv(M, BLOCK_M)] int32, written
+    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16, written up to length
+    state_ptr,  # [M] int8, written
+    M,
+    J,
+    U,
+    stride_im,
+    stride_ij,
+    stride_wm,
+    stride_wj,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # a power of two, at least J
+    BLOCK_U: tl.constexpr,
+):
+    """One tile's rows x BLOCK_U places of its union; the sort is cheap enough to be repeated."""
+    pid_m = tl.program_id(0).to(tl.int64)
+    pid_u = tl.program_id(1)
+    tile_m = tl.arange(0, BLOCK_M)
+    offs_m = pid_m * BLOCK_M + tile_m
+    offs_j = tl.arange(0, BLOCK_J)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_j < J)[None, :]
+    # [BLOCK_M, BLOCK_J]
+    handle = tl.load(
+        index_ptr + offs_m[:, None] * stride_im + offs_j[None, :] * stride_ij, mask=mask, other=-1
+    ).to(tl.int64)
+    weight = tl.load(
+        weight_ptr + offs_m[:, None] * stride_wm + offs_j[None, :] * stride_wj,
+        mask=mask,
+        other=0.0,
+    ).to(tl.float32)
+    # Masked to 16 bits any handle, a negative one too, stays inside the table.
+    live = tl.load(live_ptr + (handle & SLOT_MASK), mask=mask, other=-1)
+    alive = (live == handle) & (handle >= 0)
+    slots = tl.where(alive, handle & SLOT_MASK, -1).to(tl.int32)
+
+    # [BLOCK_M * BLOCK_J]
+    ordered = tl.sort(tl.reshape(slots, [BLOCK_M * BLOCK_J]))
+    offs = tl.arange(0, BLOCK_M * BLOCK_J)
+    first = (ordered >= 0) & (
+        (offs == 0) | (ordered != tl.gather(ordered, tl.maximum(offs - 1, 0), axis=0))
+    )
+    position = tl.cumsum(first.to(tl.int32), axis=0) - 1
+    length = tl.sum(first.to(tl.int32))
+
+    if pid_u == 0:
+        dead = (alive == 0) & (handle != -1)
+        state = tl.max(tl.where(dead, 2, alive.to(tl.int32)), axis=1)
+        tl.store(slots_ptr + offs_m[:, None] * J + offs_j[None, :], slots, mask=mask)
+        tl.store(state_ptr + offs_m, state.to(tl.int8), mask=mask_m)
+        tl.store(union_ptr + pid_m * U + position, ordered, mask=first)
+        tl.store(length_ptr + pid_m, length)
+
+    for u in range(pid_u * BLOCK_U, tl.minimum(length, (pid_u + 1) * BLOCK_U)):
+        slot = tl.sum(tl.where(first & (position == u), ordered, 0))
+        here = slots == slot
+        place = tl.min(tl.where(here, offs_j[None, :], BLOCK_J), axis=1)
+        selects = place < BLOCK_J
+        # Selected, not multiplied by 0: the weight of another place may be NaN.
+        strength = tl.sum(tl.where(here, weight, 0.0), axis=1)
+        tl.store(strength_ptr + offs_m * J + place, strength, mask=selects)
+        place_tile = place_ptr + (pid_m * U + u) * BLOCK_M
+        tl.store(place_tile + tile_m, tl.where(selects, place, -1).to(tl.int16))
