@@ -9,6 +9,7 @@
     |-- TargetError          (ValueError)    a model or a layer that cannot carry adapters
     |-- BackendError         (ValueError)    a backend that does not exist or cannot run here
     |-- UnknownAdapterError  (KeyError)      a name or a handle that no adapter has (any more)
+    |-- PoolCapacityError    (RuntimeError)  an adapter too many for a pool that can not grow
     |-- RoutingBusyError     (RuntimeError)  another thread is inside a `with` block of this model
     `-- DetachedError        (RuntimeError)  a Mux that was used after detach()
 
@@ -54,6 +55,10 @@ class UnknownAdapterError(LoraMuxError, KeyError):
 
     # KeyError shows the repr of its argument, which would put the whole message in quotes.
     __str__ = Exception.__str__
+
+
+class PoolCapacityError(LoraMuxError, RuntimeError):
+    """An adapter does not fit into a pool that can not grow, because a CUDA graph reads it."""
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):

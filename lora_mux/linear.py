@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import AdapterError, ArgumentTypeError, InputError, RoutingError, TargetError
+from .errors import (
+    AdapterError,
+    ArgumentTypeError,
+    InputError,
+    PoolCapacityError,
+    RoutingError,
+    TargetError,
+)
 from .pool import LoraWeights, Pool
 from .router import Router
 from .routing import Routing, number
@@ -30,7 +37,10 @@ class MuxLinear(nn.Module):
 
     Args:
         linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features.
-        backend: "auto" or "reference" ("triton" is refused until the kernels are there).
+        backend: "auto" (Triton on CUDA and ROCm, the reference elsewhere), "triton" or
+            "reference".
+        batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
+            batch the row comes in; costs speed for many rows.
 
     Raises:
         TargetError: not a linear layer, or one whose forward is patched on the instance.
@@ -48,9 +58,12 @@ class MuxLinear(nn.Module):
     mux_pool: Pool
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
+    mux_settings: ops.Settings
+    mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
-    def __new__(cls, linear: nn.Module, *, backend: ops.Backend = "auto") -> "MuxLinear":
-        ops.check_backend(backend)
+    def __new__(
+        cls, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+    ) -> "MuxLinear":
         check_linear(linear, "linear")
         twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
         # The registries are copied, so that a buffer or hook of one is not one of the other.
@@ -59,8 +72,11 @@ class MuxLinear(nn.Module):
         )
         return twin
 
-    def __init__(self, linear: nn.Module, *, backend: ops.Backend = "auto") -> None:
-        equip(self, Slots(), router=None, dtype=dtype_of(linear, torch.get_default_dtype()))
+    def __init__(
+        self, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+    ) -> None:
+        settings = ops.Settings(backend, batch_invariant)
+        equip(self, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
 
     def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features].
@@ -73,11 +89,15 @@ class MuxLinear(nn.Module):
         Raises:
             InputError: x does not end in in_features.
             RoutingError: the routing's rows fit neither the rows nor the samples of x.
-            UnknownAdapterError: the index holds a handle whose adapter is not there.
+            UnknownAdapterError: the index holds a handle whose adapter is not there. On a GPU the
+                row's output becomes NaN instead, and routing.check() raises.
+            BackendError: Triton was asked for by name, and can not run on x.
         """
         plan = self._plan(x, routing)
         y: Tensor = super().forward(x, **kwargs)
-        return y if plan is None else ops.add_lora(y, x, self.mux_pool, plan)
+        if plan is None:
+            return y
+        return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
 
     def _plan(self, x: Tensor, routing: Routing | None) -> ops.Plan | None:
         router = self.mux_router
@@ -88,14 +108,19 @@ class MuxLinear(nn.Module):
             raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
         if routing is None:
             assert router is not None
-            return router.plan(x)
+            return router.plan(x, self.mux_pool)
         if not isinstance(routing, Routing):
             raise ArgumentTypeError(
                 f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
             )
         if router is not None and router.disabled:
             return None
-        return ops.plan(_spread(routing, x).to(x.device), self.mux_slots)
+        spread = _spread(routing, x)
+        method = ops.method(self.mux_settings, x, spread.rows, self.mux_pool)
+        if spread.index.device != x.device:
+            self.mux_slots.resolve(routing.index)  # on the host, where it raises
+            spread = spread.to(x.device)
+        return ops.plan(spread, self.mux_slots, method)
 
     @property
     def adapters(self) -> Mapping[str, int]:
@@ -130,9 +155,21 @@ class MuxLinear(nn.Module):
         self.mux_slots.check_new(name)
         factor = scaling_from(alpha, scaling, A)
         weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
+        check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = self.mux_slots.add(name)
-        self.mux_pool.write(slot_of(handle), weights)
+        self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
         return handle
+
+    def reserve(self, adapters: int, rank: int) -> None:
+        """Make room for that many adapters of up to that rank, so that buffers stay in place.
+
+        What a captured CUDA graph reads can not grow: reserve before capturing. A bias counts as
+        one more rank.
+        """
+        self._refuse_attached("reserve")
+        check_reservation(self.mux_slots, adapters, rank)
+        self.mux_slots.capacity = max(self.mux_slots.capacity, adapters)
+        self.mux_pool.reserve(adapters * rank, self.mux_slots.capacity, rank)
 
     def remove_adapter(self, name: str) -> None:
         """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
@@ -159,30 +196,61 @@ def _rebuild(linear_class: type[nn.Module]) -> MuxLinear:
 def mux_class(linear_class: Any) -> type[MuxLinear]:
     """The class of MuxLinears over `linear_class`: both, with MuxLinear's forward in front."""
     name = f"Mux{linear_class.__name__}"
-    return type(name, (MuxLinear, linear_class), {"__module__": __name__})
+    # F.linear's result is new; what another forward returns may be anybody's.
+    owns = linear_class.forward is nn.Linear.forward
+    return type(name, (MuxLinear, linear_class), {"__module__": __name__, "mux_owns_output": owns})
 
 
-def equip(layer: MuxLinear, slots: Slots, router: Router | None, dtype: torch.dtype) -> None:
+def equip(
+    layer: MuxLinear,
+    slots: Slots,
+    router: Router | None,
+    settings: ops.Settings,
+    dtype: torch.dtype,
+) -> None:
     """Give a layer whose class is a MuxLinear its empty pool."""
     in_features, out_features = features(layer)
     layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
     layer.mux_slots = slots
     layer.mux_router = router
+    layer.mux_settings = settings
 
 
 def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
     """Make a checked linear a MuxLinear in place, by its class: names, keys and hooks stay."""
     linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
-    equip(linear, router.slots, router, dtype)
+    equip(linear, router.slots, router, router.settings, dtype)
     return linear
 
 
 def swap_out(layer: MuxLinear) -> None:
     """The linear layer as it was before swap_in."""
-    for name in ("mux_pool", "mux_slots", "mux_router"):
+    for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings"):
         delattr(layer, name)
     layer.__class__ = type(layer).__bases__[1]
+
+
+def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:
+    """Refuse to move a pool that a CUDA graph reads: the graph would go on reading the old one."""
+    if slots.captured and not pool.fits(weights, slots.next_slot()):
+        raise PoolCapacityError(
+            f"`{argument}` must fit into the pool, which can not grow because a captured CUDA "
+            f"graph reads it, got rank {weights.A.shape[0]} beside {len(slots.handles)} adapters "
+            f"in {pool.A_rows.shape[0]} rank rows (largest rank {pool.max_rank}, "
+            f"{pool.rank.shape[0]} slots); reserve() more before capturing"
+        )
+
+
+def check_reservation(slots: Slots, adapters: object, rank: object) -> None:
+    """Refuse what reserve() can not do."""
+    for name, value in (("adapters", adapters), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentTypeError(f"`{name}` must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise AdapterError(f"`{name}` must be at least 1, got {value}")
+    if slots.captured:
+        raise PoolCapacityError("reserve() comes before capturing: a CUDA graph reads this pool")
 
 
 def scaling_from(alpha: object, scaling: object, A: object) -> float:

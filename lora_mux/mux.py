@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from . import ops
 from .checkpoint import read_checkpoint
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
-from .linear import MuxLinear, scaling_from, swap_in, swap_out
+from .linear import (
+    MuxLinear,
+    check_reservation,
+    check_room,
+    scaling_from,
+    swap_in,
+    swap_out,
+)
 from .pool import LoraWeights
 from .router import Route, Router
 from .routing import Routing, Selection, from_names, number, selection
@@ -30,6 +37,7 @@ def attach(
     targets: str | Sequence[str] = "all-linear",
     *,
     backend: ops.Backend = "auto",
+    batch_invariant: bool = False,
 ) -> "Mux":
     """Let the rows of a model's batches choose their own adapters; in place.
 
@@ -41,7 +49,10 @@ def attach(
         model: any nn.Module.
         targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
             path suffixes (["q_proj", "v_proj"]), or a regular expression for whole paths.
-        backend: "auto" or "reference" ("triton" is refused until the kernels are there).
+        backend: "auto" (Triton on CUDA and ROCm, the reference elsewhere), "triton" or
+            "reference".
+        batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
+            batch the row comes in; costs speed for many rows.
 
     Raises:
         TargetError: nothing matches, a match can not carry adapters, or the model has a Mux.
@@ -61,21 +72,23 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    ops.check_backend(backend)
+    settings = ops.Settings(backend, batch_invariant)
     if any(isinstance(module, MuxLinear) for module in model.modules()):
         raise TargetError(
             "`model` must be plain, got one that is attached already; detach it first"
         )
-    return Mux(model, find_targets(model, targets))
+    return Mux(model, find_targets(model, targets), settings)
 
 
 class Mux:
     """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, nn.Module], settings: ops.Settings
+    ) -> None:
         self._model: nn.Module | None = model
         self._slots = Slots()
-        self._router = Router(self._slots)
+        self._router = Router(self._slots, settings)
         plain = (dtype_of(module, torch.int8) for module in model.modules())
         default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
         self._layers = {
@@ -163,6 +176,18 @@ class Mux:
             A, B = pair
             parts[path] = LoraWeights(A, B, scaling_from(alpha, scaling, A))
         return self._add(name, parts, "weights")
+
+    def reserve(self, adapters: int, rank: int) -> None:
+        """Make room in every layer for that many adapters of up to that rank.
+
+        What a captured CUDA graph reads can not grow: reserve before capturing. A bias counts as
+        one more rank.
+        """
+        self._check_attached()
+        check_reservation(self._slots, adapters, rank)
+        self._slots.capacity = max(self._slots.capacity, adapters)
+        for layer in self._layers.values():
+            layer.mux_pool.reserve(adapters * rank, self._slots.capacity, rank)
 
     def remove(self, name: str) -> None:
         """Free an adapter in all layers. Its handle raises from now on, and never means another."""
@@ -285,11 +310,13 @@ class Mux:
             path: self._layers[path].mux_pool.check(part, f"{source}[{path!r}]")
             for path, part in weights.items()
         }
+        for path, part in checked.items():
+            check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")
         handle = self._slots.add(name)
         slot = slot_of(handle)
         try:
             for path, layer in self._layers.items():
-                layer.mux_pool.write(slot, checked.get(path))
+                layer.mux_pool.write(slot, checked.get(path), self._slots.capacity)
         except BaseException:
             self.remove(name)
             raise

@@ -1,51 +1,192 @@
 """One door to the backends: plan once per forward pass, then add the adapters to each layer's y.
 
-"reference" runs everywhere. "triton" is where `lora_mux.kernels` plugs in; it holds no kernels
-yet, so asking for it is an error, and "auto" means the reference on every device.
+"reference" runs everywhere. "triton" runs `lora_mux.kernels` on CUDA and ROCm, and on the CPU when
+TRITON_INTERPRET=1 is set, slowly, to try the kernels without a GPU. "auto" means Triton where it
+can run and the reference elsewhere; what was asked for by name never falls back.
 """
 
-from typing import Literal, TypeAlias
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
-from . import reference
+from . import operators, reference, tiles
 from .errors import BackendError
 from .pool import Pool
 from .routing import Routing
 from .slots import Slots
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
-Plan: TypeAlias = reference.Plan
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_backend(backend: str) -> None:
-    """Refuse a backend that does not exist, or that this version can not run."""
-    if backend not in ("auto", "triton", "reference"):
-        raise BackendError(f"`backend` must be 'auto', 'triton' or 'reference', got {backend!r}")
-    if backend == "triton":
+@dataclass(frozen=True)
+class Settings:
+    """How a layer computes its adapters.
+
+    Raises:
+        BackendError: a backend that does not exist, or that can never run here.
+    """
+
+    backend: Backend = "auto"
+    batch_invariant: bool = False  # a row's bits do not depend on the batch around it
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "triton", "reference"):
+            raise BackendError(
+                f"`backend` must be 'auto', 'triton' or 'reference', got {self.backend!r}"
+            )
+        if self.backend == "triton":
+            if not _has_triton():
+                raise BackendError(
+                    "`backend` 'triton' needs the package triton, which is not installed; "
+                    "use 'auto' or 'reference'"
+                )
+            if not (_interpreted() or torch.cuda.is_available()):
+                raise BackendError(
+                    "`backend` 'triton' needs a CUDA or ROCm GPU, and torch sees none; use 'auto' "
+                    "or 'reference', or set TRITON_INTERPRET=1 before Python starts to try the "
+                    "kernels on the CPU"
+                )
+
+
+class Method(NamedTuple):
+    """How the adapters of one layer are added; layers with the same method share a plan."""
+
+    operators: bool  # else the reference itself, with the host's checks of the index
+    triton: bool = False
+    block_m: int = 0  # rows of a tile
+    batch_invariant: bool = False
+
+
+class TiledPlan(NamedTuple):
+    """A plan for the operators."""
+
+    tensors: operators.Plan
+    method: Method
+
+
+Plan: TypeAlias = TiledPlan | reference.Plan
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    from .kernels import launch
+
+    return launch.INTERPRETED
+
+
+def method(settings: Settings, x: Tensor, rows: int, pool: Pool) -> Method:
+    """How adapters are added for a layer's input x of that many rows.
+
+    Raises:
+        BackendError: Triton was asked for by name, and can not run on x.
+    """
+    triton = _runs_triton(settings.backend, x, pool.A_rows.dtype)
+    if not triton and not torch.compiler.is_compiling():
+        return Method(operators=False)
+    from .kernels.config import tile_rows
+
+    # Under autocast the base may answer in another dtype, and then products are fp32.
+    half = x.dtype == pool.A_rows.dtype and x.element_size() == 2
+    itemsize = 2 if half and not torch.is_autocast_enabled(x.device.type) else 4
+    block_m = tile_rows(rows, itemsize, settings.batch_invariant)
+    return Method(True, triton, block_m, settings.batch_invariant)
+
+
+def _runs_triton(backend: Backend, x: Tensor, pool: torch.dtype) -> bool:
+    if backend == "reference":
+        return False
+    fits = x.dtype in TRITON_DTYPES and pool in TRITON_DTYPES
+    if backend == "auto":
+        return fits and x.is_cuda and _has_triton()
+    if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         raise BackendError(
-            "`backend` 'triton': this version of lora_mux holds no Triton kernels yet; "
+            f"`backend` 'triton' runs on CUDA and ROCm, got x on {x.device}; move the model, or "
             "use 'auto' or 'reference'"
         )
+    if not fits:
+        raise BackendError(
+            f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {x.dtype} and "
+            f"adapters of {pool}; use 'auto' or 'reference'"
+        )
+    return True
 
 
 def backend_reason() -> str:
     """The backend that "auto" means here, and why."""
-    return "reference (this version of lora_mux holds no Triton kernels yet)"
+    if not _has_triton():
+        return "reference (triton is not installed)"
+    if not torch.cuda.is_available():
+        return "reference (torch sees no CUDA or ROCm GPU)"
+    return f"triton on {torch.cuda.get_device_name()}, reference elsewhere"
 
 
-def plan(routing: Routing, slots: Slots) -> Plan | None:
-    """The plan of a routing with one row per row of x; None when no row selects an adapter.
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may sync or come from the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
+    """The plan of a routing with one row per row of x, on x's device.
+
+    None when no row selects an adapter, where that can be told without a sync.
 
     Raises:
-        UnknownAdapterError: the index holds a handle whose adapter is not there.
+        UnknownAdapterError: the index holds a handle whose adapter is not there. The operators
+            do not raise: such a row's output is NaN, and routing.check() raises.
     """
-    resolved = slots.resolve(routing.index)
-    made = reference.plan(resolved, routing.weight)
-    return made if len(made.slots) else None
+    index, weight = routing.index, routing.weight
+    if not method.operators:
+        made = reference.plan(slots.resolve(index), weight)
+        return made if len(made.slots) else None
+    if capturing(index.device):
+        slots.captured = True
+    tensors = operators.Plan(
+        *torch.ops.lora_mux.plan(
+            index,
+            weight.detach(),
+            slots.live(index.device),
+            slots.capacity,
+            method.block_m,
+            method.triton,
+        )
+    )
+    routing.states[:] = [tensors.state]
+    if weight.requires_grad and torch.is_grad_enabled():
+        weight = weight.to(tensors.strength.dtype)
+        tensors = tensors._replace(strength=tiles.strength_of(tensors.slots, weight))
+    return TiledPlan(tensors, method)
 
 
-def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan) -> Tensor:
-    """y [..., N] plus the adapters' part for x [..., K]; y itself when no adapter is here."""
-    rows = reference.add_lora(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), pool, plan)
-    return rows.reshape(y.shape)
+def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tensor:
+    """y [..., N] plus the adapters' part for x [..., K]; y itself when no adapter is here.
+
+    Args:
+        owned: y's storage is nobody else's, so that it may be written to.
+    """
+    y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if isinstance(plan, reference.Plan):
+        return reference.add_lora(y_rows, x_rows, pool.rows, plan).reshape(y.shape)
+    tensors, method = plan
+    arguments = (
+        *(y_rows, x_rows, *pool.rows, *tensors),
+        *(pool.max_rank, method.batch_invariant, method.triton),
+    )
+    tracked = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (y, x, tensors.strength)
+    )
+    if owned and not tracked and y.is_contiguous():
+        torch.ops.lora_mux.add_lora_(*arguments)
+        return y
+    added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
+    return added.reshape(y.shape)

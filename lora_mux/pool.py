@@ -7,6 +7,7 @@ the others; one that does not touch this layer has rank 0 and occupies none.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,34 @@ class LoraWeights:
     bias: Tensor | None = None  # [out_features]: PEFT's lora_bias, scaled like the rest
 
 
+class RankRows(NamedTuple):
+    """The tensors of a pool: slot i has rank rows offset[i] .. offset[i] + rank[i] - 1."""
+
+    A_rows: Tensor  # [C, in_features, rounded up to a multiple of ALIGNMENT with zeros]
+    B_rows: Tensor  # [C, out_features, likewise]
+    constant: Tensor | None  # [C] bool: a bias, whose h is 1 instead of A x; None = none is
+    offset: Tensor  # [S] int32
+    rank: Tensor  # [S] int32
+    scaling: Tensor  # [S] at least fp32
+
+
+# Elements: every row begins at a multiple of 16 bytes, which vector loads need.
+ALIGNMENT = 16
+
+
 class Pool(nn.Module):
     """Rank rows, and for each slot where they begin, how many they are, and their scaling.
 
     All tensors are non-persistent buffers: they move with the layer and stay out of state_dict.
-    A bias is one more rank row, whose h is 1 instead of A x: `constant` marks it.
+    Their names, shapes and dtypes are those of RankRows.
     """
 
-    A_rows: Tensor  # [C, in_features]
-    B_rows: Tensor  # [C, out_features]
-    constant: Tensor  # [C] bool
-    offset: Tensor  # [S] int64
-    rank: Tensor  # [S] int64
-    scaling: Tensor  # [S] at least fp32
+    A_rows: Tensor
+    B_rows: Tensor
+    constant: Tensor
+    offset: Tensor
+    rank: Tensor
+    scaling: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
@@ -44,18 +60,26 @@ class Pool(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.max_rank = 0  # at least every rank here; bounds what the kernels put in between
         self._spans: dict[int, tuple[int, int]] = {}  # slot -> (offset, rank rows)
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-        register("A_rows", 0, in_features, dtype=dtype)
-        register("B_rows", 0, out_features, dtype=dtype)
+        register("A_rows", 0, _aligned(in_features), dtype=dtype)
+        register("B_rows", 0, _aligned(out_features), dtype=dtype)
         register("constant", 0, dtype=torch.bool)
-        register("offset", 0, dtype=torch.int64)
-        register("rank", 0, dtype=torch.int64)
+        register("offset", 0, dtype=torch.int32)
+        register("rank", 0, dtype=torch.int32)
         register("scaling", 0, dtype=torch.promote_types(dtype, torch.float32))
+
+    @property
+    def rows(self) -> RankRows:
+        """The buffers as they are now."""
+        return RankRows(
+            self.A_rows, self.B_rows, self.constant, self.offset, self.rank, self.scaling
+        )
 
     def check(self, weights: LoraWeights, argument: str) -> LoraWeights:
         """`weights` in the pool's dtype and on its device, or an error that names `argument`."""
@@ -101,27 +125,39 @@ class Pool(nn.Module):
             )
         return tensor
 
+    def fits(self, weights: LoraWeights, slot: int) -> bool:
+        """Whether `write` would leave the buffers where they are."""
+        used = _rank_rows(weights)
+        held = self.A_rows.shape[0], self.rank.shape[0], self.max_rank
+        needed = self._gap(used) + used, slot + 1, used
+        return all(n <= h for n, h in zip(needed, held, strict=True))
+
     # Outside inference_mode, so that a pool filled inside it can still be used with autograd.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def write(self, slot: int, weights: LoraWeights | None) -> None:
-        """Store checked weights under an empty slot; None: the adapter leaves this layer alone."""
+    def write(self, slot: int, weights: LoraWeights | None, slots: int) -> None:
+        """Store checked weights under an empty slot; None: the adapter leaves this layer alone.
+
+        Args:
+            slots: how many there should be room for, more than `slot`.
+        """
         assert slot not in self._spans
         if weights is None:
-            self._reserve(rows=0, slots=slot + 1)
+            self.reserve(0, slots, 0)
             return
-        r = weights.A.shape[0]
-        used = r if weights.bias is None else r + 1
+        r, used = weights.A.shape[0], _rank_rows(weights)
         start = self._gap(used)
-        self._reserve(rows=start + used, slots=slot + 1)
-        self.A_rows[start : start + r] = weights.A
-        self.B_rows[start : start + r] = weights.B.T
+        self.reserve(start + used, slots, used)
+        self.A_rows[start : start + r, : self.in_features] = weights.A
+        self.B_rows[start : start + r, : self.out_features] = weights.B.T
         self.constant[start : start + used] = False
         if weights.bias is not None:
             self.A_rows[start + r] = 0
-            self.B_rows[start + r] = weights.bias
+            self.B_rows[start + r, : self.out_features] = weights.bias
             self.constant[start + r] = True
-        self.offset[slot], self.rank[slot], self.scaling[slot] = start, used, weights.scaling
+        # The rank last: it is what makes the rows count.
+        self.offset[slot], self.scaling[slot] = start, weights.scaling
+        self.rank[slot] = used
         self._spans[slot] = (start, used)
 
     @torch.inference_mode(False)
@@ -144,10 +180,12 @@ class Pool(nn.Module):
             start = offset + used
         return start
 
-    def _reserve(self, rows: int, slots: int) -> None:
-        """Grow the buffers so that they hold that many rank rows and slots."""
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reserve(self, rank_rows: int, slots: int, max_rank: int) -> None:
+        """Grow the buffers so that they hold that much; what is there stays as it is."""
         for names, needed in (
-            (("A_rows", "B_rows", "constant"), rows),
+            (("A_rows", "B_rows", "constant"), rank_rows),
             (("offset", "rank", "scaling"), slots),
         ):
             held = getattr(self, names[0]).shape[0]
@@ -159,6 +197,7 @@ class Pool(nn.Module):
                 new = old.new_zeros((capacity, *old.shape[1:]))
                 new[:held] = old
                 setattr(self, name, new)
+        self.max_rank = max(self.max_rank, max_rank)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
@@ -168,3 +207,12 @@ class Pool(nn.Module):
         if self.scaling.dtype != dtype:
             self.scaling = scaling.to(self.scaling.device, dtype)
         return self
+
+
+def _rank_rows(weights: LoraWeights) -> int:
+    """How many rank rows it takes: a bias is one more."""
+    return weights.A.shape[0] + (weights.bias is not None)
+
+
+def _aligned(features: int) -> int:
+    return -(-features // ALIGNMENT) * ALIGNMENT

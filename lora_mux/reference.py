@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pool import Pool
+from .pool import RankRows
 
 
 class Plan(NamedTuple):
@@ -32,22 +32,46 @@ def plan(slots: Tensor, weight: Tensor) -> Plan:
     return Plan(used, places.any(1), strength)
 
 
-def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan) -> Tensor:
+def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
     """y [M, N] plus what x [M, K] gets from its adapters; rows that select none keep every bit."""
-    ranks = pool.rank[plan.slots]
-    if not bool(ranks.any()):
+    row, owner = _rows_in_use(rows, plan.slots)
+    if not len(row):
         return y
-    owner = torch.arange(len(ranks), device=x.device).repeat_interleave(ranks)  # [R] in 0..U
-    first = ranks.cumsum(0) - ranks
-    rows = pool.offset[plan.slots][owner] + torch.arange(len(owner), device=x.device) - first[owner]
-
     dtype = torch.promote_types(x.dtype, torch.float32)
-    A, B = pool.A_rows[rows].to(dtype), pool.B_rows[rows].to(dtype)
+    A = rows.A_rows[row, : x.shape[1]].to(dtype)
+    B = rows.B_rows[row, : y.shape[1]].to(dtype)
     selects = plan.selects[:, owner]  # [M, R]
-    strength = (plan.strength.to(dtype) * pool.scaling[plan.slots].to(dtype))[:, owner]  # [M, R]
+    strength = (plan.strength.to(dtype) * rows.scaling[plan.slots].to(dtype))[:, owner]  # [M, R]
 
     h = torch.einsum("mk,rk->mr", x.to(dtype), A)
-    h = torch.where(pool.constant[rows], 1.0, h)
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
     h = torch.where(selects, strength * h, 0.0)
     delta = torch.einsum("mr,rn->mn", h, B)
     return torch.where(selects.any(1, keepdim=True), (y.to(dtype) + delta).to(y.dtype), y)
+
+
+def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) -> Tensor:
+    """scaling[i] * <B[i]^T grad[m], A[i] x[m]> for i = slots[m, j]: the gradient of strength[m, j].
+
+    [M, J] for grad [M, N], x [M, K] and slots [M, J]; 0 where slots is -1.
+    """
+    used, place = torch.unique(slots, return_inverse=True)  # place [M, J] -> 0..U
+    row, owner = _rows_in_use(rows, used.clamp(min=0))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = torch.einsum("mk,rk->mr", x.to(dtype), rows.A_rows[row, : x.shape[1]].to(dtype))
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
+    g = torch.einsum("mn,rn->mr", grad.to(dtype), rows.B_rows[row, : grad.shape[1]].to(dtype))
+    of_slot = h.new_zeros(len(h), len(used)).index_add(1, owner, h * g)
+    of_slot = of_slot * rows.scaling[used.clamp(min=0)].to(dtype)
+    return torch.where(slots >= 0, of_slot.gather(1, place), 0.0)
+
+
+def _rows_in_use(rows: RankRows, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank rows [R] of slots [U], one adapter after the other, and whose each is, in 0..U."""
+    ranks = rows.rank[slots].to(torch.int64)
+    owner = torch.arange(len(ranks), device=slots.device).repeat_interleave(ranks)
+    first = ranks.cumsum(0) - ranks
+    within = torch.arange(len(owner), device=slots.device) - first[owner]
+    return rows.offset[slots][owner] + within, owner

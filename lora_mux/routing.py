@@ -7,14 +7,14 @@ and values; which handles are alive is known to `lora_mux.slots`.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentTypeError, LoraMuxError, RoutingError
+from .errors import ArgumentTypeError, LoraMuxError, RoutingError, UnknownAdapterError
 
 BASE = "__base__"
 NONE = -1  # the index of a place that selects no adapter
@@ -47,6 +47,10 @@ class Routing:
     index: Tensor  # [rows, J]
     weight: Tensor = None  # type: ignore[assignment]  # [rows, J], filled in below when not given
 
+    # Of the last forward pass by the operators: 2 for a row of x that became NaN. The copies that
+    # are spread over rows or moved share the list.
+    states: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
     def __post_init__(self) -> None:
         _check_index(self.index)
         if self.weight is None:
@@ -60,6 +64,24 @@ class Routing:
         """How many rows it is for."""
         return self.index.shape[0]
 
+    def check(self) -> None:
+        """Raise if the last forward pass met a handle that no loaded adapter has; syncs.
+
+        Where the index was read on the GPU such a row is NaN instead of an error. Elsewhere the
+        forward pass itself has raised.
+
+        Raises:
+            UnknownAdapterError: names the rows (of x, flattened).
+        """
+        for state in self.states:
+            rows = (state == 2).nonzero().flatten().tolist()
+            if rows:
+                shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+                raise UnknownAdapterError(
+                    f"`index` must hold handles of loaded adapters or -1; in the last forward pass "
+                    f"{len(rows)} of {len(state)} rows did not, and are NaN: {shown}"
+                )
+
     def repeat_interleave(self, times: int) -> "Routing":
         """Each row `times` times in a row: a, a, b, b."""
         return self if times == 1 else self._each(lambda t: t.repeat_interleave(times, 0))
@@ -72,14 +94,17 @@ class Routing:
         """The single row of this routing as `rows` rows, without a copy."""
         return self._each(lambda t: t.expand(rows, -1))
 
-    def to(self, device: torch.device) -> "Routing":
-        """The routing on a device; itself when it is there."""
-        return self if self.index.device == device else self._each(lambda t: t.to(device))
+    def to(self, device: torch.device, copy: bool = False) -> "Routing":
+        """The routing on a device; itself when it is there, unless a copy is wanted."""
+        if self.index.device == device and not copy:
+            return self
+        return self._each(lambda t: t.to(device, copy=copy))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Routing":
         made = object.__new__(Routing)  # the values were checked when this routing was made
         object.__setattr__(made, "index", change(self.index))
         object.__setattr__(made, "weight", change(self.weight))
+        object.__setattr__(made, "states", self.states)
         return made
 
 

@@ -27,7 +27,13 @@ class Slots:
         self._handles: dict[str, int] = {}
         self._generation: list[int] = []  # of each slot's present or next tenant
         self._free: list[int] = []
-        self._live = torch.full((8,), NONE, dtype=torch.int64, device="cpu")  # [slots] handles
+        # Slot -> the handle of its tenant, or -1, on each device that asked for it. Never moved
+        # and never grown (256 KB), so that what a CUDA graph reads is always the present state.
+        cpu = torch.device("cpu")
+        self._live = {cpu: torch.full((SLOTS,), NONE, dtype=torch.int32, device=cpu)}
+        self.capacity = 0  # slots that the pools have room for; doubles as adapters come
+        self.version = 0  # counts removals: an index that was alive stays so until the next
+        self.captured = False  # a CUDA graph reads the pools, which can not grow any more
 
     @property
     def handles(self) -> dict[str, int]:
@@ -48,20 +54,23 @@ class Slots:
             )
         return name
 
+    def next_slot(self) -> int:
+        """The slot that the next adapter will get."""
+        if not self._free and len(self._generation) == SLOTS:
+            raise AdapterError(f"at most {SLOTS} adapters can be loaded at once")
+        return self._free[-1] if self._free else len(self._generation)
+
     def add(self, name: str) -> int:
         """Give `name` a slot that nobody has; returns its handle."""
+        slot = self.next_slot()
         if self._free:
-            slot = self._free.pop()
-        elif len(self._generation) < SLOTS:
-            slot = len(self._generation)
-            self._generation.append(0)
+            self._free.pop()
         else:
-            raise AdapterError(f"at most {SLOTS} adapters can be loaded at once")
-        if slot >= len(self._live):
-            grown = torch.full_like(self._live, NONE)
-            self._live = torch.cat([self._live, grown])
+            self._generation.append(0)
+        if slot >= self.capacity:
+            self.capacity = max(8, 2 * self.capacity)
         handle = self._generation[slot] << SLOT_BITS | slot
-        self._live[slot] = handle
+        self._write(slot, handle)
         self._handles[name] = handle
         return handle
 
@@ -70,11 +79,23 @@ class Slots:
         handle = self.lookup([name])[name]
         del self._handles[name]
         slot = slot_of(handle)
-        self._live[slot] = NONE
+        self._write(slot, NONE)
+        self.version += 1
         self._generation[slot] += 1
         if self._generation[slot] < GENERATIONS:  # a slot without a fresh generation is given up
             self._free.append(slot)
         return slot
+
+    def live(self, device: torch.device) -> Tensor:
+        """[65536] int32: the handle of each slot's tenant, or -1; kept up to date in place."""
+        if device not in self._live:
+            with torch.inference_mode(False):  # else it could not be written outside of it
+                self._live[device] = self._live[torch.device("cpu")].to(device)
+        return self._live[device]
+
+    def _write(self, slot: int, handle: int) -> None:
+        for table in self._live.values():
+            table[slot] = handle
 
     def lookup(self, names: Sequence[str]) -> dict[str, int]:
         """Handles of names; raises UnknownAdapterError that names every unknown one."""
@@ -100,9 +121,8 @@ class Slots:
             UnknownAdapterError: a handle that was freed, or that was never given out.
         """
         index = index.to(torch.int64)
-        live = self._live.to(index.device)
         slot = index & (SLOTS - 1)
-        alive = (slot < len(live)) & (live[slot.clamp(max=len(live) - 1)] == index)
+        alive = (self.live(index.device)[slot] == index) & (index >= 0)
         dead = ~alive & (index != NONE)
         if bool(dead.any()):
             row, place = dead.nonzero()[0].tolist()
