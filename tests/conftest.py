@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, one seed."""
+"""What all tests share: no network, one seed, and Triton's interpreter where there is no GPU."""
 
 import os
 
@@ -8,17 +8,25 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+# Read when triton is imported. On a GPU machine the same tests run with TRITON_INTERPRET=1 given
+# from outside; without it the tests marked gpu do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="a long sweep: run with --slow"))
+        if "gpu" in item.keywords and (INTERPRETED or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, without TRITON_INTERPRET"))
+        if "interpreter" in item.keywords and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ PUBLIC = ["LoraMuxError", "Mux", "MuxLinear", "Routing", "__version__", "attach"
 METHODS = {
     "Mux": [
         *("active_adapters", "adapters", "add_adapter", "detach", "disable_adapter", "load"),
-        *("remove", "route", "route_tokens", "set_adapter", "set_route", "targets"),
+        *("remove", "reserve", "route", "route_tokens", "set_adapter", "set_route", "targets"),
     ],
-    "MuxLinear": ["adapters", "add_adapter", "forward", "remove_adapter"],
-    "Routing": ["expand_rows", "repeat_interleave", "rows", "tile", "to"],
+    "MuxLinear": ["adapters", "add_adapter", "forward", "remove_adapter", "reserve"],
+    "Routing": ["check", "expand_rows", "repeat_interleave", "rows", "tile", "to"],
 }
 
 

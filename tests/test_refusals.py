@@ -84,6 +84,14 @@ class Patched(nn.Linear):
         self.forward = super().forward  # type: ignore[method-assign]
 
 
+def without_gpu(act: Callable[[], object]) -> None:
+    """As on a machine without a GPU, and without Triton's interpreter, which the tests set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_mux.ops._interpreted", lambda: False)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        act()
+
+
 NAN = float("nan")
 REFUSALS = {
     # an adapter for a layer
@@ -210,9 +218,18 @@ REFUSALS = {
         ValueError,
     ),
     "backend: triton": Refusal(
-        lambda s: lora_mux.MuxLinear(nn.Linear(2, 2), backend="triton"),
-        ("`backend`", "no Triton kernels yet", "'auto' or 'reference'"),
+        lambda s: without_gpu(lambda: lora_mux.MuxLinear(nn.Linear(2, 2), backend="triton")),
+        ("`backend`", "CUDA or ROCm GPU", "torch sees none", "'auto' or 'reference'"),
         ValueError,
+    ),
+    "reserve: type": Refusal(
+        lambda s: s.layer.reserve(2.0, 8), ("`adapters`", "int", "float"), TypeError
+    ),
+    "reserve: rank": Refusal(
+        lambda s: s.mux.reserve(2, 0), ("`rank`", "at least 1", "got 0"), ValueError
+    ),
+    "reserve: of an attached layer": Refusal(
+        lambda s: s.model[0].reserve(2, 8), ("`reserve`", "attached model", "Mux"), ValueError
     ),
     # attach
     "model: type": Refusal(
@@ -238,7 +255,9 @@ REFUSALS = {
         ValueError,
     ),
     "attach: backend": Refusal(
-        lambda s: lora_mux.attach(s.plain, backend="triton"), ("`backend`", "Triton"), ValueError
+        lambda s: without_gpu(lambda: lora_mux.attach(s.plain, backend="triton")),
+        ("`backend`", "CUDA or ROCm GPU"),
+        ValueError,
     ),
     # adapters of a model
     "weights: type": Refusal(
@@ -367,6 +386,7 @@ def test_a_detached_mux() -> None:
         lambda: stage.mux.load("new", "folder"),
         lambda: stage.mux.add_adapter("new", {"0": stage.pair(8, 8)}, alpha=1),
         lambda: stage.mux.remove("sql"),
+        lambda: stage.mux.reserve(1, 1),
         lambda: stage.mux.route(["sql"]),
         lambda: stage.mux.route_tokens(["sql"]),
         lambda: stage.mux.set_route(None),

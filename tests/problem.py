@@ -1,0 +1,164 @@
+"""A batch for the kernels, as the launchers see it, with its answer in fp64 and its error budget.
+
+Used by the interpreter's tests, by the fake driver's, by the GPU's and by the benchmark's gate.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOTS = 1 << 16
+NAN = float("nan")
+
+
+@dataclass
+class Problem:
+    """x [rows, K], y [rows, N] and a pool of adapters of the given ranks (0 = not in this layer).
+
+    Rank rows that belong to no adapter hold NaN, so that reading them shows. `select` makes the
+    index of slots [rows, J], -1 = none; by default drawn from everything.
+    """
+
+    rows: int = 7
+    K: int = 33
+    N: int = 41
+    ranks: Sequence[int] = (1, 5, 24, 0, 17)
+    J: int = 3
+    dtype: torch.dtype = torch.float32
+    select: Callable[["Problem"], Tensor] | None = None
+    weighted: bool = True
+    biased: Sequence[int] = ()  # slots whose last rank row is constant
+    seed: int = 0
+    device: str = "cpu"
+
+    x: Tensor = field(init=False)
+    y: Tensor = field(init=False)
+    index: Tensor = field(init=False)
+    weight: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        make = torch.Generator().manual_seed(self.seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=make)
+
+        S, gaps = len(self.ranks), 2
+        C = sum(self.ranks) + gaps * S + 1
+        self.A_rows = torch.full((C, -(-self.K // 16) * 16), NAN)
+        self.B_rows = torch.full((C, -(-self.N // 16) * 16), NAN)
+        self.constant = torch.zeros(C, dtype=torch.bool)
+        self.rank = torch.tensor(list(self.ranks) or [0], dtype=torch.int32)
+        self.offset = torch.zeros_like(self.rank)
+        self.scaling = torch.rand(max(S, 1), generator=make) + 0.5
+        start = 1
+        for slot, rank in enumerate(self.ranks):
+            self.offset[slot] = start
+            rows = slice(start, start + rank)
+            self.A_rows[rows] = 0
+            self.B_rows[rows] = 0
+            self.A_rows[rows, : self.K] = randn(rank, self.K) / self.K**0.5
+            self.B_rows[rows, : self.N] = randn(rank, self.N) / max(rank, 1) ** 0.5
+            if slot in self.biased:
+                self.A_rows[start + rank - 1] = 0
+                self.constant[start + rank - 1] = True
+            start += rank + gaps
+        self.A_rows, self.B_rows = self.A_rows.to(self.dtype), self.B_rows.to(self.dtype)
+        self.x = randn(self.rows, self.K).to(self.dtype)
+        self.y = randn(self.rows, self.N).to(self.dtype)
+        if self.select is not None:
+            slots = self.select(self)
+        else:
+            slots = torch.randint(-1, S, (self.rows, self.J), generator=make)
+        self.J = slots.shape[1]
+        # Handles with a generation, so that none is its slot by chance.
+        self.live = torch.full((SLOTS,), -1, dtype=torch.int32)
+        self.live[:S] = torch.arange(S, dtype=torch.int32) + (torch.arange(S) % 5 << 16)
+        handles = torch.cat([self.live[:S].to(torch.int64), torch.tensor([-1])])
+        self.index = handles[slots]
+        self.weight = randn(self.rows, self.J) if self.weighted else torch.ones(slots.shape)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(self.device))
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks, default=0)
+
+    @property
+    def pool(self) -> tuple[Tensor, ...]:
+        """In the order of the operators' arguments."""
+        return (
+            *(self.A_rows, self.B_rows, self.constant),
+            *(self.offset, self.rank, self.scaling),
+        )
+
+    def run(self, block_m: int = 0, batch_invariant: bool = False, **replaced: Any) -> Tensor:
+        """y with the adapters, by the launchers; `replaced` are fields of the config."""
+        import dataclasses
+
+        from lora_mux.kernels import config, launch
+
+        chosen = config.choose(
+            rows=self.rows,
+            in_features=self.K,
+            out_features=self.N,
+            rank=self.max_rank,
+            selections=self.J,
+            itemsize=launch.product_itemsize(self.x, self.y, self.A_rows),
+            architecture=launch.architecture(self.x.device),
+            block_m=block_m or None,
+            batch_invariant=batch_invariant,
+        )
+        chosen = dataclasses.replace(chosen, **replaced)
+        plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
+        slots, strength, union, length, place, state = plan
+        h = self.x.new_empty(launch.h_shape(slots, self.max_rank, chosen), dtype=torch.float32)
+        tables = self.offset, self.rank
+        y = self.y.clone()
+        if y.numel() and self.J:
+            launch.shrink(
+                *(self.x, self.A_rows, h, strength, union, length, place, *tables),
+                *(self.scaling, self.constant, chosen),
+            )
+            launch.expand(h, self.B_rows, y, union, length, place, state, *tables, chosen)
+        return y
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """(y in fp64, the sum of the absolute values of all terms that it is made of)."""
+        y = self.y.double().clone()
+        size = y.abs()
+        slots = self.index.clone()
+        slots[slots >= 0] &= SLOTS - 1
+        for m, row in enumerate(slots.tolist()):
+            for j, slot in enumerate(row):
+                if slot < 0 or not self.ranks[slot]:
+                    continue
+                start = int(self.offset[slot])
+                rows = slice(start, start + self.ranks[slot])
+                A, B = self.A_rows[rows, : self.K].double(), self.B_rows[rows, : self.N].double()
+                x, constant = self.x[m].double(), self.constant[rows]
+                factor = float(self.weight[m, j]) * float(self.scaling[slot])
+                h = torch.where(constant, 1.0, A @ x)
+                y[m] += factor * (h @ B)
+                size[m] += abs(factor) * (torch.where(constant, 1.0, A.abs() @ x.abs()) @ B.abs())
+        return y, size
+
+    def check(self, got: Tensor) -> None:
+        """Every element within its own bound of the truth.
+
+        One rounding of the exact value (half an ulp), sums of K + R products in fp32, and for
+        16-bit types what h loses as two numbers of that type: the square of its rounding unit.
+        """
+        y, size = self.truth()
+        unit = torch.finfo(self.dtype).eps / 2
+        half = self.dtype != torch.float32
+        sums = (self.K + sum(self.ranks)) * 2**-23
+        budget = unit * y.abs() + (sums + (4 * unit**2 if half else 0.0)) * size + 1e-7 * half
+        worst = ((got.double() - y).abs() / budget.clamp(min=1e-30)).nan_to_num(1e9)
+        assert got.shape == y.shape and got.dtype == self.dtype
+        assert not worst.numel() or worst.max() <= 1, f"{worst.max():.2f} of the budget"
+        untouched = (self.index < 0).all(1) if self.J else torch.ones_like(self.index.sum(1) > 0)
+        assert torch.equal(got[untouched], self.y[untouched]), "a base row changed"
