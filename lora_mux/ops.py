@@ -21,6 +21,7 @@ from .slots import Slots
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 
+OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,9 +42,10 @@ class Settings:
                 f"`backend` must be 'auto', 'triton' or 'reference', got {self.backend!r}"
             )
         if self.backend == "triton":
-            if not _has_triton():
+            problem = _triton_problem()
+            if problem:
                 raise BackendError(
-                    "`backend` 'triton' needs the package triton, which is not installed; "
+                    f"`backend` 'triton' needs triton {OLDEST_TRITON} or newer, {problem}; "
                     "use 'auto' or 'reference'"
                 )
             if not (_interpreted() or torch.cuda.is_available()):
@@ -74,8 +76,16 @@ Plan: TypeAlias = TiledPlan | reference.Plan
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_problem() -> str:
+    """Why the kernels can not be compiled with the triton that is installed; "" when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "which is not installed"
+    import triton
+
+    installed: str = triton.__version__
+    numbers = [int(number) for number in installed.split(".")[:2]]
+    oldest = [int(number) for number in OLDEST_TRITON.split(".")]
+    return f"got {installed}" if numbers < oldest else ""
 
 
 def _interpreted() -> bool:
@@ -108,7 +118,7 @@ def _runs_triton(backend: Backend, x: Tensor, pool: torch.dtype) -> bool:
         return False
     fits = x.dtype in TRITON_DTYPES and pool in TRITON_DTYPES
     if backend == "auto":
-        return fits and x.is_cuda and _has_triton()
+        return fits and x.is_cuda and not _triton_problem()
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         raise BackendError(
             f"`backend` 'triton' runs on CUDA and ROCm, got x on {x.device}; move the model, or "
@@ -124,8 +134,9 @@ def _runs_triton(backend: Backend, x: Tensor, pool: torch.dtype) -> bool:
 
 def backend_reason() -> str:
     """The backend that "auto" means here, and why."""
-    if not _has_triton():
-        return "reference (triton is not installed)"
+    problem = _triton_problem()
+    if problem:
+        return f"reference (the kernels need triton {OLDEST_TRITON} or newer, {problem})"
     if not torch.cuda.is_available():
         return "reference (torch sees no CUDA or ROCm GPU)"
     return f"triton on {torch.cuda.get_device_name()}, reference elsewhere"
@@ -164,7 +175,9 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
     routing.states[:] = [tensors.state]
     if weight.requires_grad and torch.is_grad_enabled():
         weight = weight.to(tensors.strength.dtype)
-        tensors = tensors._replace(strength=tiles.strength_of(tensors.slots, weight))
+        strength = tiles.strength_of(tensors.slots, weight)
+        # Not _replace, which torch.compile of torch 2.6 can not look into.
+        tensors = operators.Plan(tensors.slots, strength, *tensors[2:])
     return TiledPlan(tensors, method)
 
 

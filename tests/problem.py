@@ -162,3 +162,45 @@ class Problem:
         assert not worst.numel() or worst.max() <= 1, f"{worst.max():.2f} of the budget"
         untouched = (self.index < 0).all(1) if self.J else torch.ones_like(self.index.sum(1) > 0)
         assert torch.equal(got[untouched], self.y[untouched]), "a base row changed"
+
+
+def each(slots: list[list[int]]) -> Any:
+    return lambda problem: torch.tensor(slots)
+
+
+def zipf(problem: Problem) -> Tensor:
+    chance = torch.arange(1, len(problem.ranks) + 1).float() ** -1.5
+    make = torch.Generator().manual_seed(3)
+    return torch.multinomial(chance, problem.rows * 2, True, generator=make).reshape(-1, 2)
+
+
+CASES = {
+    "mixed": Problem(),
+    "zero rows": Problem(rows=0),
+    "no places": Problem(J=0, select=lambda p: torch.empty(7, 0, dtype=torch.int64)),
+    "no selection": Problem(select=each([[-1, -1]] * 7)),
+    "no adapters": Problem(ranks=(), select=each([[-1, -1]] * 7)),
+    "rank 1": Problem(ranks=(1, 1), J=1),
+    "rank 16": Problem(ranks=(16, 16, 16), J=2),
+    "rank 17": Problem(ranks=(17,), J=1),
+    "rank 512": Problem(rows=3, ranks=(512, 3), J=2),
+    "one column": Problem(K=1, N=1),
+    "odd sizes": Problem(rows=5, K=131, N=67, ranks=(3, 20)),
+    "aligned sizes": Problem(rows=16, K=64, N=64, ranks=(8, 16)),
+    "several tiles": Problem(rows=37, K=40, N=48, ranks=(4, 9, 33)),
+    "several column blocks": Problem(rows=3, N=200),
+    "several K steps": Problem(rows=4, K=700, ranks=(4, 20)),
+    "same adapter twice": Problem(select=each([[1, 1], [2, -1], [2, 1], [-1, 4], [4, 4]]), rows=5),
+    "same adapter in all places": Problem(rows=2, select=each([[2] * 5, [4] * 5])),
+    "places in front are empty": Problem(rows=3, select=each([[-1, 0], [-1, -1], [-1, 4]])),
+    "unused slots": Problem(rows=4, ranks=(3,) * 9, select=each([[8], [-1], [0], [8]])),
+    "adapter absent from the layer": Problem(rows=2, select=each([[3, -1], [3, 1]])),
+    "all distinct": Problem(rows=9, ranks=(2,) * 9, select=lambda p: torch.arange(9)[:, None]),
+    "all equal": Problem(rows=20, select=lambda p: torch.full((20, 1), 2)),
+    "zipf": Problem(rows=24, ranks=(8, 3, 16, 40, 5), select=zipf),
+    "biased": Problem(ranks=(4, 17, 33), biased=(0, 1), J=2),
+    "unweighted": Problem(weighted=False),
+    "many places": Problem(rows=3, ranks=(2, 5, 1), J=32),
+    "union of two windows": Problem(rows=9, K=16, N=16, ranks=(1,) * 70, J=9),
+    "blocks of all ranks": Problem(rows=16, ranks=(1, 15, 16, 17, 32, 0, 33, 64), J=8),
+}

@@ -37,6 +37,7 @@ ALLOWED = {
 STDLIB = set(sys.stdlib_module_names)
 LIBRARIES = {
     "kernels": {"torch", "triton"},
+    "ops": {"torch", "triton"},  # triton inside a function, to ask for its version
     "checkpoint": {"torch", "safetensors"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
 }

@@ -16,7 +16,7 @@ import peft_oracle
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/*.md"))]
-WITH_CODE = {"README.md", "docs/quickstart.md", "docs/concepts.md"}
+WITH_CODE = {"README.md", "docs/backends.md", "docs/concepts.md", "docs/quickstart.md"}
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]
 
 

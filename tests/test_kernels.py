@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from interpreter import Memory, mend_bf16
-from problem import Problem
+from problem import CASES, Problem, each
 
 pytestmark = pytest.mark.interpreter
 
@@ -47,48 +47,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(min(GARBAGE, torch.iinfo(made.dtype).max - 15))
 
     monkeypatch.setattr(Tensor, "new_empty", new_poisoned)
-
-
-def each(slots: list[list[int]]) -> Any:
-    return lambda problem: torch.tensor(slots)
-
-
-def zipf(problem: Problem) -> Tensor:
-    chance = torch.arange(1, len(problem.ranks) + 1).float() ** -1.5
-    make = torch.Generator().manual_seed(3)
-    return torch.multinomial(chance, problem.rows * 2, True, generator=make).reshape(-1, 2)
-
-
-CASES = {
-    "mixed": Problem(),
-    "zero rows": Problem(rows=0),
-    "no places": Problem(J=0, select=lambda p: torch.empty(7, 0, dtype=torch.int64)),
-    "no selection": Problem(select=each([[-1, -1]] * 7)),
-    "no adapters": Problem(ranks=(), select=each([[-1, -1]] * 7)),
-    "rank 1": Problem(ranks=(1, 1), J=1),
-    "rank 16": Problem(ranks=(16, 16, 16), J=2),
-    "rank 17": Problem(ranks=(17,), J=1),
-    "rank 512": Problem(rows=3, ranks=(512, 3), J=2),
-    "one column": Problem(K=1, N=1),
-    "odd sizes": Problem(rows=5, K=131, N=67, ranks=(3, 20)),
-    "aligned sizes": Problem(rows=16, K=64, N=64, ranks=(8, 16)),
-    "several tiles": Problem(rows=37, K=40, N=48, ranks=(4, 9, 33)),
-    "several column blocks": Problem(rows=3, N=200),
-    "several K steps": Problem(rows=4, K=700, ranks=(4, 20)),
-    "same adapter twice": Problem(select=each([[1, 1], [2, -1], [2, 1], [-1, 4], [4, 4]]), rows=5),
-    "same adapter in all places": Problem(rows=2, select=each([[2] * 5, [4] * 5])),
-    "places in front are empty": Problem(rows=3, select=each([[-1, 0], [-1, -1], [-1, 4]])),
-    "unused slots": Problem(rows=4, ranks=(3,) * 9, select=each([[8], [-1], [0], [8]])),
-    "adapter absent from the layer": Problem(rows=2, select=each([[3, -1], [3, 1]])),
-    "all distinct": Problem(rows=9, ranks=(2,) * 9, select=lambda p: torch.arange(9)[:, None]),
-    "all equal": Problem(rows=20, select=lambda p: torch.full((20, 1), 2)),
-    "zipf": Problem(rows=24, ranks=(8, 3, 16, 40, 5), select=zipf),
-    "biased": Problem(ranks=(4, 17, 33), biased=(0, 1), J=2),
-    "unweighted": Problem(weighted=False),
-    "many places": Problem(rows=3, ranks=(2, 5, 1), J=32),
-    "union of two windows": Problem(rows=9, K=16, N=16, ranks=(1,) * 70, J=9),
-    "blocks of all ranks": Problem(rows=16, ranks=(1, 15, 16, 17, 32, 0, 33, 64), J=8),
-}
 
 
 # The dtype does not matter to how windows and places are walked, and these take seconds each.
@@ -314,6 +272,12 @@ class TestMemory:
         _, memory = self.watched(problem, split_k=2)
         assert not memory.errors
 
+    def test_handles_that_are_not_alive_reach_nothing(self) -> None:
+        problem = Problem(rows=4, select=each([[0, 1], [2, -1], [-1, -1], [4, 2]]), J=2)
+        problem.index[:, 1] = torch.tensor([1 << 16, 65535, -(2**40), 2**62])
+        _, memory = self.watched(problem, judged=False)
+        assert not memory.errors
+
     def test_traffic_is_exact(self) -> None:
         """A and B: the selected adapters' own rank rows, once for each tile; y: once."""
         rows, K, N, block_m = 40, 96, 64, 16
@@ -343,7 +307,7 @@ class TestMemory:
         return slots
 
     @staticmethod
-    def watched(problem: Problem, **replaced: Any) -> tuple[Any, Memory]:
+    def watched(problem: Problem, judged: bool = True, **replaced: Any) -> tuple[Any, Memory]:
         """problem.run() with every kernel watched; (config, memory)."""
         from lora_mux.kernels import launch
 
@@ -382,5 +346,6 @@ class TestMemory:
 
             patch.setattr(launch, "expand", remember)
             got = problem.run(**replaced)
-        problem.check(got)
+        if judged:
+            problem.check(got)
         return seen.get("config"), memory

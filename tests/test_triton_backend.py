@@ -199,10 +199,22 @@ class TestRefusals:
             layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "_has_triton", lambda: False)
-        with pytest.raises(lora_mux.errors.BackendError, match="not installed"):
+        ops._triton_problem.cache_clear()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        says = "needs triton 3.6 or newer, which is not installed"
+        with pytest.raises(lora_mux.errors.BackendError, match=says):
             lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
-        assert ops.backend_reason() == "reference (triton is not installed)"
+        assert "which is not installed" in ops.backend_reason()
+        ops._triton_problem.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10", True)]
+    )
+    def test_an_old_triton(self, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        ops._triton_problem.cache_clear()
+        monkeypatch.setattr("triton.__version__", version)
+        assert ops._triton_problem() == ("" if fits else f"got {version}")
+        ops._triton_problem.cache_clear()
 
     def test_auto_is_the_reference_on_the_cpu(self) -> None:
         bench = Bench(backend="auto")

@@ -1,0 +1,185 @@
+"""Break one line at a time, and see a test turn red: python tests/mutate.py [part of a name]
+
+Each mutation is made in a copy of the package, against which the named tests run. One that no test
+notices is a hole in the tests, and makes the script fail. Takes about ten minutes on two cores.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ("tests/test_kernels.py",)
+BACKEND = ("tests/test_triton_backend.py",)
+OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = KERNELS
+
+
+PLAN, SHRINK, EXPAND = (f"kernels/{name}.py" for name in ("plan", "shrink", "expand"))
+BLOCKS, LAUNCH = "kernels/rank_blocks.py", "kernels/launch.py"
+MUTATIONS = {
+    "plan: a freed handle counts": Mutation(
+        PLAN, "alive = (live == handle) & (handle >= 0)", "alive = (live >= 0) & (handle >= 0)"
+    ),
+    "plan: a negative handle counts": Mutation(
+        PLAN, "alive = (live == handle) & (handle >= 0)", "alive = live == handle"
+    ),
+    "plan: reads outside of the table": Mutation(
+        PLAN, "(handle & SLOT_MASK), mask", "handle, mask"
+    ),
+    "plan: duplicates stay in the union": Mutation(
+        PLAN, "(offs == 0) | (ordered !=", "(offs >= 0) | (ordered !="
+    ),
+    "plan: the union is one place off": Mutation(PLAN, "axis=0) - 1", "axis=0)"),
+    "plan: the last place instead of the first": Mutation(
+        PLAN,
+        "tl.min(tl.where(here, offs_j[None, :], BLOCK_J), axis=1)",
+        "tl.max(tl.where(here, offs_j[None, :], -1), axis=1)",
+    ),
+    "plan: weights masked by multiplying": Mutation(
+        PLAN, "tl.where(here, weight, 0.0)", "here * weight"
+    ),
+    "plan: a dead handle is a selection": Mutation(PLAN, "tl.where(dead, 2,", "tl.where(dead, 1,"),
+    "plan: rows past the end select": Mutation(PLAN, "mask_m = offs_m < M", "mask_m = offs_m <= M"),
+    "plan: half of the union": Mutation(PLAN, "(pid_u + 1) * BLOCK_U", "pid_u * BLOCK_U + 8"),
+    "shrink: no scaling": Mutation(SHRINK, "(strength * scaling[None, :])", "strength"),
+    "shrink: no strength": Mutation(
+        SHRINK, "(strength * scaling[None, :])", "(scaling[None, :] + 0.0 * strength)"
+    ),
+    "shrink: a rank row too many": Mutation(SHRINK, "> offs_b[None, :]", ">= offs_b[None, :]"),
+    "shrink: a column of x too many": Mutation(SHRINK, "offs_k < K)", "offs_k <= K)"),
+    "shrink: each split sums everything": Mutation(
+        SHRINK, "range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT_K)", "range(0, K, BLOCK_K)"
+    ),
+    "shrink: the bias in every split": Mutation(SHRINK, "tl.where(pid_k == 0, 1.0, 0.0)", "1.0"),
+    "shrink: every program does every group": Mutation(
+        SHRINK,
+        "range(tl.program_id(1) * GROUP, total, tl.num_programs(1) * GROUP)",
+        "range(0, total, GROUP)",
+    ),
+    "shrink: only the first window": Mutation(SHRINK, "union_tile + window + u", "union_tile + u"),
+    "shrink: h of rows that do not select": Mutation(
+        SHRINK, "mask=selects[:, :, None])", "mask=(place >= -1)[:, :, None])"
+    ),
+    "shrink: the next row's place": Mutation(
+        SHRINK, "tile_m[:, None] * J + place", "tile_m[:, None] * J"
+    ),
+    "expand: h rounded to the type of B": Mutation(
+        EXPAND, "if DOT_DTYPE != tl.float32:", "if DOT_DTYPE == tl.float64:"
+    ),
+    "expand: an overflow is NaN": Mutation(EXPAND, 'tl.abs(low) < float("inf")', "low == low"),
+    "expand: every row is written": Mutation(
+        EXPAND, "mask=changes[:, None] & mask_n", "mask=(offs_m < M)[:, None] & mask_n"
+    ),
+    "expand: a dead handle is the base": Mutation(EXPAND, 'float("nan")', "0.0"),
+    "expand: a rank row too many": Mutation(EXPAND, "> offs_b[None, :]", ">= offs_b[None, :]"),
+    "expand: a column of y too many": Mutation(EXPAND, "(offs_n < N)", "(offs_n <= N)"),
+    "expand: the first split only": Mutation(EXPAND, "static_range(SPLIT_K)", "static_range(1)"),
+    "expand: the first block of each adapter": Mutation(EXPAND, "* R + first[None, :]", "* R"),
+    "expand: masked by multiplying": Mutation(
+        EXPAND,
+        "mask=selects, other=0.0)",
+        "mask=(tile_m >= 0)[:, None, None] & (place >= -1)[:, :, None], other=0.0) * selects",
+    ),
+    "expand: the delta rounded before the sum": Mutation(
+        EXPAND, "y += tl.trans(acc)", "y += tl.trans(acc).to(y_ptr.dtype.element_ty).to(tl.float32)"
+    ),
+    "blocks: one too few": Mutation(BLOCKS, "(rank + RANK_BLOCK - 1)", "(rank)"),
+    "blocks: the wrong adapter at a border": Mutation(
+        BLOCKS, "<= block[:, None]", "< block[:, None]"
+    ),
+    "blocks: the first row of an adapter always": Mutation(
+        BLOCKS, "(block - start) * RANK_BLOCK", "(start - start)"
+    ),
+    "launch: a tile too few": Mutation(
+        LAUNCH,
+        "expand_kernel[(triton.cdiv(M, config.block_m)",
+        "expand_kernel[(max(1, M // config.block_m)",
+    ),
+    "launch: columns too few": Mutation(
+        LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))"
+    ),
+    "operators: the gradient of x keeps the bias": Mutation(
+        "operators.py", "B_rows=rows.A_rows, constant=None)", "B_rows=rows.B_rows)", OPERATORS
+    ),
+    "operators: the gradient of strength without scaling": Mutation(
+        "operators.py", ".sum(2) * scaling)", ".sum(2))", OPERATORS
+    ),
+    "operators: dead handles are the base on the CPU": Mutation(
+        "operators.py", "(plan.state == 2)", "(plan.state == 3)", OPERATORS
+    ),
+    "ops: writes to what is not ours": Mutation("ops.py", "if owned and", "if", BACKEND),
+    "ops: gradients are lost": Mutation("ops.py", "not tracked and", "", BACKEND),
+    "ops: no flag on the routing": Mutation("ops.py", "routing.states[:] =", "_ =", BACKEND),
+    "pool: always fits": Mutation(
+        "pool.py", "return all(n <= h", "return True or all(n <= h", BACKEND
+    ),
+    "router: a graph answers with the base": Mutation(
+        "router.py", "NOBODY = -2", "NOBODY = -1", BACKEND
+    ),
+    "router: a graph keeps its route": Mutation(
+        "router.py", "captured.follow(self.route", "(self.route", BACKEND
+    ),
+    "router: a plan for each layer": Mutation(
+        "router.py", "self._plans[key] = plan", "pass", BACKEND
+    ),
+    "slots: a removed adapter stays alive": Mutation(
+        "slots.py", "self._write(slot, NONE)", "pass", BACKEND
+    ),
+    "slots: removals are not counted": Mutation("slots.py", "self.version += 1", "pass", BACKEND),
+}
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests stay green with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "lora_mux"
+        # As in a wheel, where kernels/src is lora_mux/kernels.
+        shutil.copytree(ROOT / "lora_mux", package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "kernels" / "src", package / "kernels")
+        file = package / mutation.file
+        source = file.read_text(encoding="utf-8")
+        if source.count(mutation.old) < 1:
+            raise SystemExit(f"{mutation.file} no longer holds {mutation.old!r}")
+        file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        tests = [str(ROOT / test) for test in mutation.tests]
+        options = ["-c", str(ROOT / "pyproject.toml"), "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=folder,  # first on the path: the copy, not the installed package
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": folder},
+        )
+        if "passed" not in done.stdout and "failed" not in done.stdout and done.returncode >= 0:
+            raise SystemExit(f"the tests did not run:\n{done.stdout}{done.stderr}")
+        return done.returncode == 0
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = {name: m for name, m in MUTATIONS.items() if wanted in name}
+    if not wanted and survives(Mutation("errors.py", "class LoraMuxError", "class LoraMuxError")):
+        print("unbroken: green, as it should be", flush=True)
+    alive = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for name, survived in zip(chosen, pool.map(survives, chosen.values()), strict=True):
+            print(f"{'SURVIVED' if survived else 'noticed '}  {name}", flush=True)
+            alive += [name] * survived
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} noticed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
