@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,29 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, st
     code = cli.main(["demo", *options])
     caught = capsys.readouterr()
     return code, caught.out, caught.err
+
+
+@pytest.fixture(scope="module")
+def indexes() -> dict[tuple[str, ...], search.Index]:
+    """What the base model made of the answers: 3,000 of them take half a minute."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def index_once(
+    indexes: dict[tuple[str, ...], search.Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = search.Search.index
+
+    def remembered(
+        self: search.Search, task: tasks.Task, items: Sequence[corpus.Item]
+    ) -> search.Index:
+        key = tuple(task.describe(answer) for answer in task.candidates(items))
+        if key not in indexes:
+            indexes[key] = make(self, task, items)
+        return indexes[key]
+
+    monkeypatch.setattr(search.Search, "index", remembered)
 
 
 @pytest.fixture(scope="module")
