@@ -78,11 +78,13 @@ def signatures(dtype: str) -> dict[str, dict[str, str]]:
     }
 
 
-# Sizes of real models are multiples of 16, and the launchers see to it for R and the pool.
-DIVISIBLE = {"K", "N", "R", "stride_xm", "stride_ac", "stride_bc", "stride_ym"}
+# The launchers see to it. K, N and their strides are given in units of 16 when they can be.
+DIVISIBLE = {"R", "stride_ac", "stride_bc"}
 
 
-def compile_kernel(kernel: str, dtype: str, architecture: str, chosen: Any, window: int) -> Any:
+def compile_kernel(
+    kernel: str, dtype: str, architecture: str, chosen: Any, window: int, unit: int = 16
+) -> Any:
     """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan)."""
     functions = {"plan": plan_kernel, "shrink": shrink_kernel, "expand": expand_kernel}
     product = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
@@ -94,8 +96,14 @@ def compile_kernel(kernel: str, dtype: str, architecture: str, chosen: Any, wind
             "HAS_CONSTANT": True,
             "GROUP": chosen.shrink_group,
             "BLOCK_K": chosen.block_k,
+            "X_UNIT": unit,
         },
-        "expand": {**product, "GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n},
+        "expand": {
+            **product,
+            "GROUP": chosen.expand_group,
+            "BLOCK_N": chosen.block_n,
+            "Y_UNIT": unit,
+        },
     }[kernel]
     constants["BLOCK_M"] = chosen.block_m
     warps, stages = {
@@ -119,20 +127,23 @@ def compile_kernel(kernel: str, dtype: str, architecture: str, chosen: Any, wind
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture[3:]), 32)
         if kernel != "plan" and chosen.registers is not None:
-            options["maxnreg"] = chosen.registers
+            options["maxnreg"] = chosen.registers if unit >= 8 else 255
     else:
         target = GPUTarget("hip", architecture, 64)
     return triton.compile(source, target=target, options=options)
 
 
-def report(kernel: str, dtype: str, architecture: str, chosen: Any, window: int) -> dict[str, Any]:
+def report(
+    kernel: str, dtype: str, architecture: str, chosen: Any, window: int, unit: int = 16
+) -> dict[str, Any]:
     """What the machine code of a kernel needs and uses."""
-    compiled = compile_kernel(kernel, dtype, architecture, chosen, window)
+    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit)
     found = {
         "kernel": kernel,
         "dtype": dtype,
         "architecture": architecture,
         "window": window,
+        "unit": unit,
         "config": dataclasses.asdict(chosen),
         "shared": compiled.metadata.shared,
     }
@@ -203,7 +214,10 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
 
 
 def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]]:
-    """The reports: of every config, or of the two ends (K splits, window) of each tile size."""
+    """The reports: of every config, or of the two ends (K splits, window) of each tile size.
+
+    And, of one end, with rows of sizes that are not multiples of 16.
+    """
     for architecture in architectures or ARCHITECTURES:
         for dtype in DTYPES if everything else ("fp32", "bf16"):
             configs = shipped(architecture, ITEMSIZE[dtype])
@@ -223,6 +237,9 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
                         if key not in seen:
                             seen.add(key)
                             yield report(kernel, dtype, architecture, chosen, window)
+                    if dtype == "bf16" and (everything or architecture == "sm_90"):
+                        for unit in (8, 1):
+                            yield report(kernel, dtype, architecture, ends[-1], 64, unit)
         for block_m, places in ((16, 1), (64, 8), (64, 32)):
             chosen = dataclasses.replace(configs[0], block_m=block_m)
             yield report("plan", "fp32", architecture, chosen, places)

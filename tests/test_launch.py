@@ -43,8 +43,8 @@ def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> No
     """Without it loads are of 2 bytes instead of 16."""
     _, shrink, expand = report["values"][case]
     for launch, names in (
-        (shrink, ("x_ptr", "A_ptr", "h_ptr", "K", "R", "stride_xm", "stride_ac")),
-        (expand, ("h_ptr", "B_ptr", "y_ptr", "N", "R", "stride_bc", "stride_ym")),
+        (shrink, ("x_ptr", "A_ptr", "h_ptr", "R", "stride_ac", "X_UNIT")),
+        (expand, ("h_ptr", "B_ptr", "y_ptr", "R", "stride_bc", "Y_UNIT")),
     ):
         found = {name: launch["specialised"].get(name) for name in names}
         assert found == dict.fromkeys(names, "16")
@@ -53,7 +53,7 @@ def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> No
 def test_odd_sizes_keep_the_pools_alignment(report: dict[str, Any]) -> None:
     _, shrink, expand = report["values"]["sm_90 odd"]
     assert shrink["specialised"]["stride_ac"] == expand["specialised"]["stride_bc"] == "16"
-    assert "K" not in shrink["specialised"] and "N" not in expand["specialised"]
+    assert shrink["specialised"]["X_UNIT"] == expand["specialised"]["Y_UNIT"] == "1"
 
 
 def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:

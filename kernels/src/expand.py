@@ -24,20 +24,23 @@ def expand_kernel(
     offset_ptr,  # [S] int32
     rank_ptr,  # [S] int32
     M,
-    N,
+    N,  # in units of Y_UNIT
     J,
     R,  # a multiple of RANK_BLOCK, at least every rank
     U,
     stride_bc,
-    stride_ym,
+    stride_ym,  # in units of Y_UNIT
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    Y_UNIT: tl.constexpr,  # divides N and stride_ym: tells the compiler how wide it may load
     DOT_DTYPE: tl.constexpr,
 ):
     """One tile x BLOCK_N columns: one read and one write of y, one rounding."""
+    N *= Y_UNIT
+    stride_ym *= Y_UNIT
     pid_m = tl.program_id(0).to(tl.int64)
     tile_m = tl.arange(0, BLOCK_M)
     offs_m = pid_m * BLOCK_M + tile_m

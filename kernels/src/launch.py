@@ -5,6 +5,7 @@ replays right for other values. Tensors are on one device, inner strides are 1 u
 """
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import triton
@@ -109,6 +110,7 @@ def shrink(
     """
     assert product_itemsize(x, A_rows) == 2 or config.block_m < 64, "TF32 on sm_100"
     (M, K), (_, _, J, R), U = x.shape, h.shape, union.shape[1]
+    unit = _unit(x)
     tiles = triton.cdiv(M, config.block_m)
     # Programs for every group of blocks there may be, until the machine is full twice.
     groups = triton.cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
@@ -126,11 +128,11 @@ def shrink(
         scaling,
         constant,
         M=M,
-        K=K,
+        K=K // unit,
         J=J,
         R=R,
         U=U,
-        stride_xm=x.stride(0),
+        stride_xm=x.stride(0) // unit,
         stride_ac=A_rows.stride(0),
         HAS_STRENGTH=strength is not None,
         HAS_CONSTANT=constant is not None,
@@ -139,10 +141,11 @@ def shrink(
         GROUP=config.shrink_group,
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
+        X_UNIT=unit,
         DOT_DTYPE=_dot_dtype(x, A_rows),
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
-        **_registers(config),
+        **_registers(config, unit),
     )
 
 
@@ -160,6 +163,7 @@ def expand(
 ) -> None:
     """y [M, N] += B_rows [C, at least N, zeros from there on] applied to h [split_k, M, J, R]."""
     (M, N), (_, _, J, R), U = y.shape, h.shape, union.shape[1]
+    unit = _unit(y)
     expand_kernel[(triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n))](
         h,
         B_rows,
@@ -171,21 +175,22 @@ def expand(
         offset,
         rank,
         M=M,
-        N=N,
+        N=N // unit,
         J=J,
         R=R,
         U=U,
         stride_bc=B_rows.stride(0),
-        stride_ym=y.stride(0),
+        stride_ym=y.stride(0) // unit,
         BLOCK_M=config.block_m,
         BLOCK_U=_window(U),
         GROUP=config.expand_group,
         BLOCK_N=config.block_n,
         SPLIT_K=config.split_k,
+        Y_UNIT=unit,
         DOT_DTYPE=_dot_dtype(y, B_rows),
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
-        **_registers(config),
+        **_registers(config, unit),
     )
 
 
@@ -206,9 +211,19 @@ def _dot_dtype(*tensors: Tensor) -> tl.dtype:
     return DOT_DTYPES[tensors[0].dtype] if product_itemsize(*tensors) == 2 else tl.float32
 
 
-def _registers(config: Config) -> dict[str, int]:
-    """A limit for the compiler; only NVIDIA's knows the option."""
-    return {} if config.registers is None else {"maxnreg": config.registers}
+def _unit(tensor: Tensor) -> int:
+    """The largest power of two, up to 16, that divides the columns and the row stride."""
+    return gcd(tensor.shape[1], tensor.stride(0), 16)
+
+
+def _registers(config: Config, unit: int) -> dict[str, int]:
+    """A limit for the compiler; only NVIDIA's knows the option.
+
+    Rows that are read by the element need more: as many as there are.
+    """
+    if config.registers is None:
+        return {}
+    return {"maxnreg": config.registers if unit >= 8 else 255}
 
 
 def _window(U: int) -> int:

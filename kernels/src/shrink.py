@@ -27,11 +27,11 @@ def shrink_kernel(
     scaling_ptr,  # [S] fp32
     constant_ptr,  # [C] bool
     M,
-    K,
+    K,  # in units of X_UNIT
     J,
     R,  # a multiple of RANK_BLOCK, at least every rank
     U,
-    stride_xm,
+    stride_xm,  # in units of X_UNIT
     stride_ac,
     HAS_STRENGTH: tl.constexpr,  # else strength = scaling = 1
     HAS_CONSTANT: tl.constexpr,  # else no rank row is constant
@@ -40,9 +40,12 @@ def shrink_kernel(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    X_UNIT: tl.constexpr,  # divides K and stride_xm: tells the compiler how wide it may load
     DOT_DTYPE: tl.constexpr,
 ):
     """One tile x every num_programs(1)-th group of its rank blocks x one of SPLIT_K parts of K."""
+    K *= X_UNIT
+    stride_xm *= X_UNIT
     pid_m = tl.program_id(0).to(tl.int64)
     pid_k = tl.program_id(2)
     tile_m = tl.arange(0, BLOCK_M)
