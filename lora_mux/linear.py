@@ -17,6 +17,7 @@ from .errors import (
     RoutingError,
     TargetError,
 )
+from .grouped import HostPlan
 from .pool import LoraWeights, Pool
 from .router import Router
 from .routing import Routing, number
@@ -37,8 +38,8 @@ class MuxLinear(nn.Module):
 
     Args:
         linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features.
-        backend: "auto" (Triton on CUDA and ROCm, the reference elsewhere), "triton" or
-            "reference".
+        backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
+            elsewhere), "triton" or "reference".
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
             batch the row comes in; costs speed for many rows.
 
@@ -59,6 +60,8 @@ class MuxLinear(nn.Module):
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
     mux_settings: ops.Settings
+    # Slots.version and plan of the last routing handed in on the CPU: often the next one too.
+    mux_last: tuple[int, ops.Plan | None]
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
@@ -120,7 +123,16 @@ class MuxLinear(nn.Module):
         if spread.index.device != x.device:
             self.mux_slots.resolve(routing.index)  # on the host, where it raises
             spread = spread.to(x.device)
-        return ops.plan(spread, self.mux_slots, method)
+        if not method.grouped:
+            return ops.plan(spread, self.mux_slots, method)
+        version, last = self.mux_last
+        if version == self.mux_slots.version and isinstance(last, HostPlan):
+            if last.stands_for(spread.index, spread.weight):
+                return last
+        made = ops.plan(spread, self.mux_slots, method)
+        if not spread.weight.requires_grad:  # a plan that autograd follows is not kept alive
+            self.mux_last = self.mux_slots.version, made
+        return made
 
     @property
     def adapters(self) -> Mapping[str, int]:
@@ -214,6 +226,7 @@ def equip(
     layer.mux_slots = slots
     layer.mux_router = router
     layer.mux_settings = settings
+    layer.mux_last = -1, None
 
 
 def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
@@ -226,7 +239,7 @@ def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
 
 def swap_out(layer: MuxLinear) -> None:
     """The linear layer as it was before swap_in."""
-    for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings"):
+    for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings", "mux_last"):
         delattr(layer, name)
     layer.__class__ = type(layer).__bases__[1]
 

@@ -49,8 +49,8 @@ def attach(
         model: any nn.Module.
         targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
             path suffixes (["q_proj", "v_proj"]), or a regular expression for whole paths.
-        backend: "auto" (Triton on CUDA and ROCm, the reference elsewhere), "triton" or
-            "reference".
+        backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
+            elsewhere), "triton" or "reference".
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
             batch the row comes in; costs speed for many rows.
 

@@ -46,7 +46,7 @@ POOL = (
 )
 PLAN = "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state"
 HOW = ", SymInt max_rank, bool batch_invariant=False, bool? triton=None"
-# Library costs a third of what custom_op's Python wrapper does: docs/numerics.md has the figures.
+# Library costs a third of what custom_op's Python wrapper does: docs/backends.md has the figures.
 LIBRARY: Any = torch.library.Library("lora_mux", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "plan(Tensor index, Tensor weight, Tensor live, SymInt capacity, SymInt block_m, "

@@ -2,7 +2,8 @@
 
 "reference" runs everywhere. "triton" runs `lora_mux.kernels` on CUDA and ROCm, and on the CPU when
 TRITON_INTERPRET=1 is set, slowly, to try the kernels without a GPU. "auto" means Triton where it
-can run and the reference elsewhere; what was asked for by name never falls back.
+can run, `grouped` on the CPU, and the reference elsewhere and where autograd follows; what was
+asked for by name never falls back.
 """
 
 import functools
@@ -13,14 +14,16 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import operators, reference, tiles
+from . import grouped, operators, reference, tiles
 from .errors import BackendError
+from .grouped import HostPlan
 from .pool import Pool
 from .routing import Routing
 from .slots import Slots
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 
+HOST = "batched products on the CPU, reference elsewhere"
 OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,10 +62,14 @@ class Settings:
 class Method(NamedTuple):
     """How the adapters of one layer are added; layers with the same method share a plan."""
 
-    operators: bool  # else the reference itself, with the host's checks of the index
+    operators: bool  # else on the host, which checks the index
     triton: bool = False
     block_m: int = 0  # rows of a tile
     batch_invariant: bool = False
+    grouped: bool = False  # the CPU's fast form
+
+
+REFERENCE, GROUPED = Method(operators=False), Method(operators=False, grouped=True)
 
 
 class TiledPlan(NamedTuple):
@@ -72,7 +79,7 @@ class TiledPlan(NamedTuple):
     method: Method
 
 
-Plan: TypeAlias = TiledPlan | reference.Plan
+Plan: TypeAlias = TiledPlan | HostPlan | reference.Plan
 
 
 @functools.cache
@@ -101,9 +108,12 @@ def method(settings: Settings, x: Tensor, rows: int, pool: Pool) -> Method:
     Raises:
         BackendError: Triton was asked for by name, and can not run on x.
     """
+    compiling = torch.compiler.is_compiling()
+    if settings.backend == "auto" and x.device.type == "cpu" and not compiling:
+        return GROUPED
     triton = _runs_triton(settings.backend, x, pool.A_rows.dtype)
-    if not triton and not torch.compiler.is_compiling():
-        return Method(operators=False)
+    if not triton and not compiling:
+        return REFERENCE
     from .kernels.config import tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32.
@@ -136,10 +146,10 @@ def backend_reason() -> str:
     """The backend that "auto" means here, and why."""
     problem = _triton_problem()
     if problem:
-        return f"reference (the kernels need triton {OLDEST_TRITON} or newer, {problem})"
+        return f"{HOST} (the kernels need triton {OLDEST_TRITON} or newer, {problem})"
     if not torch.cuda.is_available():
-        return "reference (torch sees no CUDA or ROCm GPU)"
-    return f"triton on {torch.cuda.get_device_name()}, reference elsewhere"
+        return f"{HOST} (torch sees no CUDA or ROCm GPU)"
+    return f"triton on {torch.cuda.get_device_name()}, {HOST}"
 
 
 def capturing(device: torch.device) -> bool:
@@ -158,8 +168,12 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
     """
     index, weight = routing.index, routing.weight
     if not method.operators:
-        made = reference.plan(slots.resolve(index), weight)
-        return made if len(made.slots) else None
+        resolved = slots.resolve(index)
+        if bool((resolved < 0).all()):
+            return None
+        if method.grouped:
+            return HostPlan(index.clone(), weight.clone(), resolved)
+        return reference.plan(resolved, weight)
     if capturing(index.device):
         slots.captured = True
     tensors = operators.Plan(
@@ -188,6 +202,10 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tenso
         owned: y's storage is nobody else's, so that it may be written to.
     """
     y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if isinstance(plan, HostPlan):
+        if not _tracked(y, x, plan.weight):
+            return grouped.add_lora(y_rows, x_rows, pool, plan, owned).reshape(y.shape)
+        plan = plan.reference
     if isinstance(plan, reference.Plan):
         return reference.add_lora(y_rows, x_rows, pool.rows, plan).reshape(y.shape)
     tensors, method = plan
@@ -195,11 +213,13 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tenso
         *(y_rows, x_rows, *pool.rows, *tensors),
         *(pool.max_rank, method.batch_invariant, method.triton),
     )
-    tracked = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (y, x, tensors.strength)
-    )
-    if owned and not tracked and y.is_contiguous():
+    if owned and not _tracked(y, x, tensors.strength) and y.is_contiguous():
         torch.ops.lora_mux.add_lora_(*arguments)
         return y
     added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
     return added.reshape(y.shape)
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed from them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

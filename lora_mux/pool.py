@@ -36,6 +36,15 @@ class RankRows(NamedTuple):
     scaling: Tensor  # [S] at least fp32
 
 
+class Span(NamedTuple):
+    """Where an adapter's rank rows are, as the host knows it."""
+
+    offset: int
+    rows: int
+    bias: bool  # whether the last of them is constant
+    scaling: float
+
+
 # Elements: every row begins at a multiple of 16 bytes, which vector loads need.
 ALIGNMENT = 16
 
@@ -61,7 +70,7 @@ class Pool(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.max_rank = 0  # at least every rank here; bounds what the kernels put in between
-        self._spans: dict[int, tuple[int, int]] = {}  # slot -> (offset, rank rows)
+        self.spans: dict[int, Span] = {}  # slot -> what it has here; none = rank 0
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
@@ -141,7 +150,7 @@ class Pool(nn.Module):
         Args:
             slots: how many there should be room for, more than `slot`.
         """
-        assert slot not in self._spans
+        assert slot not in self.spans
         if weights is None:
             self.reserve(0, slots, 0)
             return
@@ -158,15 +167,15 @@ class Pool(nn.Module):
         # The rank last: it is what makes the rows count.
         self.offset[slot], self.scaling[slot] = start, weights.scaling
         self.rank[slot] = used
-        self._spans[slot] = (start, used)
+        self.spans[slot] = Span(start, used, weights.bias is not None, weights.scaling)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def erase(self, slot: int) -> None:
         """Free the rank rows of a slot, if it has any here; no tenant leaves values behind."""
-        if slot not in self._spans:
+        if slot not in self.spans:
             return
-        start, used = self._spans.pop(slot)
+        start, used, *_ = self.spans.pop(slot)
         self.rank[slot] = 0
         self.A_rows[start : start + used] = 0
         self.B_rows[start : start + used] = 0
@@ -174,7 +183,7 @@ class Pool(nn.Module):
     def _gap(self, rows: int) -> int:
         """The first rank row of the first gap that holds `rows`; the end of all when none does."""
         start = 0
-        for offset, used in sorted(self._spans.values()):
+        for offset, used, *_ in sorted(self.spans.values()):
             if offset - start >= rows:
                 break
             start = offset + used

@@ -8,6 +8,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -35,3 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["grouped", "reference"])
+def each_form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The two forms on the CPU: the reference runs where autograd follows the base's weight."""
+    with torch.set_grad_enabled(request.param == "reference"):
+        yield

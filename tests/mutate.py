@@ -1,7 +1,7 @@
 """Break one line at a time, and see a test turn red: python tests/mutate.py [part of a name]
 
 Each mutation is made in a copy of the package, against which the named tests run. One that no test
-notices is a hole in the tests, and makes the script fail. Takes about ten minutes on two cores.
+notices is a hole in the tests, and makes the script fail. Takes about half an hour on two cores.
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 KERNELS = ("tests/test_kernels.py",)
 BACKEND = ("tests/test_triton_backend.py",)
+GROUPED = ("tests/test_grouped.py", "tests/test_linear.py")
 OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
 
 
@@ -89,8 +90,8 @@ MUTATIONS = {
     "expand: the first block of each adapter": Mutation(EXPAND, "* R + first[None, :]", "* R"),
     "expand: masked by multiplying": Mutation(
         EXPAND,
-        "mask=selects, other=0.0)",
-        "mask=(tile_m >= 0)[:, None, None] & (place >= -1)[:, :, None], other=0.0) * selects",
+        "mask=(place >= 0)[:, :, None], other=0.0\n                )",
+        "mask=(place >= -1)[:, :, None], other=0.0) * (place >= 0)[:, :, None]",
     ),
     "expand: the delta rounded before the sum": Mutation(
         EXPAND, "y += tl.trans(acc)", "y += tl.trans(acc).to(y_ptr.dtype.element_ty).to(tl.float32)"
@@ -109,6 +110,54 @@ MUTATIONS = {
     ),
     "launch: columns too few": Mutation(
         LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))"
+    ),
+    "grouped: repeated rows are added": Mutation(
+        "grouped.py", "if group.real is not None:", "if False:", GROUPED
+    ),
+    "grouped: every group is in order": Mutation(
+        "grouped.py", "all(real) and rows == list(range(M))", "all(real)", GROUPED
+    ),
+    "grouped: no scaling": Mutation(
+        "grouped.py", "* _scaling(spans, dtype)[:, None, None]", "* 1", GROUPED
+    ),
+    "grouped: no scaling where all are multiplied": Mutation(
+        "grouped.py", "* _scaling(spans, dtype)\n", "* 1\n", GROUPED
+    ),
+    "grouped: layers share a strength whatever their scaling": Mutation(
+        "grouped.py", "key = dtype, *(span.scaling for span in spans)", "key = dtype", GROUPED
+    ),
+    "grouped: a row gets all adapters": Mutation(
+        "grouped.py", "h.masked_fill_(others, 0.0)", "pass", GROUPED
+    ),
+    "grouped: masked by multiplying": Mutation(
+        "grouped.py", "h.masked_fill_(others, 0.0)", "h *= ~others", GROUPED
+    ),
+    "grouped: base rows are added to": Mutation(
+        "grouped.py", "if dense.rows is None:", "if True:", GROUPED
+    ),
+    "grouped: base rows are rounded": Mutation(
+        "grouped.py",
+        "return rounded if plan.partly is None else",
+        "return rounded if True else",
+        GROUPED,
+    ),
+    "grouped: no bias": Mutation(
+        "grouped.py", "h[[span.bias for span in spans], :, -1] = 1.0", "pass", GROUPED
+    ),
+    "grouped: the last weight of a slot that stands twice": Mutation(
+        "grouped.py", "weight[m][u] += strength", "weight[m][u] = strength", GROUPED
+    ),
+    "grouped: another adapter's rank rows": Mutation(
+        "grouped.py", "if span.offset == end:", "if True:", GROUPED
+    ),
+    "grouped: writes to what is not ours": Mutation(
+        "grouped.py", "copy=not owned", "copy=False", GROUPED
+    ),
+    "linear: any routing is the last one": Mutation(
+        "linear.py", "if last.stands_for(spread.index, spread.weight):", "if True:", GROUPED
+    ),
+    "linear: a removal is not seen": Mutation(
+        "linear.py", "if version == self.mux_slots.version and", "if", GROUPED
     ),
     "operators: the gradient of x keeps the bias": Mutation(
         "operators.py", "B_rows=rows.A_rows, constant=None)", "B_rows=rows.B_rows)", OPERATORS

@@ -16,12 +16,16 @@ ALLOWED = {
     "targets": {"errors"},
     "slots": {"errors", "routing"},
     "reference": {"pool"},
+    "grouped": {"pool", "reference"},
     "tiles": set(),
     "kernels": set(),
     "operators": {"kernels", "pool", "reference", "tiles"},
-    "ops": {"errors", "kernels", "operators", "pool", "reference", "routing", "slots", "tiles"},
+    "ops": {
+        *("errors", "grouped", "kernels", "operators"),
+        *("pool", "reference", "routing", "slots", "tiles"),
+    },
     "router": {"errors", "ops", "pool", "routing", "slots"},
-    "linear": {"errors", "ops", "pool", "router", "routing", "slots", "targets"},
+    "linear": {"errors", "grouped", "ops", "pool", "router", "routing", "slots", "targets"},
     "peft_config": {"errors"},
     "checkpoint": {"errors", "peft_config", "pool"},
     "mux": {
@@ -37,6 +41,8 @@ ALLOWED = {
 STDLIB = set(sys.stdlib_module_names)
 LIBRARIES = {
     "kernels": {"torch", "triton"},
+    "slots": {"torch", "numpy"},
+    "grouped": {"torch", "numpy"},
     "ops": {"torch", "triton"},  # triton inside a function, to ask for its version
     "checkpoint": {"torch", "safetensors"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib

@@ -60,7 +60,7 @@ def snapshot(mux: lora_mux.Mux) -> list[Any]:
     return [
         dict(mux.adapters),
         [t.clone() for p in pools for t in p.buffers()],
-        [dict(p._spans) for p in pools],
+        [dict(p.spans) for p in pools],
     ]
 
 

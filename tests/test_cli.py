@@ -15,7 +15,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["lora-mux"] == lora_mux.__version__
     assert shown["torch"] and shown["device"].startswith("cpu")
-    assert shown["backend"].startswith("reference (")
+    assert shown["backend"].startswith("batched products on the CPU, reference elsewhere (")
 
 
 def test_python_m_is_the_same_command() -> None:

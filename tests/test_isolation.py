@@ -18,6 +18,7 @@ def layer(ranks: tuple[int, ...] = (3, 8, 5)) -> tuple[lora_mux.MuxLinear, list[
     return made, handles
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_neighbours_inputs_change_no_bit(poison: float) -> None:
     mux, (a, b, c) = layer()
@@ -32,6 +33,7 @@ def test_neighbours_inputs_change_no_bit(poison: float) -> None:
         assert torch.equal(got[rest], clean[rest])
 
 
+@pytest.mark.usefixtures("each_form")
 def test_a_neighbours_weight_changes_no_bit() -> None:
     mux, (a, b, _) = layer()
     x, index = torch.randn(2, 16), torch.tensor([[a, b], [a, b]])
@@ -50,6 +52,7 @@ def test_another_rows_adapter_that_overflows_changes_no_bit() -> None:
     assert torch.equal(got[:2], clean[:2]) and got[2].isinf().all()
 
 
+@pytest.mark.usefixtures("each_form")
 def test_permuted_rows_give_permuted_outputs() -> None:
     mux, handles = layer()
     index = torch.tensor([*handles, -1])[torch.randint(0, 4, (9, 2))]
@@ -141,7 +144,7 @@ class TestPool:
     """Exact ranks: rank rows follow each adapter's own rank, and are used again."""
 
     def used(self, mux: lora_mux.MuxLinear) -> dict[int, tuple[int, int]]:
-        return mux.mux_pool._spans
+        return {slot: (span.offset, span.rows) for slot, span in mux.mux_pool.spans.items()}
 
     def test_rows_are_exact_and_disjoint(self) -> None:
         mux, _ = layer((3, 8, 5, 1, 40))
@@ -217,6 +220,6 @@ class TestPool:
         pair = (torch.ones(1, 4), torch.ones(4, 1))
         with pytest.raises(MemoryError):
             mux.add_adapter("a", {"0": pair, "1": pair}, alpha=1)
-        assert not mux.adapters and not model[0].mux_pool._spans
+        assert not mux.adapters and not model[0].mux_pool.spans
         monkeypatch.undo()
         mux.add_adapter("a", {"0": pair, "1": pair}, alpha=1)

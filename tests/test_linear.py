@@ -17,6 +17,7 @@ from oracle import Adapter, forward
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(96, 160), (33, 41), (1024, 512)], ids=str)
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -25,6 +26,7 @@ def test_values(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_scale_each_selection(dtype: torch.dtype) -> None:
     bench = Bench(dtype=dtype)
@@ -32,6 +34,7 @@ def test_weights_scale_each_selection(dtype: torch.dtype) -> None:
     bench.check(bench.x(4), index, torch.tensor([[0.5, -2.0, 0.0]] * 4))
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("scaling", [0.0, -1.5, 4.0])
 def test_scaling_of_any_sign(scaling: float) -> None:
     bench = Bench(ranks=())
@@ -41,6 +44,7 @@ def test_scaling_of_any_sign(scaling: float) -> None:
     bench.check(bench.x(2), torch.tensor([[0], [-1]]))
 
 
+@pytest.mark.usefixtures("each_form")
 def test_bias_is_scaled_and_weighted_like_the_rest() -> None:
     bench = Bench()
     adapter = Adapter(torch.randn(7, 96), torch.randn(160, 7), 2.5, torch.randn(160))
@@ -71,6 +75,7 @@ def test_many_drawn_cases(data: st.DataObject) -> None:
     test_drawn_cases.hypothesis.inner_test(data)  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 2, 3), (0,), (2, 0)], ids=str)
 def test_one_routing_row_per_row(shape: tuple[int, ...]) -> None:
     bench = Bench()
@@ -80,6 +85,7 @@ def test_one_routing_row_per_row(shape: tuple[int, ...]) -> None:
     assert y.shape == (*shape, 160)
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 1)], ids=str)
 def test_one_routing_row_per_sample(shape: tuple[int, ...]) -> None:
     bench = Bench()
@@ -100,6 +106,7 @@ def test_rows_that_only_divide_are_refused(rows: int) -> None:
         bench.layer(bench.x(4, 3), routing)
 
 
+@pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounds_once(dtype: torch.dtype) -> None:
     """Half an ulp from the base's tensor plus the exact delta: h and delta are not rounded."""
@@ -116,6 +123,7 @@ def test_rounds_once(dtype: torch.dtype) -> None:
     assert (error <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-3 * error.max()).all()
 
 
+@pytest.mark.usefixtures("each_form")
 def test_strided_input() -> None:
     bench = Bench()
     bench.check(bench.x(8)[::2], torch.tensor(ROUTINGS["subsets"]))
@@ -123,6 +131,7 @@ def test_strided_input() -> None:
     bench.check(wide[:, 7 : 7 + 96], torch.tensor(ROUTINGS["subsets"]))
 
 
+@pytest.mark.usefixtures("each_form")
 def test_int32_index_and_half_weights() -> None:
     bench = Bench()
     x, index = bench.x(2), torch.tensor([[0, 1], [2, -1]])
@@ -131,6 +140,7 @@ def test_int32_index_and_half_weights() -> None:
     assert torch.equal(y, bench.layer(x, lora_mux.Routing(index, weight)))
 
 
+@pytest.mark.usefixtures("each_form")
 def test_fp64_is_computed_in_fp64() -> None:
     bench = Bench(ranks=(3, 8), dtype=torch.float64)
     x, index = bench.x(2), torch.tensor([[0, 1], [1, -1]])
@@ -173,6 +183,7 @@ class Foreign(nn.Module):
         return x[..., :4] * 2
 
 
+@pytest.mark.usefixtures("each_form")
 def test_base_rows_keep_every_bit() -> None:
     """-0.0 + 0.0 is 0.0: a base row must not even be added to."""
     base = Foreign()

@@ -337,8 +337,8 @@ def test_switching_costs_the_same_for_any_number_of_targets_and_adapters(how: st
                 with mux.disable_adapter():
                     pass
 
-        act()
-        return python_calls(act)
+        # The least of a few: a garbage collection calls finalizers of other tests' objects.
+        return min(python_calls(act) for _ in range(4))
 
     small = cost(10, 1)
     assert cost(1000, 1) == small

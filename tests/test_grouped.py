@@ -1,0 +1,197 @@
+"""The CPU's fast form: every way of cutting a batch, against fp64 and against the reference."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_mux
+from layer import Bench, check_relative_norm
+from lora_mux import grouped, ops
+from oracle import Adapter, assert_close, forward, make_adapter
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def plan_of(bench: Bench, index: Tensor) -> grouped.HostPlan:
+    handles = torch.tensor([*bench.handles, -1])[index]
+    plan = ops.plan(lora_mux.Routing(handles), bench.layer.mux_slots, ops.GROUPED)
+    assert isinstance(plan, grouped.HostPlan)
+    return plan
+
+
+# Adapters, rows of each: what the plan should make of it.
+CUTS = {
+    "one for all": ([9], "dense"),
+    "two halves": ([8, 8], "dense"),
+    "one each, in order": ([1] * 12, [(12, 1)]),
+    "twos, in order": ([2] * 8, [(8, 2)]),
+    "about as many": ([3, 4, 2, 3, 4, 3], [(6, 4)]),
+    "one popular": ([1, 1, 20, 1, 2, 1, 1], [(5, 1), (1, 20), (1, 2)]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts(name: str, dtype: torch.dtype) -> None:
+    rows_of, cut = CUTS[name]
+    bench = Bench(ranks=(6,) * len(rows_of), dtype=dtype)
+    index = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))[:, None]
+    form = plan_of(bench, index).form
+    if isinstance(form, grouped.Dense):
+        assert cut == "dense"
+    else:
+        assert [tuple(group.weight.shape[:2]) for group in form] == cut
+        assert [group.in_order for group in form] == ["in order" in name] * len(form)
+    with torch.no_grad():
+        bench.check(bench.x(len(index)), index)
+        shuffled = index[torch.randperm(len(index))]
+        bench.check(bench.x(len(index)), shuffled, torch.randn(index.shape))
+        some = torch.where(torch.rand(index.shape) < 0.3, -1, index)
+        some[0] = index[0]
+        bench.check(bench.x(len(index)), some)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_drawn_batches(data: st.DataObject) -> None:
+    """Larger than test_linear's: popularity, ranks, holes in the pool, places, weights."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    ranks = tuple(data.draw(st.lists(st.sampled_from([1, 4, 4, 16, 33]), min_size=1, max_size=20)))
+    bench = Bench(ranks, (48, 56), data.draw(st.sampled_from(DTYPES)))
+    for gone in data.draw(st.sets(st.integers(0, len(ranks) - 1), max_size=len(ranks) - 1)):
+        bench.layer.remove_adapter(f"a{gone}")
+        bench.adapters[gone] = make_adapter(5, 48, 56, 5, bench.linear.weight.dtype)
+        new = bench.adapters[gone]
+        bench.handles[gone] = bench.layer.add_adapter(f"b{gone}", new.A, new.B, scaling=1.0)
+    rows, J = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 4))
+    skew = data.draw(st.sampled_from([0.0, 1.0, 3.0]))
+    chance = torch.arange(1.0, len(ranks) + 2) ** -skew
+    index = torch.multinomial(chance, rows * J, replacement=True).view(rows, J) - 1
+    check_relative_norm(bench, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
+
+
+def two_layers() -> tuple[nn.Sequential, lora_mux.Mux, dict[str, list[Adapter | None]]]:
+    """Adapters that leave one layer alone, or have another rank and scaling in it."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)).requires_grad_(False)
+    mux = lora_mux.attach(model, ["0", "1"])
+    kept: dict[str, list[Adapter | None]] = {}
+    mixed = [(3, 0), (0, 2), (4, 4), (3, 8), (0, 4), (3, 0), (5, 1), (3, 4)]
+    for i, ranks in enumerate(mixed + [(4, 8)] * 6):
+        parts = [make_adapter(r, 24, 24, 6, torch.float32) if r else None for r in ranks]
+        kept[f"a{i}"] = parts
+        weights = {str(n): (part.A, part.B) for n, part in enumerate(parts) if part}
+        mux.add_adapter(f"a{i}", weights, alpha=6)
+    return model, mux, kept
+
+
+@pytest.mark.parametrize(
+    "names", [["a2"], ["a0", "a1"], [f"a{i}" for i in range(8)], [f"a{i}" for i in range(8, 14)]]
+)
+def test_layers_that_an_adapter_leaves_alone(names: list[str]) -> None:
+    model, mux, kept = two_layers()
+    rows = [*names, None, *names[::-1], (names[0], names[-1]) if len(names) > 1 else names[0]]
+    x = torch.randn(len(rows), 24)
+    y = x
+    chosen = [[name] if isinstance(name, str) else list(name or []) for name in rows]
+    mux.set_adapter(None)
+    for n, linear in enumerate(model):
+        parts = [[(part, 1.0) for c in row if (part := kept[c][n])] for row in chosen]
+        y = forward(linear, y.to(torch.float32), parts)
+    with mux.route(rows):
+        assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("others", [["a2"], [f"a{i}" for i in (2, 0, 3, 5, 6, 7, 2, 0)]], ids=len)
+def test_rows_that_get_nothing_keep_minus_zero(others: list[str]) -> None:
+    """Base rows, and those whose adapters are elsewhere: -0.0 + 0.0 would be 0.0."""
+    model, mux, _ = two_layers()
+    handles = [-1, *(mux.adapters[name] for name in ("a1", *others))]
+    plan = ops.plan(lora_mux.Routing(torch.tensor(handles)[:, None]), mux._slots, ops.GROUPED)
+    assert isinstance(plan, grouped.HostPlan)
+    layer = model[0]
+    assert isinstance(layer, lora_mux.MuxLinear)
+    base = torch.full((len(handles), 24), -0.0)
+    y = grouped.add_lora(base, torch.randn(len(handles), 24), layer.mux_pool, plan, owned=False)
+    assert y[:2].signbit().all() and not y[2:].signbit().all()
+    assert base.signbit().all()  # not owned, so not written to
+
+
+def test_base_rows_keep_the_bits_of_a_nan() -> None:
+    """On the way to fp32 and back a NaN would lose its sign and payload."""
+    bench = Bench(ranks=(2,), size=(16, 12), dtype=torch.bfloat16)
+    y = torch.full((2, 12), -0x3E, dtype=torch.int16).view(torch.bfloat16)
+    plan = plan_of(bench, torch.tensor([[-1], [0]]))
+    got = grouped.add_lora(y, bench.x(2), bench.layer.mux_pool, plan, owned=False)
+    assert y.isnan().all() and torch.equal(got[0].view(torch.int16), y[0].view(torch.int16))
+
+
+@pytest.mark.parametrize("adapters", [1, 2, 12])
+def test_biases(adapters: int) -> None:
+    """PEFT's lora_bias, of every second adapter: a rank row without a product."""
+    bench = Bench(ranks=())
+    for i in range(adapters):
+        plain = make_adapter(3, 96, 160, 4, torch.float32)
+        bias = None if i % 2 else torch.randn(160)
+        made = bench.layer.add_adapter(f"a{i}", plain.A, plain.B, alpha=4, bias=bias)
+        bench.handles.append(made)
+        bench.adapters.append(Adapter(plain.A, plain.B, plain.scaling, bias))
+    index = torch.arange(adapters)[:, None]
+    with torch.no_grad():
+        bench.check(bench.x(adapters), index, torch.randn(index.shape))
+
+
+def test_another_rows_adapter_that_overflows_reaches_no_row() -> None:
+    """All rows are multiplied with all adapters here; inf must be left out by selecting."""
+    bench = Bench(ranks=(2,), size=(16, 12))
+    huge = bench.layer.add_adapter("huge", torch.full((2, 16), 3e38), torch.ones(12, 2), alpha=1)
+    x = torch.full((3, 16), 9.0)
+    with torch.no_grad():
+        clean = bench.layer(x, lora_mux.Routing(torch.tensor([[0], [-1], [0]])))
+        got = bench.layer(x, lora_mux.Routing(torch.tensor([[0], [-1], [huge]])))
+    torch.testing.assert_close(got[0], clean[0])
+    assert torch.equal(got[1], clean[1]) and got[2].isinf().all()
+
+
+@pytest.mark.parametrize("change", ["index", "weight", "remove", "shape"])
+def test_a_remembered_plan_is_not_used_for_another_routing(change: str) -> None:
+    bench = Bench(ranks=(4, 4))
+    index, weight, x = torch.tensor([[0], [1]]), torch.ones(2, 1), bench.x(2)
+    with torch.no_grad():
+        bench.layer(x, lora_mux.Routing(index, weight))
+        if change == "index":
+            index.numpy()[:] = index.numpy()[::-1].copy()  # no version counter sees this
+        elif change == "weight":
+            weight.numpy()[0] = 3.0
+        elif change == "remove":
+            bench.layer.remove_adapter("a1")
+            with pytest.raises(lora_mux.LoraMuxError, match="removed"):
+                bench.layer(x, lora_mux.Routing(index, weight))
+            return
+        else:
+            index, weight, x = index[:1], weight[:1], x[:1]
+        bench.check(x, index, weight)
+
+
+def test_nothing_is_copied_per_row() -> None:
+    """A and B of 2 MB, in use by 512 rows: a copy for each row would be 512 MB."""
+    bench = Bench(ranks=(16,) * 8, size=(2048, 2048), bias=False)
+    index = torch.arange(8).repeat(64)[torch.randperm(512)][:, None]
+    x = bench.x(512)
+    with torch.no_grad():
+        bench.layer(x, lora_mux.Routing(index))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            bench.layer(x, lora_mux.Routing(index))
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events() or ())
+    # The base's y, the moved x, h, and what is added: three tensors of 4 MB and a small one.
+    assert allocated < 16e6
+
+
+def test_the_reference_by_name_is_the_reference(monkeypatch: Any) -> None:
+    bench = Bench(backend="reference")
+    monkeypatch.setattr(grouped, "add_lora", None)
+    with torch.no_grad():
+        bench.check(bench.x(2), torch.tensor([[0], [-1]]))
