@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from workloads import Problem
 
 import lora_mux
 from lora_mux import ops
+from workloads import Problem
 
 Call: TypeAlias = Callable[[], Tensor]
 Provider: TypeAlias = Callable[[Problem, Call], Call]
@@ -57,12 +57,12 @@ def masked(problem: Problem, base: Call) -> Call:
 
 def gather_bmm(problem: Problem, base: Call) -> Call:
     """A copy of A and B for each row, and batched products."""
-    A, B = _stacked(problem)
+    A, B = stacked(problem)
     x, index, J = problem.x, problem.index, problem.index.shape[1]
     none = (index < 0).flatten()
     weight = problem.weight.masked_fill(index < 0, 0).to(A.dtype)
-    if x.shape[0] * J * (A[0].numel() + B[0].numel()) * A.element_size() > 8e9:
-        raise NotApplicable("copies of more than 8 GB")
+    if x.shape[0] * J * (A[0].numel() + B[0].numel()) * A.element_size() > 1e9:
+        raise NotApplicable("copies of more than 1 GB")
     chosen = index.clamp(min=0).flatten()
     assert not bool(none.all())
 
@@ -100,7 +100,7 @@ def grouped_mm(problem: Problem, base: Call) -> Call:
         raise NotApplicable("torch._grouped_mm is not there, or not for this dtype")
     if problem.x.device.type != "cuda":
         raise NotApplicable("torch._grouped_mm is a loop on the CPU")
-    A, B = _stacked(problem)
+    A, B = stacked(problem)
     x = problem.x
     sorted_places = []
     for place in problem.index.unbind(1):
@@ -172,10 +172,26 @@ def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provid
     return prepare
 
 
-def ours_as_a_module(problem: Problem, base: Call) -> Call:
-    """A MuxLinear that is called with its routing."""
-    layer, routing = mux_linear(problem)
-    return lambda: layer(problem.x, routing)
+def ours_as_a_module(backend: ops.Backend = "auto") -> Provider:
+    """A MuxLinear that is called with its routing: the plan is part of it."""
+
+    def prepare(problem: Problem, base: Call) -> Call:
+        layer, routing = mux_linear(problem, backend)
+        return lambda: layer(problem.x, routing)
+
+    return prepare
+
+
+def plan_alone(problem: Problem, base: Call) -> Call:
+    """What a forward pass pays once, for all its layers; not an answer."""
+    layer, routing = mux_linear(problem, "triton")
+    method = ops.method(layer.mux_settings, problem.x, len(problem.x), layer.mux_pool)
+
+    def call() -> Tensor:
+        ops.plan(routing, layer.mux_slots, method)
+        return problem.x
+
+    return call
 
 
 def mux_linear(
@@ -195,7 +211,7 @@ def mux_linear(
     return layer, lora_mux.Routing(table[problem.index], problem.weight)
 
 
-def _stacked(problem: Problem) -> tuple[Tensor, Tensor]:
+def stacked(problem: Problem) -> tuple[Tensor, Tensor]:
     """A [adapters, r, K] and B [adapters, N, r], padded with zeros to the largest rank."""
     most = max(map(len, problem.A))
     pad = nn.functional.pad
@@ -205,9 +221,11 @@ def _stacked(problem: Problem) -> tuple[Tensor, Tensor]:
     )
 
 
+NO_ANSWERS = ("base", "lora_mux plan")  # timed without a gate
+WHOLE_LAYERS = ("base", "merged", "PEFT mixed", "lora_mux as a module")
 CPU: dict[str, Provider] = {
     "base": base_alone,
-    "lora_mux": ours_as_a_module,
+    "lora_mux": ours_as_a_module(),
     "PEFT mixed": peft_mixed,
     "segments": segments,
     "masked": masked,
@@ -217,6 +235,8 @@ CUDA: dict[str, Provider] = {
     **CPU,
     "lora_mux": ours("triton"),
     "lora_mux batch-invariant": ours("triton", batch_invariant=True),
+    "lora_mux as a module": ours_as_a_module("triton"),
+    "lora_mux plan": plan_alone,
     "merged": merged,
     "grouped_mm": grouped_mm,
 }

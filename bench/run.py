@@ -1,155 +1,194 @@
-"""Check and time the kernels on this machine: one line of JSON for each workload.
+"""Time ours against the others on this machine: a line of JSON for each workload and provider.
 
-    python bench/run.py --smoke              on a GPU, into bench/results/
-    TRITON_INTERPRET=1 python bench/run.py --smoke --device cpu    tries the script, times nothing
+    python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
+    python bench/run.py --headline    the questions of docs/benchmarks.md
+    python bench/run.py --grid        everything, about an hour
+    python bench/run.py --cpu         the CPU's cells, 20 minutes; --quick: the smallest layer
 
-For each workload: MuxLinear against the formula in fp64, then the base linear alone, the plan, the
-pair of shrink and expand, and the whole layer.
+Every provider must first agree with the formula in fp64; only then it is timed, interleaved with
+the others. On a GPU also the machine's own limits: a launch, a copy, and the base layer by cuBLAS.
+Records go to bench/results/; bench/plot.py draws them.
+TRITON_INTERPRET=1 python bench/run.py --tiny tries the script without a GPU; no speeds.
 """
 
 import argparse
-import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, provenance
-from timing import microseconds, sets_for_cold_l2
 from torch import nn
 
-import lora_mux
-from lora_mux import ops
+import workloads
+from engines import PEERS
+from lora_mux.measure import timing
+from lora_mux.measure.provenance import ROOT, provenance
+from lora_mux.measure.timing import Times, microseconds, sets_for_cold_l2
+from providers import CPU, CUDA, NO_ANSWERS, WHOLE_LAYERS, Call, NotApplicable, Provider
+from workloads import Problem, Workload
 
-ERROR = 1.2e-2  # of the norm, in bf16
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One layer, one batch: each row selects `selections` of `adapters` at random."""
-
-    site: str
-    K: int
-    N: int
-    rows: int
-    adapters: int
-    rank: int
-    selections: int = 1
-
-
-SITES = {
-    "8B o": (4096, 4096),
-    "8B qkv": (4096, 6144),
-    "8B gate_up": (4096, 28672),
-    "8B down": (14336, 4096),
+# Of the norm, against fp64. In bf16 the others round h, x or both; a wrong adapter costs 1.
+GATE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+GRIDS: dict[str, Callable[[], Iterator[Workload]]] = {
+    "smoke": workloads.smoke,
+    "headline": workloads.headline,
+    "grid": workloads.grid,
+    "cpu": workloads.cpu,
+    "tiny": workloads.tiny,
 }
 
 
-def workloads(tiny: bool) -> Iterator[Workload]:
-    """The sites of an 8B model; decode and prefill; one adapter, eight, four of eight for a row."""
-    if tiny:
-        yield Workload("tiny", 64, 48, 5, 3, 8, 2)
-        return
-    for (site, size), rows in itertools.product(SITES.items(), (1, 32, 128, 2048)):
-        for adapters, selections in ((1, 1), (8, 1), (8, 4)):
-            if adapters <= max(rows, selections):
-                yield Workload(site, *size, rows, adapters, 16, selections)
+def linear_base(problem: Problem) -> Call:
+    """The base layer."""
+    return lambda: nn.functional.linear(problem.x, problem.W)
 
 
-def measured(workload: Workload, device: torch.device) -> dict[str, Any]:
-    """The gate's error and the microseconds of each part."""
-    torch.manual_seed(0)
-    K, N, M = workload.K, workload.N, workload.rows
-    half = {"device": device, "dtype": torch.bfloat16}
-    traffic = 2 * (K * N + M * K + M * N)
-    sets = sets_for_cold_l2(traffic, device)
-    layers, inputs, routings = [], [], []
-    for _ in range(sets):
-        linear = nn.Linear(K, N, bias=False, **half)
-        layer = lora_mux.MuxLinear(linear, backend="triton")
-        layer.reserve(workload.adapters, workload.rank)
-        handles = [
-            layer.add_adapter(
-                f"{i}",
-                torch.randn(workload.rank, K) / K**0.5,
-                torch.randn(N, workload.rank) / workload.rank,
-                scaling=1.0,
-            )
-            for i in range(workload.adapters)
-        ]
-        layers.append(layer)
-        inputs.append(torch.randn(M, K, **half))
-        chance = torch.rand(M, workload.adapters, device=device)
-        chosen = chance.topk(workload.selections).indices
-        index = torch.tensor(handles, device=device)[chosen]
-        routings.append(lora_mux.Routing(index, torch.rand(M, workload.selections, device=device)))
-    method = ops.method(layers[0].mux_settings, inputs[0], M, layers[0].mux_pool)
-    plans = [ops.plan(r, la.mux_slots, method) for r, la in zip(routings, layers, strict=True)]
-    outputs = [torch.zeros(M, N, **half) for _ in range(sets)]
-
-    def pair(n: int) -> None:
-        plan = plans[n]
-        assert plan is not None
-        ops.add_lora(outputs[n], inputs[n], layers[n].mux_pool, plan, owned=True)
-
-    with torch.no_grad():
-        error = _error(layers[0], inputs[0], routings[0])
-        if not error <= ERROR:
-            return {"error": error, "gate": "failed"}
-        times = microseconds(
-            {
-                "base": lambda n: layers[n](inputs[n]),
-                "plan": lambda n: ops.plan(routings[n], layers[n].mux_slots, method),
-                "pair": pair,
-                "layer": lambda n: layers[n](inputs[n], routings[n]),
-            },
-            sets,
-            device,
-        )
-    return {"error": error, "gate": "passed", "sets": sets, "microseconds": times}
+def adapters_only(problem: Problem) -> Call:
+    """No base layer: y is there already, and each call adds to it."""
+    y = nn.functional.linear(problem.x, problem.W)
+    return lambda: y
 
 
-def _error(layer: lora_mux.MuxLinear, x: torch.Tensor, routing: lora_mux.Routing) -> float:
-    """Relative norm of the error of a layer, against the formula in fp64."""
-    pool = layer.mux_pool.rows
-    base: torch.Tensor = layer(x).double()
-    want, got = base.clone(), layer(x, routing).double()
-    for adapter, handle in enumerate(layer.adapters.values()):
-        strength = torch.where(routing.index == handle, routing.weight, 0.0).sum(1).double()
-        start, rank = int(pool.offset[adapter]), int(pool.rank[adapter])
-        rows = slice(start, start + rank)
-        h = x.double() @ pool.A_rows[rows, : x.shape[1]].double().T
-        want += strength[:, None] * (h @ pool.B_rows[rows, : base.shape[1]].double())
-    return float((got - want).norm() / want.norm())
+def measured(
+    workload: Workload, providers: dict[str, Provider], device: torch.device, alone: bool
+) -> Iterator[dict[str, Any]]:
+    """A record for each provider; `alone`: of the adapters without the base layer."""
+    w = workload
+    bytes_of_a_call = w.torch_dtype.itemsize * (w.K * w.N + w.rows * (w.K + w.N))
+    sets = sets_for_cold_l2(bytes_of_a_call, device)
+    problems = [workloads.problem(w, device, seed=n) for n in range(sets)]
+    ready: dict[str, list[Call]] = {}
+    for name, provider in providers.items():
+        try:
+            if alone and name in WHOLE_LAYERS:
+                raise NotApplicable("a whole layer")
+            y, error = provider(problems[0], linear_base(problems[0]))(), None
+            if name not in NO_ANSWERS:
+                error = problems[0].error(y)
+                if not error <= GATE[w.torch_dtype]:
+                    yield {"provider": name, "gate": "failed", "error": error}
+                    continue
+            base = adapters_only if alone else linear_base
+            ready[name] = [provider(problem, base(problem)) for problem in problems]
+        except NotApplicable as reason:
+            yield {"provider": name, "gate": "not applicable", "reason": str(reason)}
+        else:
+            if device.type == "cuda" and not _can_be_captured(ready[name]):
+                del ready[name]
+                reason = "reads the GPU's values: no CUDA graph"
+                yield {"provider": name, "gate": "not applicable", "reason": reason}
+            else:
+                gate = "none" if error is None else "passed"
+                yield {"provider": name, "gate": gate, "error": error}
+    calls = {name: lambda n, made=made: made[n]() for name, made in ready.items()}
+    for name, times in microseconds(calls, sets, device).items():
+        yield {"provider": name, "sets": sets, "microseconds": times}
+
+
+def _can_be_captured(calls: list[Call]) -> bool:
+    graph = torch.cuda.CUDAGraph()
+    stream: Any = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            calls[0]()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return False
+    return True
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """The machine's own: a launch and two in a graph, in microseconds, and a copy, in TB/s."""
+    x = torch.zeros(1, device=device)
+    source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device).unbind()
+    times = microseconds(
+        {
+            "launch": lambda n: x.add_(1),
+            "two launches": lambda n: (x.add_(1), x.add_(1)),
+            "copy": lambda n: target.copy_(source),
+        },
+        1,
+        device,
+    )
+    return {
+        "launch_us": times["launch"]["p50"],
+        "two_launches_us": times["two launches"]["p50"],
+        "copy_TBps": 2 * source.numel() / times["copy"]["p50"] / 1e6,
+    }
+
+
+def merge(records: Iterator[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One record for each provider: its gate and its times."""
+    merged: dict[str, dict[str, Any]] = {}
+    for record in records:
+        merged.setdefault(record["provider"], {}).update(record)
+    return merged
+
+
+def show(workload: Workload, what: str, records: dict[str, dict[str, Any]], statistic: str) -> None:
+    """The workload and what each provider took, as a share of the base layer."""
+    w = workload
+    print(
+        f"{w.site} {w.dtype}, {w.rows} rows, {w.adapters} adapters of rank {w.ranks}, "
+        f"J = {w.selections}, {w.popularity}: {what}"
+    )
+    times: dict[str, Times] = {n: r["microseconds"] for n, r in records.items() if "sets" in r}
+    base = times.get("base", {}).get(statistic)
+    for name, record in records.items():
+        if name in times:
+            ratio = f" {times[name][statistic] / base:6.3f} x base" if base else ""
+            print(f"    {name:24} {times[name][statistic]:10.1f} us{ratio}")
+        elif record["gate"] == "failed":
+            print(f"    {name:24} WRONG by {record['error']:.1e} of the norm")
+        else:
+            print(f"    {name:24} {record['reason']}")
+    sys.stdout.flush()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--smoke", action="store_true", required=True, help="the short sweep")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--out", type=Path, help="default: bench/results/smoke-<time>.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    grids = parser.add_mutually_exclusive_group(required=True)
+    for name in GRIDS:
+        grids.add_argument(f"--{name}", dest="grid", action="store_const", const=name)
+    parser.add_argument("--quick", action="store_true", help="with --cpu: the smallest layer only")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<grid>-<time>.jsonl")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench: torch sees no GPU; --device cpu tries the script", file=sys.stderr)
+    on_cpu = args.grid == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not on_cpu and not torch.cuda.is_available():
+        print("bench: torch sees no GPU; --cpu needs none", file=sys.stderr)
         return 2
-    device = torch.device(args.device)
+    device = torch.device("cpu" if on_cpu else "cuda")
+    grid = workloads.cpu(args.quick) if args.grid == "cpu" else GRIDS[args.grid]()
+    providers = CPU if args.grid == "cpu" else {**CUDA, **PEERS}
     moment = datetime.now(timezone.utc)
-    out = args.out or ROOT / "bench" / "results" / f"smoke-{moment:%Y%m%d-%H%M%S}.jsonl"
+    out = args.out or ROOT / "bench" / "results" / f"{args.grid}-{moment:%Y%m%d-%H%M%S}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    common = {**provenance(device), "time": moment.isoformat(timespec="seconds")}
+    common = {**provenance(device), "speed": args.grid == "cpu" or not on_cpu}
+    if not common["speed"]:
+        timing.SECONDS = 0.0
     failed = 0
-    with out.open("w", encoding="utf-8") as file:
-        for workload in workloads(tiny=device.type == "cpu"):
-            result = measured(workload, device)
-            failed += result["gate"] == "failed"
-            print(json.dumps({**common, "workload": asdict(workload), **result}), file=file)
-            times = result.get("microseconds", {})
-            shown = "  ".join(f"{name} {t['p50']:8.1f} us" for name, t in times.items())
-            print(f"{workload.site:10} {workload.rows:5} rows  {result['gate']}  {shown}")
+    with out.open("w", encoding="utf-8") as file, torch.inference_mode():
+        if device.type == "cuda":
+            print(json.dumps({**common, "ceilings": ceilings(device)}), file=file, flush=True)
+        for workload in grid:
+            for what in ("layer",) if args.grid == "cpu" else ("layer", "adapters"):
+                found = measured(workload, providers, device, what == "adapters")
+                records = merge(found)
+                for record in records.values():
+                    failed += record["gate"] == "failed" and record["provider"].startswith("lora")
+                    line = {**common, "workload": asdict(workload), "what": what, **record}
+                    print(json.dumps(line), file=file, flush=True)
+                show(workload, what, records, "p50" if device.type == "cuda" else "min")
     print(f"wrote {out}")
     return 1 if failed else 0
 

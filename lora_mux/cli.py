@@ -1,4 +1,4 @@
-"""The command line: lora-mux info, lora-mux demo."""
+"""The command line: lora-mux info, demo, bench, tune."""
 
 import argparse
 import importlib.util
@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, demo, ops
 from .errors import LoraMuxError
+from .measure import cost, tune
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft")
 
@@ -27,12 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_arguments(
         commands.add_parser("demo", help="one batch of a real model, checked against PEFT")
     )
+    cost.add_arguments(commands.add_parser("bench", help="what adapters cost on a layer of yours"))
+    tune.add_arguments(
+        commands.add_parser("tune", help="find the kernels' best tiles for a GPU and a layer")
+    )
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
         return 0
     try:
-        return demo.run(args)
+        return {"demo": demo.run, "bench": cost.run, "tune": tune.run}[args.command](args)
     except LoraMuxError as error:
         print(f"lora-mux: {error}", file=sys.stderr)
         return 2

@@ -22,9 +22,12 @@ from torch import Tensor
 from . import reference
 from .pool import Pool, Span
 
-# Multiplying all rows with all adapters costs less than moving rows from this share of wanted
-# products on: docs/benchmarks.md has the figures.
-DENSE = 0.25
+# Multiplying all rows with all adapters costs less than moving rows when so large a share of the
+# products is wanted anyway; of few products a quarter is enough, for then calls count and not
+# their work: docs/benchmarks.md has the figures.
+DENSE, DENSE_OF_FEW, FEW = 0.5, 0.25, 1024
+# Elements of x and of what is added that are moved at once: 4 MB in fp32 stay in a cache.
+MOVED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class HostPlan:
                 if slot >= 0:
                     chosen.setdefault(slot, []).append((m, weight))
         M, used = len(self.slots), sorted(chosen)
-        if sum(map(len, chosen.values())) >= DENSE * M * len(used):
+        products, wanted = M * len(used), sum(map(len, chosen.values()))
+        if wanted >= products * (DENSE if products > FEW else DENSE_OF_FEW):
             return _dense(used, [chosen[slot] for slot in used], M)
         sizes: dict[int, list[int]] = {}
         for slot in used:
@@ -191,18 +195,24 @@ def _add_group(y: Tensor, x: Tensor, pool: Pool, group: Group) -> None:
     spans = [pool.spans[slot] for slot in group.slots]
     G, m, _ = group.weight.shape
     A, B = (factor.view(G, spans[0].rows, -1) for factor in _factors(pool, spans, x.dtype))
-    x_rows = x if group.in_order else x.index_select(0, group.rows)
-    h = torch.bmm(x_rows.view(G, m, -1), A.transpose(1, 2))  # [G, m, r]
-    if any(span.bias for span in spans):
-        h[[span.bias for span in spans], :, -1] = 1.0
-    h *= group.strength(spans, x.dtype)
-    if group.in_order:
-        y.view(G, m, -1).baddbmm_(h, B)
-        return
-    added, rows = torch.bmm(h, B).view(G * m, -1), group.rows
-    if group.real is not None:
-        added, rows = added[group.real], rows[group.real]
-    y.index_add_(0, rows, added)
+    strength, biased = group.strength(spans, x.dtype), any(span.bias for span in spans)
+    step = max(1, MOVED // (m * (x.shape[1] + y.shape[1])))
+    for start in range(0, G, step):
+        some = slice(start, start + step)
+        flat = slice(start * m, (start + step) * m)
+        rows = group.rows[flat]
+        x_rows = x[flat] if group.in_order else x.index_select(0, rows)
+        h = torch.bmm(x_rows.view(-1, m, x.shape[1]), A[some].transpose(1, 2))  # [step, m, r]
+        if biased:
+            h[[span.bias for span in spans[some]], :, -1] = 1.0
+        h *= strength[some]
+        if group.in_order:
+            y[flat].view(-1, m, y.shape[1]).baddbmm_(h, B[some])
+            continue
+        added = torch.bmm(h, B[some]).view(-1, y.shape[1])
+        if group.real is not None:
+            added, rows = added[group.real[flat]], rows[group.real[flat]]
+        y.index_add_(0, rows, added)
 
 
 def _by_rank(group: Group, pool: Pool) -> Iterator[Group]:

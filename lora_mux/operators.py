@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import reference, tiles
+from . import reference, tiles, tuned
 from .pool import RankRows
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -267,15 +267,24 @@ def _triton_strength_gradient(
 def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
     from .kernels import config, launch
 
-    return config.choose(
+    block_m = plan.place.shape[2]
+    case = tuned.Case(
         rows=x.shape[0],
         in_features=x.shape[1],
         out_features=y.shape[1],
         rank=how.max_rank,
         selections=plan.slots.shape[1],
         itemsize=launch.product_itemsize(x, y, factor),
+    )
+    # Measured ones differ with the rows, so that a row's bits would.
+    if not how.batch_invariant:
+        measured = tuned.find(launch.device_name(x.device), case, block_m)
+        if measured is not None:
+            return measured
+    return config.choose(
+        **case._asdict(),
         architecture=launch.architecture(x.device),
-        block_m=plan.place.shape[2],
+        block_m=block_m,
         batch_invariant=how.batch_invariant,
     )
 

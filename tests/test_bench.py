@@ -1,37 +1,189 @@
-"""The benchmark scripts run; what they time on a CPU is no speed."""
+"""The benchmark scripts: their workloads, their gate, their records and what is drawn of them."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import providers
+import workloads
+from lora_mux.cli import main as command_line
+from lora_mux.measure import timing
+from oracle import Adapter, forward
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
-@pytest.mark.interpreter
-def test_smoke_writes_a_record(tmp_path: Path) -> None:
-    out = tmp_path / "smoke.jsonl"
-    command = [sys.executable, "bench/run.py", "--smoke", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (record,) = map(json.loads, out.read_text().splitlines())
-    assert record["gate"] == "passed" and 0 < record["error"] < 1.2e-2
-    assert set(record["microseconds"]) == {"base", "plan", "pair", "layer"}
-    assert all(t["p20"] <= t["p50"] <= t["p80"] for t in record["microseconds"].values())
-    assert record.keys() >= {"commit", "dirty", "command", "device", "driver", "torch", "triton"}
-    assert "not a speed" in record["device"]
-
-
-def test_without_a_gpu_it_says_so() -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "bench/run.py", "--smoke"],
+def script(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+class TestWorkloads:
+    def test_expected_is_the_formula(self) -> None:
+        workload = workloads.Workload(
+            *("odd", 33, 20, 6, 4, (3, 8)), selections=3, base_share=0.4, dtype="float32"
+        )
+        p = workloads.problem(workload, CPU)
+        linear = nn.Linear(33, 20, bias=False)
+        linear.weight = nn.Parameter(p.W)
+        adapters = [Adapter(A, B, 1.0) for A, B in zip(p.A, p.B, strict=True)]
+        rows = [
+            [(adapters[a], float(w)) for a, w in zip(index, weight, strict=True) if a >= 0]
+            for index, weight in zip(p.index.tolist(), p.weight, strict=True)
+        ]
+        torch.testing.assert_close(p.expected, forward(linear, p.x, rows))
+        assert any(rows) and not all(rows)
+
+    def test_popularity(self) -> None:
+        def index(popularity: workloads.Popularity, J: int = 1) -> torch.Tensor:
+            w = workloads.Workload("", 8, 8, 64, 64, selections=J, popularity=popularity)
+            return workloads.problem(w, CPU).index
+
+        assert len(index("identical").unique()) == 1
+        assert len(index("distinct").unique()) == 64
+        assert len(index("distinct", 2).unique()) == 64
+        zipf, uniform = index("zipf"), index("uniform")
+        assert (zipf == 0).sum() > 10 > (uniform == 0).sum()
+        several = index("zipf", 4).sort(1).values
+        assert (several[:, 1:] != several[:, :-1]).all()
+
+    def test_tokens_share_the_selection_of_their_sample(self) -> None:
+        w = workloads.Workload("", 8, 8, 3, 5, tokens=4)
+        index = workloads.problem(w, CPU).index.view(3, 4)
+        assert w.rows == 12 and (index == index[:, :1]).all()
+
+    @pytest.mark.parametrize("grid", ["smoke", "headline", "grid", "cpu"])
+    def test_grids_can_be_made(self, grid: str) -> None:
+        found = list(getattr(workloads, grid)())
+        assert len(found) == len(set(found)) > 10
+        assert all(w.selections <= w.adapters for w in found)
+
+
+@pytest.mark.parametrize("name", [*providers.CPU, "merged"])
+@pytest.mark.parametrize("J", [1, 3])
+def test_providers_agree_with_fp64(name: str, J: int) -> None:
+    provider = {**providers.CPU, "merged": providers.merged}[name]
+    w = workloads.Workload(
+        *("", 64, 48, 6, 4, (8,)),
+        selections=J,
+        dtype="float32",
+        tokens=2,
+        weighted=False,
+        base_share=0.0 if name == "merged" else 0.3,
+        popularity="identical" if name == "merged" else "uniform",
+    )
+    with torch.inference_mode():
+        p = workloads.problem(w, CPU)
+        y = provider(p, lambda: nn.functional.linear(p.x, p.W))()
+        assert (p.error(y) > 0.1) if name == "base" else (p.error(y) < 1e-6)
+
+
+def test_what_a_provider_can_not_do_is_said() -> None:
+    p = workloads.problem(workloads.Workload("", 16, 16, 4, 4, (4, 8), dtype="float32"), CPU)
+    for provider in (providers.peft_mixed, providers.merged, providers.grouped_mm):
+        with pytest.raises(providers.NotApplicable):
+            provider(p, lambda: p.x)
+
+
+@pytest.mark.interpreter
+def test_tiny_writes_records_that_plot_refuses(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.jsonl"
+    done = script("bench/run.py", "--tiny", "--out", str(out), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    gates = {(r["provider"], r["what"]): r["gate"] for r in records}
+    assert gates["lora_mux", "layer"] == gates["lora_mux", "adapters"] == "passed"
+    assert gates["lora_mux batch-invariant", "layer"] == "passed"
+    assert gates["vLLM", "layer"] == gates["SGLang csgmv", "layer"] == "not applicable"
+    timed = [r["microseconds"] for r in records if "microseconds" in r]
+    assert timed and all(0 < t["min"] <= t["p20"] <= t["p50"] <= t["p80"] for t in timed)
+    assert all(
+        r.keys() >= {"commit", "dirty", "command", "device", "driver", "torch", "triton", "gate"}
+        for r in records
+    )
+    drawn = script("bench/plot.py", str(out), "--out", str(tmp_path))
+    assert drawn.returncode == 2 and "no speeds" in drawn.stderr
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = script("bench/run.py", "--smoke", **hidden)
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
+
+
+class TestPlot:
+    def records(self, device: str) -> list[dict[str, Any]]:
+        """As a run would write them: ours takes 1.05, another 1.5 times the base."""
+        common = {"device": device, "torch": "2", "commit": "0" * 40, "speed": True}
+        found: list[dict[str, Any]] = []
+        for K, rows, base in ((4096, 32, 30.0), (14336, 8192, 1218.0)):
+            w = workloads.Workload("8B", K, 4096, rows, 8)
+            for provider, share in (("base", 1.0), ("lora_mux", 1.05), ("vLLM", 1.5)):
+                times = dict.fromkeys(("min", "p20", "p50", "p80"), share * base)
+                gate = {"gate": "passed", "error": 1e-3, "sets": 2, "microseconds": times}
+                found.append(
+                    {**common, "workload": vars(w), "what": "layer", "provider": provider, **gate}
+                )
+        if "CPU" not in device:
+            ceilings = {"launch_us": 2.0, "two_launches_us": 4.0, "copy_TBps": 4.3}
+            found.insert(0, {**common, "ceilings": ceilings})
+        return found
+
+    @pytest.mark.parametrize("device", ["an H200", "a CPU"])
+    def test_draws_what_is_recorded(self, tmp_path: Path, device: str) -> None:
+        path = tmp_path / "grid.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in self.records(device)))
+        done = script("bench/plot.py", str(path), "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "grid.png").stat().st_size > 10_000
+        table = "| decode, 32 rows, 8 adapters of rank 16 | 1.07 | 1.050 | 1.500 (vLLM) |"
+        assert (table in done.stdout) == (device == "an H200")
+        assert ("| not measured | not measured |" in done.stdout) == (device == "an H200")
+
+    def test_shares_and_roofline(self) -> None:
+        import plot
+
+        (panel, other) = plot.panels(self.records("an H200")).values()
+        assert panel["lora_mux"] == [("8 / 1", pytest.approx(1.05))]
+        # 2 (K N + 32 (K + N) + 8 * 16 (K + N)) bytes at 4.3 TB/s, against 30 us.
+        assert panel["roofline"] == [("8 / 1", pytest.approx(36.2e6 / 4.3e6 / 30, rel=1e-2))]
+        assert other["vLLM"] == [("8 / 1", pytest.approx(1.5))]
+
+
+def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
+    out = tmp_path / "model.jsonl"
+    sizes = ["--layers", "3", "--adapters", "4", "--rounds", "1"]
+    done = script("bench/model.py", *sizes, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["milliseconds"]["lora_mux"].keys() >= record["milliseconds"]["PEFT"].keys()
+
+
+def test_timers_interleave() -> None:
+    order: list[str] = []
+    calls = {name: lambda n, name=name: order.append(name) for name in "ab"}
+    times = timing.microseconds(calls, 1, CPU, runs=4)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert times.keys() == {"a", "b"}
+
+
+def test_lora_mux_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--in-features", "32", "--out-features", "16", "--dtype", "fp32", "--device", "cpu"]
+    assert command_line(["bench", "--rows", "1", "8", "--selections", "2", *sizes]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "32 -> 16 fp32, 8 adapters of rank 16" in shown[0]
+    assert [line.split()[0] for line in shown[-2:]] == ["1", "8"]

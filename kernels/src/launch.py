@@ -26,6 +26,12 @@ UNION_WINDOW = 64
 
 
 @lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """What tables of measured Configs are kept by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@lru_cache(maxsize=64)
 def architecture(device: torch.device) -> Architecture:
     """The one place that asks a device what it is."""
     if device.type != "cuda":

@@ -1,0 +1,91 @@
+"""vLLM's and SGLang's kernels as providers, where a folder with them is named.
+
+None of their code is here. LORA_MUX_PEERS names a folder with a module `peers` that makes plain
+functions of their kernels, on plain tensors:
+
+    vllm_weights(A, B, scales), vllm_plan(slots, max_loras)
+    vllm_lora_multi(y, x, *weights, plans, w)
+    sglang_pack(A, B, ranks), sglang_plan(backend, slots, ranks, scales, decode=)
+    sglang_lora_multi(y, x, *packed, plans, w), reset_caches()
+
+in which A [adapters, R, K] and B [adapters, N, R] are padded to the largest rank. They know one
+adapter for a row: a row with J of them takes J passes over x scaled by its weights.
+"""
+
+import importlib
+import os
+import sys
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from providers import Call, NotApplicable, Provider, stacked
+from workloads import Problem
+
+
+@cache
+def harness() -> ModuleType:
+    """The module of the named folder."""
+    folder = os.environ.get("LORA_MUX_PEERS")
+    if not folder:
+        raise NotApplicable("LORA_MUX_PEERS names no folder with the engines' kernels")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("peers")
+    except ImportError as error:
+        raise NotApplicable(f"LORA_MUX_PEERS: {error}") from error
+
+
+def vllm(problem: Problem, base: Call) -> Call:
+    """vLLM's shrink and expand (its defaults: a grid for every adapter that may be loaded)."""
+    peers = harness()
+    _caches_of(peers)
+    A, B = stacked(problem)
+    scales = torch.ones(len(A))
+    weights = peers.vllm_weights([A], [B], scales)
+    plans = [peers.vllm_plan(p.to(torch.int32), len(A)) for p in problem.index.unbind(1)]
+    weight = problem.weight if problem.workload.weighted else None
+    return lambda: peers.vllm_lora_multi(base(), problem.x, *weights, plans, weight)
+
+
+def sglang(backend: str) -> Provider:
+    """SGLang's kernels: "triton_v2", "csgmv" or "triton"."""
+
+    def prepare(problem: Problem, base: Call) -> Call:
+        peers = harness()
+        _caches_of(peers)
+        A, B = stacked(problem)
+        # Its older backends have no "no adapter": an adapter of rank 0 stands for it.
+        none = torch.zeros_like(A[:1]), torch.zeros_like(B[:1])
+        A, B = torch.cat([A, none[0]]), torch.cat([B, none[1]])
+        ranks = torch.tensor([*map(len, problem.A), 0], dtype=torch.int32)
+        packed = peers.sglang_pack([A], [B], ranks)
+        decode = problem.x.shape[0] <= 128
+        plans = [
+            peers.sglang_plan(backend, p.to(torch.int32), ranks, torch.ones(len(A)), decode=decode)
+            for p in problem.index.unbind(1)
+        ]
+        weight = problem.weight if problem.workload.weighted else None
+
+        def call() -> Tensor:
+            y: Tensor = peers.sglang_lora_multi(base(), problem.x, *packed, plans, weight)
+            return y
+
+        return call
+
+    return prepare
+
+
+def _caches_of(peers: ModuleType) -> None:
+    """Both engines keep tables by the address of tensors that may be gone."""
+    peers.reset_caches()
+
+
+PEERS: dict[str, Provider] = {
+    "vLLM": vllm,
+    "SGLang triton_v2": sglang("triton_v2"),
+    "SGLang csgmv": sglang("csgmv"),
+    "SGLang triton": sglang("triton"),
+}

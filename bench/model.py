@@ -1,0 +1,140 @@
+"""What switching and mixing cost over a whole model, against PEFT: python bench/model.py
+
+A stack of 200 linear layers of width 8 with 64 adapters loaded: arithmetic is nothing, so that what
+is seen is what a framework does for each layer and adapter. Minima of interleaved runs on the CPU.
+Then the graphs that torch.compile makes for lists of names that it has not seen.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import lora_mux
+from lora_mux.measure.provenance import ROOT, provenance
+
+
+def stack(layers: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).eval().requires_grad_(False)
+
+
+def with_peft(layers: int, adapters: int) -> Any:
+    names = [str(i) for i in range(layers)]
+    config = peft.LoraConfig(r=8, target_modules=names, init_lora_weights=False)
+    model = peft.get_peft_model(stack(layers), config, "a0")
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", config)
+    return model.eval()
+
+
+def with_ours(layers: int, model: Any, adapters: int) -> tuple[nn.Sequential, lora_mux.Mux]:
+    """The same adapters, taken from PEFT's model."""
+    plain = stack(layers)
+    mux = lora_mux.attach(plain, targets=[str(i) for i in range(layers)])
+    lora = [model.base_model.model[i] for i in range(layers)]
+    for name in (f"a{i}" for i in range(adapters)):
+        weights = {
+            str(i): (layer.lora_A[name].weight.data, layer.lora_B[name].weight.data)
+            for i, layer in enumerate(lora)
+        }
+        mux.add_adapter(name, weights, alpha=8)
+    return plain, mux
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The minimum of each, interleaved."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def graphs(model: Callable[..., Any], calls: list[Callable[[Any], object]]) -> int:
+    """How many graphs torch.compile makes for these calls of one model."""
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    made = torch.compile(model, backend=backend)
+    for call in calls:
+        call(made)
+    return compiled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--layers", type=int, default=200)
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "model.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    theirs = with_peft(args.layers, args.adapters)
+    plain, mux = with_ours(args.layers, theirs, args.adapters)
+    names = [f"a{i}" for i in range(args.adapters)]
+    x = torch.randn(len(names), 8)
+
+    def mixed() -> torch.Tensor:
+        with mux.route(names):
+            y: torch.Tensor = plain(x)
+        return y
+
+    def disabled() -> None:
+        with mux.disable_adapter():
+            pass
+
+    def disabled_by_peft() -> None:
+        with theirs.disable_adapter():
+            pass
+
+    with torch.inference_mode():
+        torch.testing.assert_close(mixed(), theirs(x, adapter_names=names), rtol=1e-3, atol=1e-4)
+        ours_ms = milliseconds(
+            {
+                "set_adapter": lambda: mux.set_adapter("a1"),
+                "disable_adapter": disabled,
+                "mixed forward": mixed,
+                "base forward": lambda: (mux.set_adapter(None), plain(x)),
+            },
+            20 * args.rounds,
+        )
+        peft_ms = milliseconds(
+            {
+                "set_adapter": lambda: theirs.set_adapter("a1"),
+                "disable_adapter": disabled_by_peft,
+                "mixed forward": lambda: theirs(x, adapter_names=names),
+            },
+            args.rounds,
+        )
+    record = {
+        **provenance(torch.device("cpu")),
+        "layers": args.layers,
+        "adapters": args.adapters,
+        "milliseconds": {"lora_mux": ours_ms, "PEFT": peft_ms},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    for name, took in peft_ms.items():
+        print(
+            f"{name:16} {ours_ms[name]:10.4f} ms  PEFT {took:8.1f} ms  {took / ours_ms[name]:9.0f}x"
+        )
+    print(f"base forward     {ours_ms['base forward']:10.4f} ms")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How long calls take: interleaved, with cold caches on a GPU, by replay of CUDA graphs.
+
+On a GPU each call is captured over several sets of buffers, so that none is in L2 when its turn
+comes again, and replayed; medians count. On a CPU the clock on the wall is read, and minima count:
+beside other processes they stay within a few percent where medians double.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+# On a CPU the runs of all calls together end after so long, but not before the third.
+SECONDS = 3.0
+
+Call = Callable[[int], object]  # does its work on the n-th set of buffers
+Times = dict[str, float]  # "min", "p20", "p50", "p80"
+
+
+def microseconds(
+    calls: Mapping[str, Call], sets: int, device: torch.device, runs: int = 100
+) -> dict[str, Times]:
+    """name -> times of one call, which goes through `sets` sets of buffers in turn.
+
+    The runs of all calls are interleaved in changing order, so that clocks and neighbours hit all
+    of them alike.
+    """
+    cuda = device.type == "cuda"
+    timers = {name: (graph if cuda else _wall)(call, sets) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(runs) if cuda else _while_seconds(SECONDS, at_least=3, at_most=runs):
+        names = list(timers)
+        for name in names[run % len(names) :] + names[: run % len(names)]:
+            samples[name].append(timers[name]() / sets)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
+    """How many sets of buffers make sure that none is still in L2: four times its size."""
+    if device.type != "cuda":
+        return 1
+    l2: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(16, -(-4 * l2 // max(bytes_of_a_call, 1))))
+
+
+def graph(call: Call, sets: int) -> Callable[[], float]:
+    """A timer of one replay over all sets, in microseconds."""
+    # One stream for all: SGLang keys its scratch by stream, and may not allocate while capturing.
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for n in range(sets):
+                call(n)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        for n in range(sets):
+            call(n)
+    event: Any = torch.cuda.Event
+    start, end = (event(enable_timing=True) for _ in range(2))
+
+    def timed() -> float:
+        # Keeps the queue busy: on an idle stream the gap before the launch would be timed.
+        torch.cuda._sleep(20_000)  # type: ignore[no-untyped-call]
+        start.record()
+        captured.replay()
+        end.record()
+        end.synchronize()
+        elapsed: float = start.elapsed_time(end)
+        return 1e3 * elapsed
+
+    timed()
+    return timed
+
+
+def _wall(call: Call, sets: int) -> Callable[[], float]:
+    def timed() -> float:
+        start = time.perf_counter()
+        for n in range(sets):
+            call(n)
+        return 1e6 * (time.perf_counter() - start)
+
+    return timed
+
+
+def _while_seconds(seconds: float, at_least: int, at_most: int) -> Iterator[int]:
+    end = time.perf_counter() + seconds
+    for run in range(at_most):
+        if run >= at_least and time.perf_counter() > end:
+            return
+        yield run
+
+
+def _summary(values: Sequence[float]) -> Times:
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"min": min(values), "p20": p20, "p50": statistics.median(values), "p80": p80}
