@@ -131,8 +131,8 @@ def _selections(w: Workload, generator: torch.Generator) -> Tensor:
 
 def tiny() -> Iterator[Workload]:
     """For a look at the scripts without a GPU; fp16, for the interpreter multiplies bf16's bits."""
-    yield Workload("tiny", 64, 48, 5, 3, (8, 16), selections=2, base_share=0.2, dtype="float16")
-    yield Workload("tiny", 64, 48, 5, 3, (8,), dtype="float16", weighted=False)
+    shape = {"selections": 2, "base_share": 0.2, "weighted": False}
+    yield Workload("tiny", 64, 48, 5, 3, (8,), dtype="float16", **shape)
 
 
 def smoke() -> Iterator[Workload]:

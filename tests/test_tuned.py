@@ -111,7 +111,7 @@ def test_tune_writes_a_table_that_layers_then_use(
     from lora_mux.measure import timing, tune
 
     monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,), "split_k": (2,)})
+    monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
     sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
     assert main(["tune", "--device", "cpu", "--rows", "4", "--dtype", "fp32", *sizes]) == 0
     assert "wrote" in capsys.readouterr().out
