@@ -221,6 +221,7 @@ def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
     linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
     equip(linear, router.slots, router, router.settings, dtype)
+    router.anchor = router.anchor or linear.mux_pool
     return linear
 
 

@@ -21,8 +21,9 @@ from .linear import (
     swap_out,
 )
 from .pool import LoraWeights
-from .router import Route, Router
-from .routing import Routing, Selection, from_names, number, selection
+from .route import Route
+from .router import Router
+from .routing import Routing, Selection, from_names, number, readable, selection
 from .slots import Slots, slot_of
 from .targets import dtype_of, find_targets
 
@@ -117,8 +118,8 @@ class Mux:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that the route in force selects; empty for the base model."""
-        route = self._router.route
-        if route is None or self._router.disabled:
+        route = self._router.in_force
+        if route is None:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
@@ -215,13 +216,13 @@ class Mux:
                 has another number of samples.
             RoutingBusyError: another thread is inside a `with` block of this model.
         """
-        return self._router.routed(self._route(rows, weights, "sample", expand))
+        return self._router.routed(self._route(rows, weights, expand))
 
     def route_tokens(
         self, rows: Rows, weights: Tensor | None = None
     ) -> AbstractContextManager[Routing]:
         """As `route`, with one entry per token of the flattened batch, in order."""
-        return self._router.routed(self._route(rows, weights, "token", None))
+        return self._router.routed(self._route(rows, weights, per_token=True))
 
     def set_route(
         self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
@@ -231,7 +232,7 @@ class Mux:
         if rows is None:
             self.set_adapter(None)
         else:
-            self._router.set(self._route(rows, weights, "sample", expand))
+            self._router.set(self._route(rows, weights, expand))
 
     def set_adapter(
         self, adapter: Selection, weights: float | Sequence[float] | None = None
@@ -251,7 +252,7 @@ class Mux:
                 raise RoutingError("`weights` must be None when `adapter` maps names to weights")
             chosen = dict(zip(chosen, _strengths(weights, len(chosen)), strict=True))
         routing = from_names([chosen], self._slots.lookup)
-        self._router.set(Route(routing, "batch") if chosen else None)
+        self._router.set(Route(routing, uniform=True) if chosen else None)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """A `with` block in which every row gets the base model; wins over every route."""
@@ -278,8 +279,9 @@ class Mux:
         self,
         rows: Rows,
         weights: Tensor | None,
-        unit: Literal["sample", "token"],
-        expand: Expand,
+        expand: Expand = None,
+        *,
+        per_token: bool = False,
     ) -> Route:
         self._check_attached()
         if expand not in (None, "interleave", "tile"):
@@ -289,12 +291,13 @@ class Mux:
                 raise RoutingError(
                     "`weights` must be None when rows are names; give a mapping name -> weight"
                 )
-            return Route(from_names(rows, self._slots.lookup), unit, expand)
+            return Route(from_names(rows, self._slots.lookup), per_token, expand=expand)
         given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
-        if rows.device.type == "cpu":  # elsewhere reading the values would be a sync
+        if readable(rows):
             self._slots.resolve(rows)
         # A copy: what the caller writes into its tensors later is not a change of route.
-        return Route(Routing(given.index.clone(), given.weight.clone()), unit, expand)
+        copied = Routing(given.index.clone(), given.weight.clone())
+        return Route(copied, per_token, expand=expand)
 
     def _add(self, name: str, weights: Mapping[str, LoraWeights], source: str) -> int:
         """Check everything, then write everything; a failure on the way leaves nothing behind."""

@@ -91,8 +91,8 @@ class Routing:
         return self if times == 1 else self._each(lambda t: t.repeat(times, 1))
 
     def expand_rows(self, rows: int) -> "Routing":
-        """The single row of this routing as `rows` rows, without a copy."""
-        return self._each(lambda t: t.expand(rows, -1))
+        """The first row of this routing as `rows` rows, without a copy."""
+        return self._each(lambda t: t[:1].expand(rows, -1))
 
     def to(self, device: torch.device, copy: bool = False) -> "Routing":
         """The routing on a device; itself when it is there, unless a copy is wanted."""
@@ -101,11 +101,21 @@ class Routing:
         return self._each(lambda t: t.to(device, copy=copy))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Routing":
-        made = object.__new__(Routing)  # the values were checked when this routing was made
-        object.__setattr__(made, "index", change(self.index))
-        object.__setattr__(made, "weight", change(self.weight))
-        object.__setattr__(made, "states", self.states)
-        return made
+        return unchecked(change(self.index), change(self.weight), self.states)
+
+
+def unchecked(index: Tensor, weight: Tensor, states: list[Tensor]) -> Routing:
+    """A Routing of tensors that were checked before."""
+    made = object.__new__(Routing)
+    object.__setattr__(made, "index", index)
+    object.__setattr__(made, "weight", weight)
+    object.__setattr__(made, "states", states)
+    return made
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at values: not on a GPU, where it syncs, nor while compiling."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_index(index: object) -> None:
@@ -120,7 +130,7 @@ def _check_index(index: object) -> None:
             f"`index` must have shape [rows, J], got {list(index.shape)}; "
             "one adapter per row is index[:, None]"
         )
-    if index.device.type == "cpu" and bool((index < NONE).any()):
+    if readable(index) and bool((index < NONE).any()):
         row, place = (index < NONE).nonzero()[0].tolist()
         raise RoutingError(
             f"`index` must hold adapter handles or -1, got {int(index[row, place])} "
@@ -144,7 +154,7 @@ def _check_weight(weight: object, index: Tensor) -> None:
         raise RoutingError(
             f"`weight` must be on index's device {index.device}, got {weight.device}"
         )
-    if weight.device.type == "cpu" and not bool(weight.isfinite().all()):
+    if readable(weight) and not bool(weight.isfinite().all()):
         row, place = (~weight.isfinite()).nonzero()[0].tolist()
         raise RoutingError(
             f"`weight` must be finite, got {float(weight[row, place])} at [{row}, {place}]"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 KERNELS = ("tests/test_kernels.py",)
 BACKEND = ("tests/test_triton_backend.py",)
+CHECKPOINTING = ("tests/test_checkpointing.py",)
+COMPILE = ("tests/test_compile.py",)
 OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
 
 
@@ -126,13 +128,24 @@ MUTATIONS = {
         "pool.py", "return all(n <= h", "return True or all(n <= h", BACKEND
     ),
     "router: a graph answers with the base": Mutation(
-        "router.py", "NOBODY = -2", "NOBODY = -1", BACKEND
+        "graphs.py", "NOBODY = -2", "NOBODY = -1", BACKEND
     ),
     "router: a graph keeps its route": Mutation(
-        "router.py", "captured.follow(self.route", "(self.route", BACKEND
+        "router.py", "captured.follow(self.in_force", "(self.in_force", BACKEND
     ),
-    "router: a plan for each layer": Mutation(
-        "router.py", "self._plans[key] = plan", "pass", BACKEND
+    "router: a plan for each layer": Mutation("router.py", "self._plans.append(", "(", BACKEND),
+    "router: a backward without its route": Mutation(
+        "router.py", "self._past = past", "pass", CHECKPOINTING
+    ),
+    "router: a backward's route stays": Mutation("router.py", "!= -1", "!= -2", CHECKPOINTING),
+    "graphs: a shape for each route": Mutation(
+        "graphs.py", "missing = (0, self._places - index.shape[1])", "missing = (0, 0)", COMPILE
+    ),
+    "graphs: set_adapter in a shape of its own": Mutation(
+        "graphs.py", "expand(self._rows, -1)", "expand(1, -1)", COMPILE
+    ),
+    "router: a graph for each list of states": Mutation(
+        "router.py", "given.weight, [])", "given.weight, given.states)", COMPILE
     ),
     "slots: a removed adapter stays alive": Mutation(
         "slots.py", "self._write(slot, NONE)", "pass", BACKEND
