@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .checkpoint import read_checkpoint
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
+from .generation import follow_generation
 from .linear import (
     MuxLinear,
     check_reservation,
@@ -23,7 +24,7 @@ from .linear import (
 from .pool import LoraWeights
 from .route import Route
 from .router import Router
-from .routing import Routing, Selection, from_names, number, readable, selection
+from .routing import Routing, Selection, counts, from_names, number, readable, selection
 from .slots import Slots, slot_of
 from .targets import dtype_of, find_targets
 
@@ -100,9 +101,7 @@ class Mux:
             model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
             model.register_forward_hook(self._router.end_forward, always_call=True),
         )
-        self._routes_generate = hasattr(type(model), "generate") and "generate" not in vars(model)
-        if self._routes_generate:
-            vars(model)["generate"] = _RoutedGenerate(model, self._router)
+        self._wrapped = follow_generation(model, self._router)
         logger.info("attached %d targets", len(self._layers))
 
     @property
@@ -219,10 +218,22 @@ class Mux:
         return self._router.routed(self._route(rows, weights, expand))
 
     def route_tokens(
-        self, rows: Rows, weights: Tensor | None = None
+        self,
+        rows: Rows,
+        weights: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
     ) -> AbstractContextManager[Routing]:
-        """As `route`, with one entry per token of the flattened batch, in order."""
-        return self._router.routed(self._route(rows, weights, per_token=True))
+        """As `route`, with one entry per token of the flattened batch, in order.
+
+        Args:
+            lengths: for packed batches, how many tokens in a row each entry is for.
+        """
+        route = self._route(rows, weights, per_token=True)
+        if lengths is not None:
+            times = torch.tensor(counts(lengths, route.routing.rows, "lengths"))
+            route = Route(route.routing.repeat_interleave(times), per_token=True)
+        return self._router.routed(route)
 
     def set_route(
         self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
@@ -265,8 +276,8 @@ class Mux:
         self._router.set(None)  # refuses while another thread is inside a block
         for hook in self._hooks:
             hook.remove()
-        if self._routes_generate:
-            del model.generate
+        for name in self._wrapped:
+            delattr(model, name)
         for layer in self._layers.values():
             swap_out(layer)
         self._model = None
@@ -329,21 +340,6 @@ class Mux:
         if self._model is None:
             raise DetachedError("this Mux was detached from its model; attach() makes a new one")
         return self._model
-
-
-class _RoutedGenerate:
-    """A model's generate(), inside which its samples may be repeated.
-
-    An object with an attribute, not a closure: a copy of the model gets a copy of it.
-    """
-
-    def __init__(self, model: nn.Module, router: Router) -> None:
-        self.model = model
-        self.router = router
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.router.generating(args, kwargs):
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _strengths(weights: object, names: int) -> list[float]:

@@ -79,6 +79,11 @@ class Router:
             return self.slots.capacity > 0
         return self._now().route is not None
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows of all batches have the same adapters, or none."""
+        return self.in_force is None or self.in_force.uniform
+
     def set(self, route: Route | None) -> None:
         """Put a route in force until the next one, or until the surrounding block ends."""
         with _TAKE:
@@ -124,6 +129,8 @@ class Router:
         self._past = None  # of a backward that failed
         batch = batch_of(args, kwargs)
         self._check_batch(batch)
+        if "cu_seq_lens_q" in kwargs:
+            self._refuse_packed()
         if batch is not None:
             self._samples, self._tokens = batch
 
@@ -214,6 +221,14 @@ class Router:
         route = self._now().route
         if batch is not None and route is not None:
             route.check(batch[0], self._generating)
+
+    def _refuse_packed(self) -> None:
+        route = self._now().route
+        if route is not None and not (route.uniform or route.per_token):
+            raise RoutingError(
+                "a packed batch (`cu_seq_lens_q`) has several sequences in one sample, so that "
+                "`rows` can not be one entry per sample; use route_tokens(rows, lengths=...)"
+            )
 
     def _put(self, route: Route | None) -> None:
         self.route = route

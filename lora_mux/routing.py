@@ -82,9 +82,11 @@ class Routing:
                     f"{len(rows)} of {len(state)} rows did not, and are NaN: {shown}"
                 )
 
-    def repeat_interleave(self, times: int) -> "Routing":
-        """Each row `times` times in a row: a, a, b, b."""
-        return self if times == 1 else self._each(lambda t: t.repeat_interleave(times, 0))
+    def repeat_interleave(self, times: int | Tensor) -> "Routing":
+        """Each row `times` times in a row: a, a, b, b. An int [rows] tensor: its own times."""
+        if isinstance(times, int) and times == 1:
+            return self
+        return self._each(lambda t: t.repeat_interleave(times, 0))
 
     def tile(self, times: int) -> "Routing":
         """All rows `times` times over: a, b, a, b."""
@@ -218,6 +220,19 @@ def number(value: object, argument: str, error: type[LoraMuxError] = RoutingErro
     if not math.isfinite(value):
         raise error(f"`{argument}` must be finite, got {value}")
     return float(value)
+
+
+def counts(values: object, rows: int, argument: str) -> list[int]:
+    """One int of at least 0 for each of `rows`, or a clear error that names the argument."""
+    if not isinstance(values, Sequence) or not all(
+        isinstance(value, int) and not isinstance(value, bool) for value in values
+    ):
+        raise ArgumentTypeError(f"`{argument}` must be a sequence of ints, got {values!r}")
+    if len(values) != rows or min(values, default=0) < 0:
+        raise RoutingError(
+            f"`{argument}` must hold {rows} ints of at least 0, one for each row, got {values!r}"
+        )
+    return list(values)
 
 
 def _name(name: object, argument: str) -> str:

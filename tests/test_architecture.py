@@ -23,11 +23,12 @@ ALLOWED = {
     "route": {"errors", "routing"},
     "graphs": {"route", "routing"},
     "router": {"errors", "graphs", "ops", "pool", "route", "routing", "slots"},
+    "generation": {"errors", "router"},
     "linear": {"errors", "ops", "pool", "router", "routing", "slots", "targets"},
     "peft_config": {"errors"},
     "checkpoint": {"errors", "peft_config", "pool"},
     "mux": {
-        *("checkpoint", "errors", "linear", "ops", "pool"),
+        *("checkpoint", "errors", "generation", "linear", "ops", "pool"),
         *("route", "router", "routing", "slots", "targets"),
     },
     "_version": set(),

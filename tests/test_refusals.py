@@ -49,8 +49,8 @@ class Stage:
         with self.mux.route(rows, weights, **how):
             self.model(self.x)
 
-    def routed_tokens(self, rows: Any) -> None:
-        with self.mux.route_tokens(rows):
+    def routed_tokens(self, rows: Any, lengths: Any = None) -> None:
+        with self.mux.route_tokens(rows, lengths=lengths):
             self.model(self.x)
 
     def state(self) -> list[Any]:
@@ -323,6 +323,21 @@ REFUSALS = {
     "route_tokens: count": Refusal(
         lambda s: s.routed_tokens(["sql"]),
         ("one row per token", "here 3", "got 1"),
+        ValueError,
+    ),
+    "lengths: type": Refusal(
+        lambda s: s.routed_tokens(["sql"], lengths=[1.5]),
+        ("`lengths`", "sequence of ints", "[1.5]"),
+        TypeError,
+    ),
+    "lengths: count": Refusal(
+        lambda s: s.routed_tokens(["sql", None], lengths=[3]),
+        ("`lengths`", "2 ints", "got [3]"),
+        ValueError,
+    ),
+    "lengths: negative": Refusal(
+        lambda s: s.routed_tokens(["sql", None], lengths=[4, -1]),
+        ("`lengths`", "at least 0", "got [4, -1]"),
         ValueError,
     ),
     "set_adapter: unknown": Refusal(
