@@ -1,7 +1,6 @@
 """generate() and batches of other shapes, against PEFT with each adapter alone."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
