@@ -1,7 +1,7 @@
 """MuxLinear: a linear layer of any make whose rows choose their own adapters."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -43,7 +43,7 @@ class MuxLinear(nn.Module):
             batch the row comes in; costs speed for many rows.
 
     Raises:
-        TargetError: not a linear layer, or one whose forward is patched on the instance.
+        TargetError: not a linear layer, or one that is sharded.
         BackendError: a backend that does not exist or cannot run.
 
     Example:
@@ -59,6 +59,7 @@ class MuxLinear(nn.Module):
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
     mux_settings: ops.Settings
+    mux_base: Callable[..., Tensor] | None = None  # a forward that was patched on the instance
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
@@ -94,7 +95,7 @@ class MuxLinear(nn.Module):
             BackendError: Triton was asked for by name, and can not run on x.
         """
         plan = self._plan(x, routing)
-        y: Tensor = super().forward(x, **kwargs)
+        y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
         if plan is None:
             return y
         return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
@@ -153,6 +154,7 @@ class MuxLinear(nn.Module):
         """
         self._refuse_attached("add_adapter")
         self.mux_slots.check_new(name)
+        follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
@@ -168,6 +170,7 @@ class MuxLinear(nn.Module):
         """
         self._refuse_attached("reserve")
         check_reservation(self.mux_slots, adapters, rank)
+        follow_materialised(self)
         self.mux_slots.capacity = max(self.mux_slots.capacity, adapters)
         self.mux_pool.reserve(adapters * rank, self.mux_slots.capacity, rank)
 
@@ -209,6 +212,10 @@ def equip(
     dtype: torch.dtype,
 ) -> None:
     """Give a layer whose class is a MuxLinear its empty pool."""
+    patched = vars(layer).pop("forward", None)
+    if patched is not None:  # it would hide the class's forward, and the adapters with it
+        # Past nn.Module's own setattr, which would register a forward that is a module.
+        vars(layer).update(mux_base=patched, mux_owns_output=False)
     in_features, out_features = features(layer)
     layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
     layer.mux_slots = slots
@@ -227,9 +234,22 @@ def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
 
 def swap_out(layer: MuxLinear) -> None:
     """The linear layer as it was before swap_in."""
+    if layer.mux_base is not None:
+        vars(layer)["forward"] = vars(layer).pop("mux_base")
+        del layer.mux_owns_output
     for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings"):
         delattr(layer, name)
     layer.__class__ = type(layer).__bases__[1]
+
+
+def follow_materialised(layer: MuxLinear) -> None:
+    """Take the pool off the meta device once the layer has left it.
+
+    to_empty() moves both; load_state_dict(assign=True) only what is in the state_dict.
+    """
+    device = device_of(layer)
+    if layer.mux_pool.A_rows.is_meta and device.type != "meta":
+        layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
 
 
 def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:

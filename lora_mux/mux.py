@@ -17,6 +17,7 @@ from .linear import (
     MuxLinear,
     check_reservation,
     check_room,
+    follow_materialised,
     scaling_from,
     swap_in,
     swap_out,
@@ -187,6 +188,7 @@ class Mux:
         check_reservation(self._slots, adapters, rank)
         self._slots.capacity = max(self._slots.capacity, adapters)
         for layer in self._layers.values():
+            follow_materialised(layer)
             layer.mux_pool.reserve(adapters * rank, self._slots.capacity, rank)
 
     def remove(self, name: str) -> None:
@@ -320,6 +322,8 @@ class Mux:
                 f"`{source}`: {unknown[0]!r} must be a target of the attached model, which it is "
                 f"not ({len(unknown)} of {len(weights)} are not); attach with targets that cover it"
             )
+        for layer in self._layers.values():
+            follow_materialised(layer)
         checked = {
             path: self._layers[path].mux_pool.check(part, f"{source}[{path!r}]")
             for path, part in weights.items()

@@ -25,8 +25,12 @@ def is_linear(module: nn.Module) -> bool:
     return features(module) != (0, 0)
 
 
-def check_linear(module: object, argument: str) -> None:
-    """Refuse what a MuxLinear can not stand on."""
+def check_linear(module: object, argument: str, gathered: bool = False) -> None:
+    """Refuse what a MuxLinear can not stand on.
+
+    Args:
+        gathered: FSDP2 puts the layer's weight together before it calls it.
+    """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"`{argument}` must be a linear layer, got {type(module).__name__}")
     if hasattr(module, "mux_pool"):
@@ -41,15 +45,20 @@ def check_linear(module: object, argument: str) -> None:
             f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
             f"out_features), got {type(module).__name__}"
         )
-    if "forward" in vars(module):
+    # By name: torch.distributed may not be built in, and costs a second to import.
+    if type(module._parameters.get("weight")).__name__ == "DTensor" and not gathered:
         raise TargetError(
-            f"`{argument}`: {type(module).__name__}.forward is patched on the instance (accelerate "
-            "or tensor parallelism does that), which would silently hide the adapters"
+            f"`{argument}` must be whole on each process, got a weight that tensor parallelism "
+            "has sharded, which is not supported (FSDP2's fully_shard is)"
         )
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the layer lives; its weight may have any type, or not exist."""
+    """Where the layer computes; its weight may have any type, not exist, or be elsewhere."""
+    # accelerate keeps weights on the meta device or the CPU between calls.
+    offloaded = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if offloaded is not None:
+        return torch.device(offloaded)
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
             return tensor.device
@@ -86,8 +95,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn
                 f"`targets` matches {hidden[0]!r}, but its parent reads the weight without calling "
                 "its forward, which would silently hide the adapters"
             )
+    gathering = [p for p, m in [("", model), *modules.items()] if _is_fsdp(m)]
     for path, module in found.items():
-        check_linear(module, f"targets: {path}")
+        gathered = any(not p or f"{path}.".startswith(f"{p}.") for p in gathering)
+        check_linear(module, f"targets: {path}", gathered)
     if not found:
         examples = [p for p, m in modules.items() if is_linear(m)][:3]
         raise TargetError(
@@ -126,6 +137,11 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     if type(model).__name__.endswith("ForSequenceClassification"):
         return {path for path in CLASSIFIER_HEADS if path in modules}
     return set()
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to it, which changes its class."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
