@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,15 @@ from .linear import (
     swap_in,
     swap_out,
 )
+from .live_peft import read_live
 from .pool import LoraWeights
-from .route import Route
+from .route import Expand, Route, Rows, make_route
 from .router import Router
-from .routing import Routing, Selection, counts, from_names, number, readable, selection
+from .routing import Routing, Selection, counts, from_names, numbers, selection
 from .slots import Slots, slot_of
 from .targets import dtype_of, find_targets
 
 logger = logging.getLogger(__name__)
-
-Expand: TypeAlias = Literal["interleave", "tile"] | None
-Rows: TypeAlias = Sequence[Selection] | Tensor
 
 
 def attach(
@@ -83,6 +80,34 @@ def attach(
     return Mux(model, find_targets(model, targets), settings)
 
 
+def attach_peft(
+    peft_model: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+) -> "Mux":
+    """Take over a live peft.PeftModel: its adapters from memory, without files.
+
+    PEFT's layers are taken out of the base model (PeftModel.unload, which merges nothing), the
+    base model is attached where its adapters touch it, and those that were active are in force.
+    Use `mux.model` from now on, and no longer the PeftModel.
+
+    Args:
+        peft_model: a PeftModel whose adapters are LoRA on linear layers.
+        backend: as in `attach`.
+        batch_invariant: as in `attach`.
+
+    Raises:
+        ArgumentTypeError: not a PeftModel.
+        CheckpointError: an adapter that is more than plain LoRA, or that is merged.
+        TargetError: a layer that can not carry adapters.
+    """
+    settings = ops.Settings(backend, batch_invariant)
+    live = read_live(peft_model)
+    mux = Mux(peft_model.unload(), live.linears, settings)  # type: ignore[operator]
+    for name, weights in live.adapters.items():
+        mux._add(name, weights, "peft_model")
+    mux.set_adapter(live.active)
+    return mux
+
+
 class Mux:
     """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
 
@@ -104,6 +129,11 @@ class Mux:
         )
         self._wrapped = follow_generation(model, self._router)
         logger.info("attached %d targets", len(self._layers))
+
+    @property
+    def model(self) -> nn.Module:
+        """The attached model: the very object that was given to attach."""
+        return self._check_attached()
 
     @property
     def targets(self) -> list[str]:
@@ -263,7 +293,7 @@ class Mux:
         if weights is not None:
             if isinstance(adapter, Mapping):
                 raise RoutingError("`weights` must be None when `adapter` maps names to weights")
-            chosen = dict(zip(chosen, _strengths(weights, len(chosen)), strict=True))
+            chosen = dict(zip(chosen, numbers(weights, len(chosen), "weights"), strict=True))
         routing = from_names([chosen], self._slots.lookup)
         self._router.set(Route(routing, uniform=True) if chosen else None)
 
@@ -289,28 +319,10 @@ class Mux:
         return f"Mux(targets={len(self._layers)}, adapters={list(self.adapters)}{state})"
 
     def _route(
-        self,
-        rows: Rows,
-        weights: Tensor | None,
-        expand: Expand = None,
-        *,
-        per_token: bool = False,
+        self, rows: Rows, weights: Tensor | None, expand: Expand = None, per_token: bool = False
     ) -> Route:
         self._check_attached()
-        if expand not in (None, "interleave", "tile"):
-            raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
-        if not isinstance(rows, Tensor):
-            if weights is not None:
-                raise RoutingError(
-                    "`weights` must be None when rows are names; give a mapping name -> weight"
-                )
-            return Route(from_names(rows, self._slots.lookup), per_token, expand=expand)
-        given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
-        if readable(rows):
-            self._slots.resolve(rows)
-        # A copy: what the caller writes into its tensors later is not a change of route.
-        copied = Routing(given.index.clone(), given.weight.clone())
-        return Route(copied, per_token, expand=expand)
+        return make_route(rows, weights, self._slots, expand=expand, per_token=per_token)
 
     def _add(self, name: str, weights: Mapping[str, LoraWeights], source: str) -> int:
         """Check everything, then write everything; a failure on the way leaves nothing behind."""
@@ -344,13 +356,3 @@ class Mux:
         if self._model is None:
             raise DetachedError("this Mux was detached from its model; attach() makes a new one")
         return self._model
-
-
-def _strengths(weights: object, names: int) -> list[float]:
-    if not isinstance(weights, Sequence):
-        return [number(weights, "weights")] * names
-    if len(weights) != names:
-        raise RoutingError(
-            f"`weights` must hold one number for each of the {names} adapters, got {len(weights)}"
-        )
-    return [number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]

@@ -1,13 +1,17 @@
 """A route: a routing, and what one of its rows stands for in the batches of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from .errors import RoutingError
-from .routing import Routing, readable
+from .routing import Routing, Selection, from_names, readable
+from .slots import Slots
+
+Expand: TypeAlias = Literal["interleave", "tile"] | None  # how samples may be repeated
+Rows: TypeAlias = Sequence[Selection] | Tensor
 
 # (samples, tokens of each)
 Batch: TypeAlias = tuple[int, int]
@@ -27,7 +31,7 @@ class Route:
     routing: Routing
     per_token: bool = False
     uniform: bool = False  # all rows are equal, so that the first serves a batch of any size
-    expand: Literal["interleave", "tile"] | None = None  # how samples may be repeated
+    expand: Expand = None
 
     @property
     def selects(self) -> bool:
@@ -77,6 +81,31 @@ class Route:
             f"`rows` must have one entry per sample of the batch, here {samples}, got {routed}"
             + hint
         )
+
+
+def make_route(
+    rows: Rows, weights: Tensor | None, slots: Slots, *, expand: Expand, per_token: bool
+) -> Route:
+    """The route that a user's rows mean: names, or an index tensor with weights.
+
+    Raises:
+        RoutingError: rows, weights or expand that do not fit.
+        UnknownAdapterError: a name or handle that is not loaded.
+    """
+    if expand not in (None, "interleave", "tile"):
+        raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
+    if not isinstance(rows, Tensor):
+        if weights is not None:
+            raise RoutingError(
+                "`weights` must be None when rows are names; give a mapping name -> weight"
+            )
+        return Route(from_names(rows, slots.lookup), per_token, expand=expand)
+    given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
+    if readable(rows):
+        slots.resolve(rows)
+    # A copy: what the caller writes into its tensors later is not a change of route.
+    copied = Routing(given.index.clone(), given.weight.clone())
+    return Route(copied, per_token, expand=expand)
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:

@@ -222,6 +222,17 @@ def number(value: object, argument: str, error: type[LoraMuxError] = RoutingErro
     return float(value)
 
 
+def numbers(values: object, count: int, argument: str) -> list[float]:
+    """`count` finite numbers: one for each, or one for all."""
+    if not isinstance(values, Sequence):
+        return [number(values, argument)] * count
+    if len(values) != count:
+        raise RoutingError(
+            f"`{argument}` must hold one number for each of the {count} adapters, got {len(values)}"
+        )
+    return [number(value, f"{argument}[{i}]") for i, value in enumerate(values)]
+
+
 def counts(values: object, rows: int, argument: str) -> list[int]:
     """One int of at least 0 for each of `rows`, or a clear error that names the argument."""
     if not isinstance(values, Sequence) or not all(
