@@ -17,7 +17,10 @@ Rows: TypeAlias = Sequence[Selection] | Tensor
 Batch: TypeAlias = tuple[int, int]
 
 # Where a model's batch is seen, most telling first; else the first tensor argument tells it.
-INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+INPUTS = (
+    *("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
+    *("hidden_states", "sample", "pixel_values", "input_features", "input_values"),
+)
 
 
 # Not frozen: of a frozen dataclass torch.compile guards every field, of this one those it reads.
