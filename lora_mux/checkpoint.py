@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ArgumentTypeError, CheckpointError
+from .errors import CheckpointError
 from .peft_config import PeftConfig, read_config
 from .pool import LoraWeights
 
@@ -67,10 +67,6 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
         CheckpointError: names the file and the field or key that is missing, broken, unsafe, not
             finite, or means more than plain LoRA on linear layers.
     """
-    if not isinstance(folder, str | PathLike):
-        raise ArgumentTypeError(
-            f"`folder` must be the path of a PEFT checkpoint, got {type(folder).__name__}"
-        )
     root = Path(folder)
     _check_files(root)
     config = read_config(root / CONFIG)

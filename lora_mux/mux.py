@@ -12,6 +12,7 @@ from . import ops
 from .checkpoint import read_checkpoint
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
 from .generation import follow_generation
+from .hub import local_folder
 from .linear import (
     MuxLinear,
     check_reservation,
@@ -153,12 +154,14 @@ class Mux:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
-    def load(self, name: str, folder: str | PathLike[str]) -> int:
-        """Load a PEFT checkpoint folder under a name; returns its handle.
+    def load(self, name: str, folder: str | PathLike[str], *, revision: str | None = None) -> int:
+        """Load a PEFT checkpoint under a name; returns its handle.
 
         Args:
             name: any new str other than "__base__".
-            folder: holds adapter_config.json and adapter_model.safetensors.
+            folder: holds adapter_config.json and adapter_model.safetensors. Or user/name, a
+                repository of the Hugging Face hub, where huggingface_hub is installed.
+            revision: of the repository: a branch, a tag or a commit.
 
         Raises:
             CheckpointError: the folder is broken, unsafe, or more than plain LoRA.
@@ -166,7 +169,7 @@ class Mux:
         """
         self._check_attached()
         self._slots.check_new(name)
-        checkpoint = read_checkpoint(folder)
+        checkpoint = read_checkpoint(local_folder(folder, revision))
         handle = self._add(name, checkpoint.weights, str(folder))
         checkpoint.warn_unless_complete(self.targets)
         return handle

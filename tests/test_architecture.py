@@ -27,9 +27,10 @@ ALLOWED = {
     "linear": {"errors", "ops", "pool", "router", "routing", "slots", "targets"},
     "peft_config": {"errors"},
     "checkpoint": {"errors", "peft_config", "pool"},
+    "hub": {"checkpoint", "errors"},
     "live_peft": {"checkpoint", "errors", "peft_config", "pool", "targets"},
     "mux": {
-        *("live_peft", "checkpoint", "errors", "generation", "linear", "ops", "pool"),
+        *("hub", "live_peft", "checkpoint", "errors", "generation", "linear", "ops", "pool"),
         *("route", "router", "routing", "slots", "targets"),
     },
     "_version": set(),
