@@ -35,11 +35,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def fresh(model: Any) -> tuple[nn.Module, lora_mux.Mux]:
-    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    state = model.get_base_model().state_dict()
-    plain.load_state_dict(
-        {k: state.get(k, state.get(f"0.base_layer.{k[2:]}")) for k in plain.state_dict()}
-    )
+    plain: nn.Module = copy.deepcopy(model).unload()
     return plain, lora_mux.attach(plain)
 
 
