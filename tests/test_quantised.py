@@ -1,4 +1,4 @@
-"""Quantised bases: their own forward computes the base part, and their weights are not looked at."""
+"""Quantised bases: their own forward computes the base part; their weights are not looked at."""
 
 import copy
 import warnings
