@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
 from .errors import (
     AdapterError,
     ArgumentTypeError,
@@ -20,8 +20,9 @@ from .errors import (
 from .pool import LoraWeights, Pool
 from .router import Router
 from .routing import Routing, number
+from .sharding import Part
 from .slots import Slots, slot_of
-from .targets import check_linear, device_of, dtype_of, features
+from .targets import Target, check_linear, device_of, dtype_of, features
 
 
 class MuxLinear(nn.Module):
@@ -43,7 +44,7 @@ class MuxLinear(nn.Module):
             batch the row comes in; costs speed for many rows.
 
     Raises:
-        TargetError: not a linear layer, or one that is sharded.
+        TargetError: not a linear layer, or one that is split in a way that is not supported.
         BackendError: a backend that does not exist or cannot run.
 
     Example:
@@ -59,7 +60,9 @@ class MuxLinear(nn.Module):
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
     mux_settings: ops.Settings
-    mux_base: Callable[..., Tensor] | None = None  # a forward that was patched on the instance
+    mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
+    mux_base: Callable[..., Tensor] | None = None  # that forward, where it computes the base part
+    mux_part: Part | None = None  # of a layer that tensor parallelism has split
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
@@ -77,7 +80,8 @@ class MuxLinear(nn.Module):
         self, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
     ) -> None:
         settings = ops.Settings(backend, batch_invariant)
-        equip(self, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
+        target = check_linear(linear, "linear")
+        equip(self, target, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
 
     def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features].
@@ -94,11 +98,18 @@ class MuxLinear(nn.Module):
                 row's output becomes NaN instead, and routing.check() raises.
             BackendError: Triton was asked for by name, and can not run on x.
         """
-        plan = self._plan(x, routing)
+        part = self.mux_part
+        held = x if part is None else sharding.local(x, part)
+        plan = self._plan(held, routing)
         y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
         if plan is None:
             return y
-        return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
+        if part is None:
+            return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
+        sharding.refuse_weight_gradients(plan)
+        return sharding.add_to(
+            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, plan, owned=False)
+        )
 
     def _plan(self, x: Tensor, routing: Routing | None) -> ops.Plan | None:
         router = self.mux_router
@@ -156,7 +167,7 @@ class MuxLinear(nn.Module):
         self.mux_slots.check_new(name)
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
-        weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
+        weights = checked(self, LoraWeights(A, B, factor, bias), "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = self.mux_slots.add(name)
         self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
@@ -206,39 +217,50 @@ def mux_class(linear_class: Any) -> type[MuxLinear]:
 
 def equip(
     layer: MuxLinear,
+    target: Target,
     slots: Slots,
     router: Router | None,
     settings: ops.Settings,
     dtype: torch.dtype,
 ) -> None:
     """Give a layer whose class is a MuxLinear its empty pool."""
+    part = target.part
+    in_features, out_features = features(layer)
+    if part is not None:
+        in_features, out_features = part.sizes(in_features, out_features)
+        layer.mux_part = part
     patched = vars(layer).pop("forward", None)
     if patched is not None:  # it would hide the class's forward, and the adapters with it
         # Past nn.Module's own setattr, which would register a forward that is a module.
-        vars(layer).update(mux_base=patched, mux_owns_output=False)
-    in_features, out_features = features(layer)
+        vars(layer)["mux_patched"] = patched
+        if part is None:
+            vars(layer).update(mux_base=patched, mux_owns_output=False)
+        else:
+            sharding.reinstall(layer, patched)
     layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
     layer.mux_slots = slots
     layer.mux_router = router
     layer.mux_settings = settings
 
 
-def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
-    """Make a checked linear a MuxLinear in place, by its class: names, keys and hooks stay."""
+def swap_in(target: Target, router: Router, dtype: torch.dtype) -> MuxLinear:
+    """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
+    linear = target.linear
     linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
-    equip(linear, router.slots, router, router.settings, dtype)
+    equip(linear, target, router.slots, router, router.settings, dtype)
     router.anchor = router.anchor or linear.mux_pool
     return linear
 
 
 def swap_out(layer: MuxLinear) -> None:
     """The linear layer as it was before swap_in."""
-    if layer.mux_base is not None:
-        vars(layer)["forward"] = vars(layer).pop("mux_base")
-        del layer.mux_owns_output
-    for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings"):
-        delattr(layer, name)
+    patched = layer.mux_patched
+    for name in [name for name in vars(layer) if name.startswith("mux_")]:
+        del vars(layer)[name]
+    del layer.mux_pool
+    if patched is not None:
+        vars(layer)["forward"] = patched
     layer.__class__ = type(layer).__bases__[1]
 
 
@@ -250,6 +272,14 @@ def follow_materialised(layer: MuxLinear) -> None:
     device = device_of(layer)
     if layer.mux_pool.A_rows.is_meta and device.type != "meta":
         layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+
+
+def checked(layer: MuxLinear, weights: LoraWeights, argument: str) -> LoraWeights:
+    """What the layer's pool is to hold of an adapter's factors, or an error that names them."""
+    tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
+    if layer.mux_part is not None and tensors:  # else the pool says what they should be
+        weights = layer.mux_part.cut(weights, *features(layer), argument)
+    return layer.mux_pool.check(weights, argument)
 
 
 def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:

@@ -4,13 +4,11 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from .checkpoint import weights_from
 from .errors import ArgumentTypeError, CheckpointError
 from .peft_config import parse_config
 from .pool import LoraWeights
-from .targets import check_linear
+from .targets import Target, check_linear
 
 # The tensors tell which modules are meant; other people's patterns need not be understood.
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -22,7 +20,7 @@ class LivePeft:
 
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
     active: list[str]
-    linears: dict[str, nn.Module]  # the base layers that they touch, by path
+    targets: dict[str, Target]  # the base layers that they touch, by path
 
 
 def read_live(peft_model: Any) -> LivePeft:
@@ -47,10 +45,12 @@ def read_live(peft_model: Any) -> LivePeft:
     adapters = {name: _read_adapter(peft_model, name, layers) for name in peft_model.peft_config}
     disabled = any(getattr(layer, "disable_adapters", False) for layer in layers.values())
     touched = {path for weights in adapters.values() for path in weights}
-    linears = {path: layer.base_layer for path, layer in layers.items() if path in touched}
-    for path, linear in linears.items():
-        check_linear(linear, f"peft_model: {path}")
-    return LivePeft(adapters, [] if disabled else list(peft_model.active_adapters), linears)
+    targets = {
+        path: check_linear(layer.base_layer, f"peft_model: {path}")
+        for path, layer in layers.items()
+        if path in touched
+    }
+    return LivePeft(adapters, [] if disabled else list(peft_model.active_adapters), targets)
 
 
 def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[str, LoraWeights]:

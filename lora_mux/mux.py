@@ -17,6 +17,7 @@ from .linear import (
     MuxLinear,
     check_reservation,
     check_room,
+    checked,
     follow_materialised,
     scaling_from,
     swap_in,
@@ -28,7 +29,7 @@ from .route import Expand, Route, Rows, make_route
 from .router import Router
 from .routing import Routing, Selection, counts, from_names, numbers, selection
 from .slots import Slots, slot_of
-from .targets import dtype_of, find_targets
+from .targets import Target, dtype_of, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def attach_peft(
     """
     settings = ops.Settings(backend, batch_invariant)
     live = read_live(peft_model)
-    mux = Mux(peft_model.unload(), live.linears, settings)  # type: ignore[operator]
+    mux = Mux(peft_model.unload(), live.targets, settings)  # type: ignore[operator]
     for name, weights in live.adapters.items():
         mux._add(name, weights, "peft_model")
     mux.set_adapter(live.active)
@@ -113,7 +114,7 @@ class Mux:
     """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, nn.Module], settings: ops.Settings
+        self, model: nn.Module, targets: Mapping[str, Target], settings: ops.Settings
     ) -> None:
         self._model: nn.Module | None = model
         self._slots = Slots()
@@ -121,8 +122,8 @@ class Mux:
         plain = (dtype_of(module, torch.int8) for module in model.modules())
         default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
         self._layers = {
-            path: swap_in(module, self._router, dtype_of(module, default))
-            for path, module in targets.items()
+            path: swap_in(target, self._router, dtype_of(target.linear, default))
+            for path, target in targets.items()
         }
         self._hooks = (
             model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
@@ -339,17 +340,17 @@ class Mux:
             )
         for layer in self._layers.values():
             follow_materialised(layer)
-        checked = {
-            path: self._layers[path].mux_pool.check(part, f"{source}[{path!r}]")
+        fitting = {
+            path: checked(self._layers[path], part, f"{source}[{path!r}]")
             for path, part in weights.items()
         }
-        for path, part in checked.items():
+        for path, part in fitting.items():
             check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")
         handle = self._slots.add(name)
         slot = slot_of(handle)
         try:
             for path, layer in self._layers.items():
-                layer.mux_pool.write(slot, checked.get(path), self._slots.capacity)
+                layer.mux_pool.write(slot, fitting.get(path), self._slots.capacity)
         except BaseException:
             self.remove(name)
             raise
