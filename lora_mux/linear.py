@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from . import ops, sharding
 from .errors import (
-    AdapterError,
     ArgumentTypeError,
     InputError,
-    PoolCapacityError,
     RoutingError,
     TargetError,
 )
+from .intake import check_reservation, check_room, checked, scaling_from
 from .pool import LoraWeights, Pool
 from .router import Router
-from .routing import Routing, number
+from .routing import Routing
 from .sharding import Part
 from .slots import Slots, slot_of
 from .targets import Target, check_linear, device_of, dtype_of, features
@@ -62,7 +61,7 @@ class MuxLinear(nn.Module):
     mux_settings: ops.Settings
     mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
     mux_base: Callable[..., Tensor] | None = None  # that forward, where it computes the base part
-    mux_part: Part | None = None  # of a layer that tensor parallelism has split
+    mux_part: Part | None  # of a layer that tensor parallelism has split
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
@@ -167,7 +166,8 @@ class MuxLinear(nn.Module):
         self.mux_slots.check_new(name)
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
-        weights = checked(self, LoraWeights(A, B, factor, bias), "adapter")
+        given = LoraWeights(A, B, factor, bias)
+        weights = checked(self.mux_pool, self.mux_part, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = self.mux_slots.add(name)
         self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
@@ -224,11 +224,7 @@ def equip(
     dtype: torch.dtype,
 ) -> None:
     """Give a layer whose class is a MuxLinear its empty pool."""
-    part = target.part
-    in_features, out_features = features(layer)
-    if part is not None:
-        in_features, out_features = part.sizes(in_features, out_features)
-        layer.mux_part = part
+    part = layer.mux_part = target.part
     patched = vars(layer).pop("forward", None)
     if patched is not None:  # it would hide the class's forward, and the adapters with it
         # Past nn.Module's own setattr, which would register a forward that is a module.
@@ -237,7 +233,8 @@ def equip(
             vars(layer).update(mux_base=patched, mux_owns_output=False)
         else:
             sharding.reinstall(layer, patched)
-    layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
+    sizes = features(layer) if part is None else part.sizes
+    layer.mux_pool = Pool(*sizes, dtype, device_of(layer))
     layer.mux_slots = slots
     layer.mux_router = router
     layer.mux_settings = settings
@@ -272,50 +269,6 @@ def follow_materialised(layer: MuxLinear) -> None:
     device = device_of(layer)
     if layer.mux_pool.A_rows.is_meta and device.type != "meta":
         layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
-
-
-def checked(layer: MuxLinear, weights: LoraWeights, argument: str) -> LoraWeights:
-    """What the layer's pool is to hold of an adapter's factors, or an error that names them."""
-    tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
-    if layer.mux_part is not None and tensors:  # else the pool says what they should be
-        weights = layer.mux_part.cut(weights, *features(layer), argument)
-    return layer.mux_pool.check(weights, argument)
-
-
-def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:
-    """Refuse to move a pool that a CUDA graph reads: the graph would go on reading the old one."""
-    if slots.captured and not pool.fits(weights, slots.next_slot()):
-        raise PoolCapacityError(
-            f"`{argument}` must fit into the pool, which can not grow because a captured CUDA "
-            f"graph reads it, got rank {weights.A.shape[0]} beside {len(slots.handles)} adapters "
-            f"in {pool.A_rows.shape[0]} rank rows (largest rank {pool.max_rank}, "
-            f"{pool.rank.shape[0]} slots); reserve() more before capturing"
-        )
-
-
-def check_reservation(slots: Slots, adapters: object, rank: object) -> None:
-    """Refuse what reserve() can not do."""
-    for name, value in (("adapters", adapters), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentTypeError(f"`{name}` must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise AdapterError(f"`{name}` must be at least 1, got {value}")
-    if slots.captured:
-        raise PoolCapacityError("reserve() comes before capturing: a CUDA graph reads this pool")
-
-
-def scaling_from(alpha: object, scaling: object, A: object) -> float:
-    """alpha / r for A [r, in_features], or scaling itself: exactly one must be given."""
-    if (alpha is None) == (scaling is None):
-        raise AdapterError(
-            f"give exactly one of `alpha` (scaling = alpha / r) and `scaling`, "
-            f"got alpha={alpha!r}, scaling={scaling!r}"
-        )
-    if alpha is None:
-        return number(scaling, "scaling", AdapterError)
-    # An A without rank rows, or that is no matrix at all, is the pool's to refuse.
-    rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
-    return number(alpha, "alpha", AdapterError) / rank
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

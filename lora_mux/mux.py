@@ -13,16 +13,8 @@ from .checkpoint import read_checkpoint
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
 from .generation import follow_generation
 from .hub import local_folder
-from .linear import (
-    MuxLinear,
-    check_reservation,
-    check_room,
-    checked,
-    follow_materialised,
-    scaling_from,
-    swap_in,
-    swap_out,
-)
+from .intake import check_reservation, check_room, checked, scaling_from
+from .linear import MuxLinear, follow_materialised, swap_in, swap_out
 from .live_peft import read_live
 from .pool import LoraWeights
 from .route import Expand, Route, Rows, make_route
@@ -341,8 +333,9 @@ class Mux:
         for layer in self._layers.values():
             follow_materialised(layer)
         fitting = {
-            path: checked(self._layers[path], part, f"{source}[{path!r}]")
-            for path, part in weights.items()
+            path: checked(layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]")
+            for path, layer in self._layers.items()
+            if path in weights
         }
         for path, part in fitting.items():
             check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")

@@ -27,20 +27,22 @@ class Part(NamedTuple):
     place: int  # of this process, among
     of: int
 
-    def sizes(self, in_features: int, out_features: int) -> tuple[int, int]:
+    in_features: int  # of the whole layer
+    out_features: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
         """(in_features, out_features) of the part."""
         if self.way == "columns":
-            return in_features, out_features // self.of
-        return in_features // self.of, out_features
+            return self.in_features, self.out_features // self.of
+        return self.in_features // self.of, self.out_features
 
-    def cut(
-        self, weights: LoraWeights, in_features: int, out_features: int, argument: str
-    ) -> LoraWeights:
+    def cut(self, weights: LoraWeights, argument: str) -> LoraWeights:
         """The part's own factors, of those of the whole layer."""
         A, B, bias = weights.A, weights.B, weights.bias
-        if A.shape[1:] != (in_features,) or B.shape[:1] != (out_features,):
+        if A.shape[1:] != (self.in_features,) or B.shape[:1] != (self.out_features,):
             raise AdapterError(
-                f"`{argument}` must have A [r, {in_features}] and B [{out_features}, r], "
+                f"`{argument}` must have A [r, {self.in_features}] and B [{self.out_features}, r], "
                 f"got {list(A.shape)} and {list(B.shape)}"
             )
         if self.way == "columns":
@@ -83,7 +85,9 @@ def part_of(linear: nn.Module, argument: str) -> Part | None:
             f"`{argument}`: its weight is split, and its forward patched on the instance, by "
             "something other than transformers, which is not supported"
         )
-    return Part(("columns", "rows")[placement.dim], mesh.get_local_rank(), mesh.size())
+    return Part(
+        ("columns", "rows")[placement.dim], mesh.get_local_rank(), mesh.size(), *sizes[::-1]
+    )
 
 
 def closed_over(patched: object) -> dict[str, Any]:

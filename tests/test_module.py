@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from oracle import Adapter, assert_close, forward, make_adapter
+from peft_oracle import qwen2
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -177,6 +179,29 @@ def test_state_dict_of_the_plain_model_loads() -> None:
     model.load_state_dict(source.state_dict(), strict=True)
     x = torch.randn(4, 16)
     assert torch.equal(model(x), source(x))
+
+
+@torch.no_grad()
+def test_a_head_that_shares_its_weight_with_the_embedding(tmp_path: Path) -> None:
+    """The adapter is the head's alone; the tie stays, also in what is saved."""
+    model = qwen2()
+    model.save_pretrained(tmp_path / "before")
+    ids = torch.randint(2, 250, (2, 5))
+    base = model(ids, output_hidden_states=True)
+    head = make_adapter(3, 64, 256, 6, torch.float32)
+    mux = lora_mux.attach(model, ["lm_head"])
+    mux.add_adapter("a", {"lm_head": (head.A, head.B)}, alpha=6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with mux.route(["a", None]):
+        got = model(ids, output_hidden_states=True)
+    hidden = base.hidden_states[-1]
+    assert torch.equal(got.hidden_states[-1], hidden)
+    rows = [[(head, 1.0)]] * 5 + [[]] * 5
+    truth = forward(model.lm_head, hidden.reshape(10, 64), rows)
+    assert_close(got.logits.reshape(10, 256), truth)
+    model.save_pretrained(tmp_path / "after")
+    file = "model.safetensors"
+    assert (tmp_path / "after" / file).read_bytes() == (tmp_path / "before" / file).read_bytes()
 
 
 class TestLetGo:
