@@ -69,6 +69,10 @@ class Shown:
     @torch.inference_mode(False)
     def follow(self, route: Route | None, device: torch.device) -> None:
         """Show a route; None = the base model."""
+        if route is not None and torch.compiler.is_compiling():
+            # Given inside of what torch.export traces: sizes may be symbols, not to be kept.
+            self.route = route
+            return
         self.route = self._pad(route)
         if device.type != "meta":
             self.route.routing = self.route.routing.to(device)

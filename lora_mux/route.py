@@ -1,7 +1,7 @@
 """A route: a routing, and what one of its rows stands for in the batches of a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -123,7 +123,7 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
 
 
 def tensors_of(output: object) -> Iterator[Tensor]:
-    """The tensors of a model's output: itself, or inside tuples, lists and mappings."""
+    """The tensors of a model's output: itself, or in tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -132,3 +132,5 @@ def tensors_of(output: object) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from tensors_of(value)
+    elif is_dataclass(output):
+        yield from tensors_of(vars(output))

@@ -1,5 +1,6 @@
 """Gradients under checkpointing, which runs layers again when their route may be gone."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
@@ -113,6 +114,38 @@ def test_a_backward_that_fails_leaves_no_route_behind() -> None:
     with pytest.raises(RuntimeError, match="middle"):
         y.sum().backward()
     assert torch.equal(model.layer(x), base) and torch.equal(model(x), base)
+
+
+@dataclass
+class Output:
+    answer: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda y: y, lambda y: y),
+        (lambda y: (None, [y]), lambda y: y[1][0]),
+        (lambda y: {"y": y}, lambda y: y["y"]),
+        (Output, lambda y: y.answer),
+    ],
+    ids=["tensor", "tuple", "mapping", "dataclass"],
+)
+def test_outputs_of_every_kind(wrap: Any, unwrap: Any) -> None:
+    class Wrapped(Segmented):
+        def forward(self, x: Tensor) -> Any:
+            return wrap(super().forward(x))
+
+    model = Wrapped()
+    mux = lora_mux.attach(model)
+    mux.add_adapter("a", {"layer": (torch.ones(1, 8), torch.ones(8, 1))}, alpha=1)
+    x = torch.randn(2, 8, requires_grad=True)
+    with mux.route(["a", None]):
+        y = unwrap(model(x))
+        (want,) = torch.autograd.grad(model.layer(x).sum(), x)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, want)
 
 
 def test_hooks_do_not_pile_up_on_what_the_model_returns_unchanged() -> None:

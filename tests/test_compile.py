@@ -222,6 +222,25 @@ def test_export_with_the_routing_as_an_input() -> None:
     assert mux.active_adapters == []
 
 
+@torch.no_grad()
+def test_export_with_sizes_that_change() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    mux = lora_mux.attach(model, batch_invariant=True)  # one size of tiles for every batch
+    a, b, _ = add(mux, model)
+    served = Served(model, mux)
+
+    def batch(samples: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.tensor([[a, b], [-1, -1]]).repeat(samples // 2, 1)
+        return torch.randn(samples, tokens, 8), index, torch.rand(index.shape)
+
+    samples, tokens = torch.export.Dim("samples", min=2), torch.export.Dim("tokens", min=2)
+    dynamic = {0: samples, 1: tokens}, {0: samples}, {0: samples}
+    program = torch.export.export(served, batch(4, 3), strict=False, dynamic_shapes=dynamic)
+    for inputs in (batch(4, 3), batch(2, 50), batch(20, 7)):
+        torch.testing.assert_close(program.module()(*inputs), served(*inputs))
+    assert all(isinstance(size, int) for size in mux._router._shown.route.routing.index.shape)
+
+
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from lora_mux.pool import LoraWeights
+from lora_mux.sharding import Part
 from peft_oracle import llama
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +75,25 @@ def test_detached(results: dict[str, Any]) -> None:
 )
 def test_refusals(what: str, says: str, results: dict[str, Any]) -> None:
     assert says in results[f"refused: {what}"]
+
+
+@pytest.mark.parametrize("way", ["columns", "rows"])
+def test_parts_add_up_to_the_whole(way: Any) -> None:
+    """Each process's factors, with their bias, against the whole in fp64."""
+    weights = LoraWeights(torch.randn(3, 12), torch.randn(8, 3), 1.0, torch.randn(8))
+    x = torch.randn(5, 12)
+
+    def delta(part: LoraWeights, x: torch.Tensor) -> torch.Tensor:
+        assert part.bias is not None
+        return x @ part.A.T @ part.B.T + part.bias
+
+    parts = [Part(way, place, 4, 12, 8) for place in range(4)]
+    cuts = [part.cut(weights, "adapter") for part in parts]
+    for part, cut in zip(parts, cuts, strict=True):
+        assert part.sizes == (cut.A.shape[1], cut.B.shape[0])
+    if way == "columns":
+        got = torch.cat([delta(cut, x) for cut in cuts], 1)
+    else:
+        pieces = x.chunk(4, 1)
+        got = sum(delta(cut, piece) for cut, piece in zip(cuts, pieces, strict=True))
+    torch.testing.assert_close(got, delta(weights, x))
