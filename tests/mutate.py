@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ("tests/test_kernels.py",)
 BACKEND = ("tests/test_triton_backend.py",)
 CHECKPOINTING = ("tests/test_checkpointing.py",)
+MODULE = ("tests/test_module.py",)
 COMPILE = ("tests/test_compile.py",)
 OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
 
@@ -146,6 +147,30 @@ MUTATIONS = {
     ),
     "router: a graph for each list of states": Mutation(
         "router.py", "given.weight, [])", "given.weight, given.states)", COMPILE
+    ),
+    "graphs: symbols outlive their trace": Mutation(
+        "graphs.py", "if route is not None and torch.compiler.is_compiling():", "if False:", COMPILE
+    ),
+    "linear: a patched forward hides the adapters": Mutation(
+        "linear.py", 'vars(layer).pop("forward", None)', "None", MODULE
+    ),
+    "linear: what a patched forward returns is written to": Mutation(
+        "linear.py", ", mux_owns_output=False", "", MODULE
+    ),
+    "linear: pools stay on the meta device": Mutation(
+        "linear.py", "layer.mux_pool.to_empty(device=device)", "pass", MODULE
+    ),
+    "sharding: a bias of each process": Mutation(
+        "sharding.py", "bias is not None and self.place", "False", ("tests/test_sharded.py",)
+    ),
+    "sharding: a delta over the old closure": Mutation(
+        "sharding.py", 'held["self"].install_forward', "(lambda *a: 0)", ("tests/test_sharded.py",)
+    ),
+    "generation: prefixes are shared": Mutation(
+        "generation.py", "config.allow_block_sharing", "False", ("tests/test_generate.py",)
+    ),
+    "route: packed samples of one adapter": Mutation(
+        "router.py", "self._refuse_packed()", "pass", ("tests/test_generate.py",)
     ),
     "slots: a removed adapter stays alive": Mutation(
         "slots.py", "self._write(slot, NONE)", "pass", BACKEND
