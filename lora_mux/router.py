@@ -126,7 +126,8 @@ class Router:
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
         self._forget_forward()
-        self._past = None  # of a backward that failed
+        if not torch.compiler.is_compiling() and not _in_backward():
+            self._past = None  # of a backward that failed
         batch = batch_of(args, kwargs)
         self._check_batch(batch)
         if "cu_seq_lens_q" in kwargs:
@@ -166,8 +167,8 @@ class Router:
         """What the layers that run at this moment are to be computed with."""
         if torch.compiler.is_compiling():
             return Pass(self._shown.route, self._samples, self._tokens, self._generating)
-        # Inside a backward: checkpointing runs the layers of its forward pass again.
-        if self._past is not None and torch._C._current_graph_task_id() != -1:
+        # Checkpointing runs the layers of a forward pass again.
+        if self._past is not None and _in_backward():
             return self._past
         return Pass(self.in_force, self._samples, self._tokens, self._generating)
 
@@ -200,7 +201,7 @@ class Router:
 
     def _follow_into_backward(self, output: object) -> None:
         """Let the backward of a pass know it: by then its block may have ended, another begun."""
-        past = Pass(self.in_force, self._samples, self._tokens, self._generating)
+        past = self._now()
         for tensor in tensors_of(output):
             if tensor.grad_fn is not None:
                 hook = functools.partial(self._enter_backward, past)
@@ -266,6 +267,10 @@ class Router:
                 self._depth -= 1
                 if not self._depth:
                     self._owner = None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _samples_of(now: Pass, x: Tensor) -> int | None:

@@ -138,7 +138,12 @@ MUTATIONS = {
     "router: a backward without its route": Mutation(
         "router.py", "self._past = past", "pass", CHECKPOINTING
     ),
-    "router: a backward's route stays": Mutation("router.py", "!= -1", "!= -2", CHECKPOINTING),
+    "router: a backward's route stays": Mutation(
+        "router.py", "task_id() != -1", "task_id() != -2", CHECKPOINTING
+    ),
+    "router: a model that is run again forgets its pass": Mutation(
+        "router.py", " and not _in_backward()", "", CHECKPOINTING
+    ),
     "graphs: a shape for each route": Mutation(
         "graphs.py", "missing = (0, self._places - index.shape[1])", "missing = (0, 0)", COMPILE
     ),

@@ -102,6 +102,22 @@ class Segmented(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("non-reentrant", False), ("reentrant", True)])
+def test_a_checkpoint_around_the_whole_model(mode: str, kept: bool) -> None:
+    """A reentrant one hides its output from us, so that the route has to stay in force."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    mux = lora_mux.attach(model)
+    mux.add_adapter("a", {"0": (torch.ones(1, 8), torch.ones(8, 1))}, alpha=1)
+    x = torch.randn(2, 8, requires_grad=True)
+    with mux.route(["a", None]):
+        (want,) = torch.autograd.grad(model(x).sum(), x)
+        y = checkpoint(model, x, use_reentrant=MODES[mode])
+    mux.set_route(["a", None] if kept else [None, "a"])
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, want)
+
+
 def test_a_backward_that_fails_leaves_no_route_behind() -> None:
     model = Segmented()
     mux = lora_mux.attach(model)
