@@ -63,24 +63,27 @@ class Shown:
     def __init__(self) -> None:
         self._rows = 1  # of the last route that had one for each sample
         self._places = PLACES  # of the widest route so far
-        self.route = self._pad(None)
+        self._base = self.route = _base(self._rows, self._places, torch.device("cpu"))
 
     # Normal tensors also inside inference_mode: graphs guard that as well.
     @torch.inference_mode(False)
     def follow(self, route: Route | None, device: torch.device) -> None:
-        """Show a route; None = the base model."""
-        if route is not None and torch.compiler.is_compiling():
-            # Given inside of what torch.export traces: sizes may be symbols, not to be kept.
-            self.route = route
+        """Show a route, on a device; None = the base model."""
+        if torch.compiler.is_compiling():
+            # Inside of what torch.export traces: sizes may be symbols, which are not to be kept.
+            self.route = route or self._base
             return
-        self.route = self._pad(route)
-        if device.type != "meta":
-            self.route.routing = self.route.routing.to(device)
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if route is not None:
+            self.route = self._padded(route, device)
+            return
+        index = self._base.routing.index  # which each block ends with, so that it is kept
+        if index.shape != (self._rows, self._places) or index.device != device:
+            self._base = _base(self._rows, self._places, device)
+        self.route = self._base
 
-    def _pad(self, route: Route | None) -> Route:
-        if route is None:
-            index = torch.full((self._rows, self._places), NONE, device="cpu")
-            return Route(Routing(index), uniform=True)
+    def _padded(self, route: Route, device: torch.device) -> Route:
         index, weight = route.routing.index, route.routing.weight
         self._places = max(self._places, index.shape[1])
         if route.uniform:
@@ -93,4 +96,8 @@ class Shown:
             nn.functional.pad(weight, missing),
             route.routing.states,
         )
-        return Route(padded, route.per_token, route.uniform, route.expand)
+        return Route(padded.to(device), route.per_token, route.uniform, route.expand)
+
+
+def _base(rows: int, places: int, device: torch.device) -> Route:
+    return Route(Routing(torch.full((rows, places), NONE, device=device)), uniform=True)

@@ -77,7 +77,8 @@ class Router:
         """Whether a row may select an adapter; compiled, whether there are any."""
         if torch.compiler.is_compiling():
             return self.slots.capacity > 0
-        return self._now().route is not None
+        past = self._past_of_backward()
+        return (self.in_force if past is None else past.route) is not None
 
     @property
     def uniform(self) -> bool:
@@ -167,10 +168,12 @@ class Router:
         """What the layers that run at this moment are to be computed with."""
         if torch.compiler.is_compiling():
             return Pass(self._shown.route, self._samples, self._tokens, self._generating)
-        # Checkpointing runs the layers of a forward pass again.
-        if self._past is not None and _in_backward():
-            return self._past
-        return Pass(self.in_force, self._samples, self._tokens, self._generating)
+        past = self._past_of_backward()
+        return past or Pass(self.in_force, self._samples, self._tokens, self._generating)
+
+    def _past_of_backward(self) -> Pass | None:
+        """The forward pass whose layers checkpointing runs again at this moment."""
+        return self._past if self._past is not None and _in_backward() else None
 
     def _routing_on(self, route: Route, device: torch.device, method: ops.Method) -> Routing:
         """The route's own rows on a device; handles that the host knows are checked there."""

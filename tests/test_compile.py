@@ -223,6 +223,14 @@ def test_export_with_the_routing_as_an_input() -> None:
 
 
 @torch.no_grad()
+def test_export_leaves_nothing_of_its_trace_behind() -> None:
+    model, mux, handles = small()
+    x, index = torch.randn(3, 8), torch.tensor([[handles[0]], [-1], [handles[1]]])
+    torch.export.export(Served(model, mux), (x, index, torch.rand(3, 1)), strict=False)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+
+
+@torch.no_grad()
 def test_export_with_sizes_that_change() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     mux = lora_mux.attach(model, batch_invariant=True)  # one size of tiles for every batch
