@@ -9,6 +9,16 @@ from .errors import LoraMuxError as LoraMuxError
 from .linear import MuxLinear as MuxLinear
 from .mux import Mux as Mux
 from .mux import attach as attach
+from .mux import attach_peft as attach_peft
 from .routing import Routing as Routing
 
-__all__ = ["LoraMuxError", "Mux", "MuxLinear", "Routing", "__version__", "attach", "errors"]
+__all__ = [
+    "LoraMuxError",
+    "Mux",
+    "MuxLinear",
+    "Routing",
+    "__version__",
+    "attach",
+    "attach_peft",
+    "errors",
+]

@@ -6,16 +6,15 @@ before a tensor is loaded, and every key must be understood.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ArgumentTypeError, CheckpointError
+from .errors import CheckpointError
 from .peft_config import PeftConfig, read_config
 from .pool import LoraWeights
 
@@ -68,28 +67,46 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
         CheckpointError: names the file and the field or key that is missing, broken, unsafe, not
             finite, or means more than plain LoRA on linear layers.
     """
-    if not isinstance(folder, str | PathLike):
-        raise ArgumentTypeError(
-            f"`folder` must be the path of a PEFT checkpoint, got {type(folder).__name__}"
-        )
     root = Path(folder)
     _check_files(root)
     config = read_config(root / CONFIG)
     file = root / WEIGHTS
     try:
         with safe_open(file, framework="pt") as tensors:
-            keys = _keys_by_module(file, tensors.keys())
-            for path, parts in keys.items():
-                _check_shapes(file, path, parts, config, tensors)
-            weights = {
-                path: _load(file, parts, config.scaling(path), tensors)
-                for path, parts in keys.items()
-            }
+            weights = weights_from(
+                str(file),
+                config,
+                tensors.keys(),
+                lambda key: tensors.get_slice(key).get_shape(),  # no tensor is loaded
+                tensors.get_tensor,
+            )
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} must be a whole safetensors file, got {error}") from None
     return Checkpoint(root, config, weights)
+
+
+def weights_from(
+    source: str,
+    config: PeftConfig,
+    keys: Iterable[str],
+    shape_of: Callable[[str], Sequence[int]],
+    tensor_of: Callable[[str], Tensor],
+) -> dict[str, LoraWeights]:
+    """path -> factors, of tensors that PEFT named; all shapes are checked before any is read.
+
+    Raises:
+        CheckpointError: begins with `source` and names the key that is not as the config says.
+    """
+    modules = _keys_by_module(source, keys)
+    for path, parts in modules.items():
+        shapes = {part: list(shape_of(key)) for part, key in parts.items()}
+        _check_shapes(source, path, parts, config, shapes)
+    return {
+        path: _load(source, parts, config.scaling(path), tensor_of)
+        for path, parts in modules.items()
+    }
 
 
 def _check_files(root: Path) -> None:
@@ -106,67 +123,72 @@ def _check_files(root: Path) -> None:
             raise CheckpointError(f"{root} must hold {name}, which it does not{hint}")
 
 
-def _keys_by_module(file: Path, keys: Sequence[str]) -> dict[str, dict[str, str]]:
+def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """path -> {"A": key, "B": key, "bias": key}; every key is understood, every pair is whole."""
     modules: dict[str, dict[str, str]] = {}
     for key in sorted(keys):
         for ending, reason in OTHERS.items():
             if key.endswith(ending):
-                raise CheckpointError(f"{file}: key {key!r} is refused: {reason}")
+                raise CheckpointError(f"{source}: key {key!r} is refused: {reason}")
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         if suffix is None:
             raise CheckpointError(
-                f"{file}: key {key!r} is not understood; expected keys end in {', '.join(SUFFIXES)}"
+                f"{source}: key {key!r} is not understood; "
+                f"expected keys end in {', '.join(SUFFIXES)}"
             )
         path = key.removesuffix(suffix).removeprefix(PREFIX)
         parts = modules.setdefault(path, {})
         part = SUFFIXES[suffix]
         if part in parts:
-            raise CheckpointError(f"{file}: key {key!r} says the same as {parts[part]!r}")
+            raise CheckpointError(f"{source}: key {key!r} says the same as {parts[part]!r}")
         parts[part] = key
     for path, parts in modules.items():
         for part in "AB":
             if part not in parts:
                 raise CheckpointError(
-                    f"{file}: module {path!r} must have both lora_A.weight and lora_B.weight, "
+                    f"{source}: module {path!r} must have both lora_A.weight and lora_B.weight, "
                     f"lora_{part}.weight is missing"
                 )
     if not modules:
-        raise CheckpointError(f"{file} must hold at least one adapted module, got none")
+        raise CheckpointError(f"{source} must hold at least one adapted module, got none")
     return modules
 
 
 def _check_shapes(
-    file: Path, path: str, parts: dict[str, str], config: PeftConfig, tensors: Any
+    source: str,
+    path: str,
+    parts: dict[str, str],
+    config: PeftConfig,
+    shapes: dict[str, list[int]],
 ) -> None:
-    """Compare the shapes in the header with the config; no tensor is loaded."""
-    shapes = {part: list(tensors.get_slice(key).get_shape()) for part, key in parts.items()}
     for part, wanted in (("A", 2), ("B", 2), ("bias", 1)):
         if part in shapes and len(shapes[part]) != wanted:
             raise CheckpointError(
-                f"{file}: key {parts[part]!r} must have {wanted} dimensions (a linear layer), "
+                f"{source}: key {parts[part]!r} must have {wanted} dimensions (a linear layer), "
                 f"got shape {shapes[part]}"
             )
     rank = config.rank(path)
     if shapes["A"][0] != rank or shapes["B"][1] != rank:
         raise CheckpointError(
-            f"{file}: module {path!r} must have the config's rank {rank}, got lora_A "
+            f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
             f"{shapes['A']} and lora_B {shapes['B']}"
         )
     if ("bias" in parts) != config.lora_bias:
         raise CheckpointError(
-            f"{file}: module {path!r} must {'' if config.lora_bias else 'not '}have lora_B.bias, "
+            f"{source}: module {path!r} must {'' if config.lora_bias else 'not '}have lora_B.bias, "
             f"as its config's lora_bias={config.lora_bias} says"
         )
 
 
-def _load(file: Path, parts: dict[str, str], scaling: float, tensors: Any) -> LoraWeights:
+def _load(
+    source: str, parts: dict[str, str], scaling: float, tensor_of: Callable[[str], Tensor]
+) -> LoraWeights:
     loaded: dict[str, Tensor] = {}
     for part, key in parts.items():
-        tensor: Tensor = tensors.get_tensor(key)
+        tensor = tensor_of(key)
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: key {key!r} must be floating, got {tensor.dtype}")
+            raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
         if not bool(tensor.float().isfinite().all()):
-            raise CheckpointError(f"{file}: key {key!r} must be finite, got NaN or infinity")
+            raise CheckpointError(f"{source}: key {key!r} must be finite, got NaN or infinity")
         loaded[part] = tensor
     return LoraWeights(loaded["A"], loaded["B"], scaling, loaded.get("bias"))

@@ -1,28 +1,28 @@
 """MuxLinear: a linear layer of any make whose rows choose their own adapters."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
 from .errors import (
-    AdapterError,
     ArgumentTypeError,
     InputError,
-    PoolCapacityError,
     RoutingError,
     TargetError,
 )
 from .grouped import HostPlan
+from .intake import check_reservation, check_room, checked, scaling_from
 from .pool import LoraWeights, Pool
 from .router import Router
-from .routing import Routing, number
+from .routing import Routing
+from .sharding import Part
 from .slots import Slots, slot_of
-from .targets import check_linear, device_of, dtype_of, features
+from .targets import Target, check_linear, device_of, dtype_of, features
 
 
 class MuxLinear(nn.Module):
@@ -44,7 +44,7 @@ class MuxLinear(nn.Module):
             batch the row comes in; costs speed for many rows.
 
     Raises:
-        TargetError: not a linear layer, or one whose forward is patched on the instance.
+        TargetError: not a linear layer, or one that is split in a way that is not supported.
         BackendError: a backend that does not exist or cannot run.
 
     Example:
@@ -62,6 +62,9 @@ class MuxLinear(nn.Module):
     mux_settings: ops.Settings
     # Slots.version and plan of the last routing handed in on the CPU: often the next one too.
     mux_last: tuple[int, ops.Plan | None]
+    mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
+    mux_base: Callable[..., Tensor] | None = None  # that forward, where it computes the base part
+    mux_part: Part | None  # of a layer that tensor parallelism has split
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
@@ -79,7 +82,8 @@ class MuxLinear(nn.Module):
         self, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
     ) -> None:
         settings = ops.Settings(backend, batch_invariant)
-        equip(self, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
+        target = check_linear(linear, "linear")
+        equip(self, target, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
 
     def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features].
@@ -96,11 +100,18 @@ class MuxLinear(nn.Module):
                 row's output becomes NaN instead, and routing.check() raises.
             BackendError: Triton was asked for by name, and can not run on x.
         """
-        plan = self._plan(x, routing)
-        y: Tensor = super().forward(x, **kwargs)
+        part = self.mux_part
+        held = x if part is None else sharding.local(x, part)
+        plan = self._plan(held, routing)
+        y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
         if plan is None:
             return y
-        return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
+        if part is None:
+            return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
+        sharding.refuse_weight_gradients(plan)
+        return sharding.add_to(
+            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, plan, owned=False)
+        )
 
     def _plan(self, x: Tensor, routing: Routing | None) -> ops.Plan | None:
         router = self.mux_router
@@ -165,8 +176,10 @@ class MuxLinear(nn.Module):
         """
         self._refuse_attached("add_adapter")
         self.mux_slots.check_new(name)
+        follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
-        weights = self.mux_pool.check(LoraWeights(A, B, factor, bias), "adapter")
+        given = LoraWeights(A, B, factor, bias)
+        weights = checked(self.mux_pool, self.mux_part, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = self.mux_slots.add(name)
         self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
@@ -180,6 +193,7 @@ class MuxLinear(nn.Module):
         """
         self._refuse_attached("reserve")
         check_reservation(self.mux_slots, adapters, rank)
+        follow_materialised(self)
         self.mux_slots.capacity = max(self.mux_slots.capacity, adapters)
         self.mux_pool.reserve(adapters * rank, self.mux_slots.capacity, rank)
 
@@ -215,69 +229,59 @@ def mux_class(linear_class: Any) -> type[MuxLinear]:
 
 def equip(
     layer: MuxLinear,
+    target: Target,
     slots: Slots,
     router: Router | None,
     settings: ops.Settings,
     dtype: torch.dtype,
 ) -> None:
     """Give a layer whose class is a MuxLinear its empty pool."""
-    in_features, out_features = features(layer)
-    layer.mux_pool = Pool(in_features, out_features, dtype, device_of(layer))
+    part = layer.mux_part = target.part
+    patched = vars(layer).pop("forward", None)
+    if patched is not None:  # it would hide the class's forward, and the adapters with it
+        # Past nn.Module's own setattr, which would register a forward that is a module.
+        vars(layer)["mux_patched"] = patched
+        if part is None:
+            vars(layer).update(mux_base=patched, mux_owns_output=False)
+        else:
+            sharding.reinstall(layer, patched)
+    sizes = features(layer) if part is None else part.sizes
+    layer.mux_pool = Pool(*sizes, dtype, device_of(layer))
     layer.mux_slots = slots
     layer.mux_router = router
     layer.mux_settings = settings
     layer.mux_last = -1, None
 
 
-def swap_in(linear: nn.Module, router: Router, dtype: torch.dtype) -> MuxLinear:
-    """Make a checked linear a MuxLinear in place, by its class: names, keys and hooks stay."""
+def swap_in(target: Target, router: Router, dtype: torch.dtype) -> MuxLinear:
+    """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
+    linear = target.linear
     linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
-    equip(linear, router.slots, router, router.settings, dtype)
+    equip(linear, target, router.slots, router, router.settings, dtype)
+    router.anchor = router.anchor or linear.mux_pool
     return linear
 
 
 def swap_out(layer: MuxLinear) -> None:
     """The linear layer as it was before swap_in."""
-    for name in ("mux_pool", "mux_slots", "mux_router", "mux_settings", "mux_last"):
-        delattr(layer, name)
+    patched = layer.mux_patched
+    for name in [name for name in vars(layer) if name.startswith("mux_")]:
+        del vars(layer)[name]
+    del layer.mux_pool
+    if patched is not None:
+        vars(layer)["forward"] = patched
     layer.__class__ = type(layer).__bases__[1]
 
 
-def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:
-    """Refuse to move a pool that a CUDA graph reads: the graph would go on reading the old one."""
-    if slots.captured and not pool.fits(weights, slots.next_slot()):
-        raise PoolCapacityError(
-            f"`{argument}` must fit into the pool, which can not grow because a captured CUDA "
-            f"graph reads it, got rank {weights.A.shape[0]} beside {len(slots.handles)} adapters "
-            f"in {pool.A_rows.shape[0]} rank rows (largest rank {pool.max_rank}, "
-            f"{pool.rank.shape[0]} slots); reserve() more before capturing"
-        )
+def follow_materialised(layer: MuxLinear) -> None:
+    """Take the pool off the meta device once the layer has left it.
 
-
-def check_reservation(slots: Slots, adapters: object, rank: object) -> None:
-    """Refuse what reserve() can not do."""
-    for name, value in (("adapters", adapters), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentTypeError(f"`{name}` must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise AdapterError(f"`{name}` must be at least 1, got {value}")
-    if slots.captured:
-        raise PoolCapacityError("reserve() comes before capturing: a CUDA graph reads this pool")
-
-
-def scaling_from(alpha: object, scaling: object, A: object) -> float:
-    """alpha / r for A [r, in_features], or scaling itself: exactly one must be given."""
-    if (alpha is None) == (scaling is None):
-        raise AdapterError(
-            f"give exactly one of `alpha` (scaling = alpha / r) and `scaling`, "
-            f"got alpha={alpha!r}, scaling={scaling!r}"
-        )
-    if alpha is None:
-        return number(scaling, "scaling", AdapterError)
-    # An A without rank rows, or that is no matrix at all, is the pool's to refuse.
-    rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
-    return number(alpha, "alpha", AdapterError) / rank
+    to_empty() moves both; load_state_dict(assign=True) only what is in the state_dict.
+    """
+    device = device_of(layer)
+    if layer.mux_pool.A_rows.is_meta and device.type != "meta":
+        layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,21 @@ from torch import Tensor, nn
 from . import ops
 from .checkpoint import read_checkpoint
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
-from .linear import (
-    MuxLinear,
-    check_reservation,
-    check_room,
-    scaling_from,
-    swap_in,
-    swap_out,
-)
+from .generation import follow_generation
+from .hub import local_folder
+from .intake import check_reservation, check_room, checked, scaling_from
+from .linear import MuxLinear, follow_materialised, swap_in, swap_out
+from .live_peft import read_live
 from .pool import LoraWeights
-from .router import Route, Router
-from .routing import Routing, Selection, from_names, number, selection
+from .route import Expand, Route, Rows, make_route
+from .router import Router
+from .routing import Routing, Selection, counts, from_names, numbers, selection
 from .slots import Slots, slot_of
-from .targets import dtype_of, find_targets
+from .targets import Target, dtype_of, find_targets
+
+KEPT_ROUTES = 256
 
 logger = logging.getLogger(__name__)
-
-Expand: TypeAlias = Literal["interleave", "tile"] | None
-Rows: TypeAlias = Sequence[Selection] | Tensor
 
 
 def attach(
@@ -80,29 +77,61 @@ def attach(
     return Mux(model, find_targets(model, targets), settings)
 
 
+def attach_peft(
+    peft_model: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+) -> "Mux":
+    """Take over a live peft.PeftModel: its adapters from memory, without files.
+
+    PEFT's layers are taken out of the base model (PeftModel.unload, which merges nothing), the
+    base model is attached where its adapters touch it, and those that were active are in force.
+    Use `mux.model` from now on, and no longer the PeftModel.
+
+    Args:
+        peft_model: a PeftModel whose adapters are LoRA on linear layers.
+        backend: as in `attach`.
+        batch_invariant: as in `attach`.
+
+    Raises:
+        ArgumentTypeError: not a PeftModel.
+        CheckpointError: an adapter that is more than plain LoRA, or that is merged.
+        TargetError: a layer that can not carry adapters.
+    """
+    settings = ops.Settings(backend, batch_invariant)
+    live = read_live(peft_model)
+    mux = Mux(peft_model.unload(), live.targets, settings)  # type: ignore[operator]
+    for name, weights in live.adapters.items():
+        mux._add(name, weights, "peft_model")
+    mux.set_adapter(live.active)
+    return mux
+
+
 class Mux:
     """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, nn.Module], settings: ops.Settings
+        self, model: nn.Module, targets: Mapping[str, Target], settings: ops.Settings
     ) -> None:
         self._model: nn.Module | None = model
         self._slots = Slots()
+        self._uniform: dict[tuple[Any, ...], Route] = {}  # of set_adapter
         self._router = Router(self._slots, settings)
         plain = (dtype_of(module, torch.int8) for module in model.modules())
         default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
         self._layers = {
-            path: swap_in(module, self._router, dtype_of(module, default))
-            for path, module in targets.items()
+            path: swap_in(target, self._router, dtype_of(target.linear, default))
+            for path, target in targets.items()
         }
         self._hooks = (
             model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
             model.register_forward_hook(self._router.end_forward, always_call=True),
         )
-        self._routes_generate = hasattr(type(model), "generate") and "generate" not in vars(model)
-        if self._routes_generate:
-            vars(model)["generate"] = _RoutedGenerate(model, self._router)
+        self._wrapped = follow_generation(model, self._router)
         logger.info("attached %d targets", len(self._layers))
+
+    @property
+    def model(self) -> nn.Module:
+        """The attached model: the very object that was given to attach."""
+        return self._check_attached()
 
     @property
     def targets(self) -> list[str]:
@@ -117,17 +146,19 @@ class Mux:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that the route in force selects; empty for the base model."""
-        route = self._router.route
-        if route is None or self._router.disabled:
+        route = self._router.in_force
+        if route is None:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
-    def load(self, name: str, folder: str | PathLike[str]) -> int:
-        """Load a PEFT checkpoint folder under a name; returns its handle.
+    def load(self, name: str, folder: str | PathLike[str], *, revision: str | None = None) -> int:
+        """Load a PEFT checkpoint under a name; returns its handle.
 
         Args:
             name: any new str other than "__base__".
-            folder: holds adapter_config.json and adapter_model.safetensors.
+            folder: holds adapter_config.json and adapter_model.safetensors. Or user/name, a
+                repository of the Hugging Face hub, where huggingface_hub is installed.
+            revision: of the repository: a branch, a tag or a commit.
 
         Raises:
             CheckpointError: the folder is broken, unsafe, or more than plain LoRA.
@@ -135,7 +166,7 @@ class Mux:
         """
         self._check_attached()
         self._slots.check_new(name)
-        checkpoint = read_checkpoint(folder)
+        checkpoint = read_checkpoint(local_folder(folder, revision))
         handle = self._add(name, checkpoint.weights, str(folder))
         checkpoint.warn_unless_complete(self.targets)
         return handle
@@ -187,6 +218,7 @@ class Mux:
         check_reservation(self._slots, adapters, rank)
         self._slots.capacity = max(self._slots.capacity, adapters)
         for layer in self._layers.values():
+            follow_materialised(layer)
             layer.mux_pool.reserve(adapters * rank, self._slots.capacity, rank)
 
     def remove(self, name: str) -> None:
@@ -215,13 +247,25 @@ class Mux:
                 has another number of samples.
             RoutingBusyError: another thread is inside a `with` block of this model.
         """
-        return self._router.routed(self._route(rows, weights, "sample", expand))
+        return self._router.routed(self._route(rows, weights, expand))
 
     def route_tokens(
-        self, rows: Rows, weights: Tensor | None = None
+        self,
+        rows: Rows,
+        weights: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
     ) -> AbstractContextManager[Routing]:
-        """As `route`, with one entry per token of the flattened batch, in order."""
-        return self._router.routed(self._route(rows, weights, "token", None))
+        """As `route`, with one entry per token of the flattened batch, in order.
+
+        Args:
+            lengths: for packed batches, how many tokens in a row each entry is for.
+        """
+        route = self._route(rows, weights, per_token=True)
+        if lengths is not None:
+            times = torch.tensor(counts(lengths, route.routing.rows, "lengths"))
+            route = Route(route.routing.repeat_interleave(times), per_token=True)
+        return self._router.routed(route)
 
     def set_route(
         self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
@@ -231,7 +275,7 @@ class Mux:
         if rows is None:
             self.set_adapter(None)
         else:
-            self._router.set(self._route(rows, weights, "sample", expand))
+            self._router.set(self._route(rows, weights, expand))
 
     def set_adapter(
         self, adapter: Selection, weights: float | Sequence[float] | None = None
@@ -249,9 +293,18 @@ class Mux:
         if weights is not None:
             if isinstance(adapter, Mapping):
                 raise RoutingError("`weights` must be None when `adapter` maps names to weights")
-            chosen = dict(zip(chosen, _strengths(weights, len(chosen)), strict=True))
-        routing = from_names([chosen], self._slots.lookup)
-        self._router.set(Route(routing, "batch") if chosen else None)
+            chosen = dict(zip(chosen, numbers(weights, len(chosen), "weights"), strict=True))
+        self._router.set(self._uniform_route(chosen) if chosen else None)
+
+    def _uniform_route(self, chosen: dict[str, float]) -> Route:
+        """The route for all rows; kept, for who switches often comes back to the same few."""
+        key = self._slots.version, *chosen.items()
+        if key not in self._uniform:
+            if len(self._uniform) == KEPT_ROUTES or any(k[0] != key[0] for k in self._uniform):
+                self._uniform.clear()
+            routing = from_names([chosen], self._slots.lookup)
+            self._uniform[key] = Route(routing, uniform=True)
+        return self._uniform[key]
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """A `with` block in which every row gets the base model; wins over every route."""
@@ -264,8 +317,8 @@ class Mux:
         self._router.set(None)  # refuses while another thread is inside a block
         for hook in self._hooks:
             hook.remove()
-        if self._routes_generate:
-            del model.generate
+        for name in self._wrapped:
+            delattr(model, name)
         for layer in self._layers.values():
             swap_out(layer)
         self._model = None
@@ -275,26 +328,10 @@ class Mux:
         return f"Mux(targets={len(self._layers)}, adapters={list(self.adapters)}{state})"
 
     def _route(
-        self,
-        rows: Rows,
-        weights: Tensor | None,
-        unit: Literal["sample", "token"],
-        expand: Expand,
+        self, rows: Rows, weights: Tensor | None, expand: Expand = None, per_token: bool = False
     ) -> Route:
         self._check_attached()
-        if expand not in (None, "interleave", "tile"):
-            raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
-        if not isinstance(rows, Tensor):
-            if weights is not None:
-                raise RoutingError(
-                    "`weights` must be None when rows are names; give a mapping name -> weight"
-                )
-            return Route(from_names(rows, self._slots.lookup), unit, expand)
-        given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
-        if rows.device.type == "cpu":  # elsewhere reading the values would be a sync
-            self._slots.resolve(rows)
-        # A copy: what the caller writes into its tensors later is not a change of route.
-        return Route(Routing(given.index.clone(), given.weight.clone()), unit, expand)
+        return make_route(rows, weights, self._slots, expand=expand, per_token=per_token)
 
     def _add(self, name: str, weights: Mapping[str, LoraWeights], source: str) -> int:
         """Check everything, then write everything; a failure on the way leaves nothing behind."""
@@ -306,17 +343,20 @@ class Mux:
                 f"`{source}`: {unknown[0]!r} must be a target of the attached model, which it is "
                 f"not ({len(unknown)} of {len(weights)} are not); attach with targets that cover it"
             )
-        checked = {
-            path: self._layers[path].mux_pool.check(part, f"{source}[{path!r}]")
-            for path, part in weights.items()
+        for layer in self._layers.values():
+            follow_materialised(layer)
+        fitting = {
+            path: checked(layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]")
+            for path, layer in self._layers.items()
+            if path in weights
         }
-        for path, part in checked.items():
+        for path, part in fitting.items():
             check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")
         handle = self._slots.add(name)
         slot = slot_of(handle)
         try:
             for path, layer in self._layers.items():
-                layer.mux_pool.write(slot, checked.get(path), self._slots.capacity)
+                layer.mux_pool.write(slot, fitting.get(path), self._slots.capacity)
         except BaseException:
             self.remove(name)
             raise
@@ -326,28 +366,3 @@ class Mux:
         if self._model is None:
             raise DetachedError("this Mux was detached from its model; attach() makes a new one")
         return self._model
-
-
-class _RoutedGenerate:
-    """A model's generate(), inside which its samples may be repeated.
-
-    An object with an attribute, not a closure: a copy of the model gets a copy of it.
-    """
-
-    def __init__(self, model: nn.Module, router: Router) -> None:
-        self.model = model
-        self.router = router
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.router.generating(args, kwargs):
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-def _strengths(weights: object, names: int) -> list[float]:
-    if not isinstance(weights, Sequence):
-        return [number(weights, "weights")] * names
-    if len(weights) != names:
-        raise RoutingError(
-            f"`weights` must hold one number for each of the {names} adapters, got {len(weights)}"
-        )
-    return [number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]

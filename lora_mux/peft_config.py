@@ -97,14 +97,22 @@ def read_config(file: Path) -> PeftConfig:
     Raises:
         CheckpointError: not JSON, a field with a wrong value, or one that means more than LoRA.
     """
-    values = _read_json(file)
+    return parse_config(_read_json(file), str(file))
+
+
+def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
+    """The config in the fields of a LoraConfig; errors begin with `source`.
+
+    Raises:
+        CheckpointError: a field with a wrong value, or one that means more than LoRA.
+    """
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
-            f'{file}: `peft_type` must be "LORA", got {values.get("peft_type")!r}'
+            f'{source}: `peft_type` must be "LORA", got {values.get("peft_type")!r}'
         )
-    _refuse_other_formulas(file, values)
-    _refuse_unknown_fields(file, values)
-    check = _Checker(file, values)
+    _refuse_other_formulas(source, values)
+    _refuse_unknown_fields(source, values)
+    check = _Checker(source, values)
     return PeftConfig(
         r=check.rank("r", values.get("r", 8)),
         lora_alpha=check.alpha("lora_alpha", values.get("lora_alpha", 8)),
@@ -132,41 +140,41 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_other_formulas(file: Path, values: Mapping[str, Any]) -> None:
+def _refuse_other_formulas(source: str, values: Mapping[str, Any]) -> None:
     for name, reason in REFUSED.items():
         if values.get(name):
             raise CheckpointError(
-                f"{file}: `{name}` must be unset, got {_short(values[name])}: {reason}"
+                f"{source}: `{name}` must be unset, got {_short(values[name])}: {reason}"
             )
     if values.get("bias", "none") != "none":
         raise CheckpointError(
-            f'{file}: `bias` must be "none", got {_short(values["bias"])}: it changes the biases '
+            f'{source}: `bias` must be "none", got {_short(values["bias"])}: it changes the biases '
             "of the base model, which all adapters share"
         )
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init not in PLAIN_INITS:
         shifted = init.startswith(SHIFTED_BASE)
         raise CheckpointError(
-            f"{file}: `init_lora_weights` must be a plain initialisation, got {_short(init)}"
+            f"{source}: `init_lora_weights` must be a plain initialisation, got {_short(init)}"
             + (": it is relative to a changed base model; convert it with PEFT" if shifted else "")
         )
 
 
-def _refuse_unknown_fields(file: Path, values: Mapping[str, Any]) -> None:
+def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
     for name in values.keys() - HONOURED - IGNORED - REFUSED.keys():
         if values[name]:
             raise CheckpointError(
-                f"{file}: `{_short(name)}` must be a field of LoraConfig that lora_mux knows, "
+                f"{source}: `{_short(name)}` must be a field of LoraConfig that lora_mux knows, "
                 f"got {_short(values[name])}"
             )
-        warnings.warn(f"{file}: ignored unknown field {_short(name)}", stacklevel=4)
+        warnings.warn(f"{source}: ignored unknown field {_short(name)}", stacklevel=5)
 
 
 class _Checker:
-    """Typed access to the fields of one file."""
+    """Typed access to the fields of one config."""
 
-    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
-        self._file = file
+    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
+        self._source = source
         self._values = values
 
     def rank(self, name: str, value: object) -> int:
@@ -243,7 +251,7 @@ class _Checker:
         return pattern
 
     def _error(self, name: str, expected: str, got: object) -> CheckpointError:
-        return CheckpointError(f"{self._file}: `{name}` must be {expected}, got {_short(got)}")
+        return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {_short(got)}")
 
 
 def _first_match(patterns: Mapping[str, T], path: str, default: T) -> T:

@@ -1,86 +1,48 @@
-"""The router: the routing of one model, which all its layers read.
+"""The router: the route of one model, which all its layers read.
 
 One small object per model, so that switching adapters costs the same for ten targets and for a
 thousand. It follows rows: at the model's top it learns the batch of the forward in progress, and
 a layer's input is matched against that batch by equality, never by divisibility.
 """
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .errors import RoutingBusyError, RoutingError
+from .graphs import Captured, Shown
 from .pool import Pool
-from .routing import NONE, Routing
+from .route import Batch, Route, batch_of, tensors_of
+from .routing import Routing, readable, unchecked
 from .slots import Slots
 
 # Guards the look at Router._owner and what follows; held for microseconds, so one serves all.
 _TAKE = threading.Lock()
 
-NOBODY = -2  # a handle that no adapter ever has, and that does not mean "none" either
 
-# Where a model's batch is seen, most telling first; else the first tensor argument tells it.
-INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+class Pass(NamedTuple):
+    """What a forward pass of the model was computed with."""
 
-
-@dataclass(frozen=True)
-class Route:
-    """A routing, and what one of its rows stands for."""
-
-    routing: Routing
-    unit: Literal["batch", "sample", "token"]
-    expand: Literal["interleave", "tile"] | None = None  # how samples may be repeated
-
-    @property
-    def selects(self) -> bool:
-        """False when no row selects an adapter; only the CPU can tell without a sync."""
-        index = self.routing.index
-        return index.device.type != "cpu" or bool((index >= 0).any())
+    route: Route | None  # None = the base model
+    samples: int | None  # None = the forward did not begin at the model's top
+    tokens: int
+    generating: bool
 
 
-@dataclass
-class Captured:
-    """A routing on the device that a CUDA graph reads at each replay."""
+class Planned(NamedTuple):
+    """A plan of this forward pass, and the layers that it is for."""
 
-    routing: Routing
-    unit: Literal["batch", "sample", "token"]
-    holds: Literal["route", "base", "nobody"] = "route"
-
-    def follow(self, route: Route | None) -> None:
-        """Write the route in force (None = the base) where the graph reads it.
-
-        A route of another shape would be computed wrongly, so that the graph gets a handle that
-        nobody ever has, and answers NaN.
-        """
-        index, weight = self.routing.index, self.routing.weight
-        if route is None:
-            self._fill("base", NONE)
-        elif not self._fits(route):
-            self._fill("nobody", NOBODY)
-        else:
-            self.holds = "route"
-            J = route.routing.index.shape[1]
-            index[:, :J].copy_(route.routing.index)
-            index[:, J:] = NONE
-            weight[:, :J].copy_(route.routing.weight)
-
-    def _fits(self, route: Route) -> bool:
-        rows, places = route.routing.index.shape
-        mine, most = self.routing.index.shape
-        same = route.unit == self.unit and rows == mine
-        return places <= most and (same or route.unit == "batch")
-
-    def _fill(self, holds: Literal["base", "nobody"], handle: int) -> None:
-        if self.holds != holds:  # else each switch would cost a launch for each graph
-            self.holds = holds
-            self.routing.index.fill_(handle)
+    rows: int
+    device: torch.device
+    method: ops.Method
+    plan: ops.Plan | None
 
 
 class Router:
@@ -89,22 +51,39 @@ class Router:
     def __init__(self, slots: Slots, settings: ops.Settings) -> None:
         self.slots = slots
         self.settings = settings
+        self.anchor: Pool | None = None  # of the first target: says where the model lives
         self.route: Route | None = None  # None = the base model
-        self.active = False  # some row may select an adapter
         self._disables = 0  # depth of disable_adapter blocks
         self._generating = False
         self._owner: int | None = None  # the thread inside a `with` block
         self._depth = 0  # of its blocks
-        self._batch: tuple[int, int] | None = None  # (samples, tokens of each) of this forward
-        # Of this forward, by row count, device and method.
-        self._plans: dict[tuple[int, torch.device, ops.Method], ops.Plan | None] = {}
+        # Of the forward in progress. Two numbers, for torch.compile guards a tuple by its values.
+        self._samples: int | None = None
+        self._tokens = 0  # of each sample
+        self._plans: list[Planned] = []
         self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
         self._alive_at = -1  # slots.version when the host last looked at the route's handles
         self._captured: list[Captured] = []
+        self._shown = Shown()
+        self._past: Pass | None = None  # the forward pass whose backward is in progress
+        self.in_force: Route | None = None  # `route`; None where nothing is to be added
 
     @property
     def disabled(self) -> bool:
         return self._disables > 0
+
+    @property
+    def active(self) -> bool:
+        """Whether a row may select an adapter; compiled, whether there are any."""
+        if torch.compiler.is_compiling():
+            return self.slots.capacity > 0
+        past = self._past_of_backward()
+        return (self.in_force if past is None else past.route) is not None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows of all batches have the same adapters, or none."""
+        return self.in_force is None or self.in_force.uniform
 
     def set(self, route: Route | None) -> None:
         """Put a route in force until the next one, or until the surrounding block ends."""
@@ -138,7 +117,7 @@ class Router:
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Inside generate(), which repeats samples in order (beams, num_return_sequences)."""
-        self._check_batch(_batch_of(args, kwargs))
+        self._check_batch(batch_of(args, kwargs))
         before, self._generating = self._generating, True
         try:
             yield
@@ -147,37 +126,65 @@ class Router:
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
-        self.end_forward()
-        batch = _batch_of(args, kwargs)
+        self._forget_forward()
+        if not torch.compiler.is_compiling() and not _in_backward():
+            self._past = None  # of a backward that failed
+        batch = batch_of(args, kwargs)
         self._check_batch(batch)
-        self._batch = batch
+        if "cu_seq_lens_q" in kwargs:
+            self._refuse_packed()
+        if batch is not None:
+            self._samples, self._tokens = batch
 
-    def end_forward(self, *hook_arguments: object) -> None:
+    def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
         """Forward hook of the model: what was learnt of the batch ends with it."""
-        self._batch = None
-        self._plans.clear()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._follow_into_backward(output)
+        self._forget_forward()
 
     def plan(self, x: Tensor, pool: Pool) -> ops.Plan | None:
         """The plan for a layer's input x [..., in_features]; None = nothing to add."""
-        assert self.route is not None
+        now = self._now()
+        assert now.route is not None
         rows = prod(x.shape[:-1])
         # Shapes are checked for each layer; plans of equal row counts are the same.
-        samples = self._samples(self.route, x, rows)
+        samples = _samples_of(now, x)
         method = ops.method(self.settings, x, rows, pool)
-        key = rows, x.device, method
-        if self._batch is not None and key in self._plans:
-            return self._plans[key]
-        routing = self._spread(self.route, self._routing_on(x.device, method), rows, samples)
-        plan = ops.plan(routing, self.slots, method)
-        if self._batch is not None:
-            self._plans[key] = plan
+        # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
+        shared = self._samples is not None and not now.route.routing.weight.requires_grad
+        # A list, for the sizes of a compiled batch may be symbols, which no dict can look up.
+        for made in self._plans if shared else ():
+            if made.rows == rows and (made.device, made.method) == (x.device, method):
+                return made.plan
+        routing = self._routing_on(now.route, x.device, method)
+        plan = ops.plan(
+            now.route.spread(routing, rows, samples, now.generating), self.slots, method
+        )
+        if shared:
+            self._plans.append(Planned(rows, x.device, method, plan))
         return plan
 
-    def _routing_on(self, device: torch.device, method: ops.Method) -> Routing:
+    def _now(self) -> Pass:
+        """What the layers that run at this moment are to be computed with."""
+        if torch.compiler.is_compiling():
+            return Pass(self._shown.route, self._samples, self._tokens, self._generating)
+        past = self._past_of_backward()
+        return past or Pass(self.in_force, self._samples, self._tokens, self._generating)
+
+    def _past_of_backward(self) -> Pass | None:
+        """The forward pass whose layers checkpointing runs again at this moment."""
+        return self._past if self._past is not None and _in_backward() else None
+
+    def _routing_on(self, route: Route, device: torch.device, method: ops.Method) -> Routing:
         """The route's own rows on a device; handles that the host knows are checked there."""
-        assert self.route is not None
-        routing, given = self._on.get(device), self.route.routing
-        if given.index.device.type == "cpu" and self._alive_at != self.slots.version:
+        given = route.routing
+        if torch.compiler.is_compiling():
+            # Without the list of states: a graph would be made anew each time that it grows.
+            return unchecked(given.index, given.weight, []).to(device)
+        if route is not self.in_force:
+            return given.to(device)
+        routing = self._on.get(device)
+        if readable(given.index) and self._alive_at != self.slots.version:
             self.slots.resolve(given.index)
             self._alive_at = self.slots.version
         capturing = ops.capturing(device)
@@ -192,64 +199,40 @@ class Router:
         if capturing and all(routing is not captured.routing for captured in self._captured):
             if given.weight.requires_grad:
                 raise RoutingError("a route whose weights need gradients can not be captured")
-            self._captured.append(Captured(routing, self.route.unit))
+            self._captured.append(Captured(routing, route.per_token, route.uniform))
         return routing
 
-    def _samples(self, route: Route, x: Tensor, rows: int) -> int:
-        """How many samples x holds, after checking its shape against the route and the batch."""
-        if route.unit == "batch":
-            return rows
-        if route.unit == "token":
-            if rows != route.routing.rows:
-                raise RoutingError(
-                    f"`index` must have one row per token, here {rows} (x is {list(x.shape)}), "
-                    f"got {route.routing.rows}"
-                )
-            return rows
-        samples = x.shape[0] if x.ndim >= 2 else 1
-        if self._batch is not None:
-            batch, tokens = self._batch
-            flattened = x.ndim == 2 and samples == batch * tokens
-            if not flattened and samples != batch:
-                raise RoutingError(
-                    f"a layer's input must begin with the batch of {batch} samples (or, flattened, "
-                    f"with its {batch} x {tokens} tokens), got {list(x.shape)}; "
-                    "use route_tokens for rows in another order"
-                )
-            samples = batch
-        self._repeats(route, samples)
-        return samples
+    def _follow_into_backward(self, output: object) -> None:
+        """Let the backward of a pass know it: by then its block may have ended, another begun."""
+        past = self._now()
+        for tensor in tensors_of(output):
+            if tensor.grad_fn is not None:
+                hook = functools.partial(self._enter_backward, past)
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _spread(self, route: Route, routing: Routing, rows: int, samples: int) -> Routing:
-        """A route's routing with one row per row of x."""
-        if route.unit == "batch":
-            return routing.expand_rows(rows)
-        if route.unit == "token":
-            return routing
-        spread = routing.tile if route.expand == "tile" else routing.repeat_interleave
-        each = rows // samples if samples else 1
-        return spread(self._repeats(route, samples)).repeat_interleave(each)
+    def _enter_backward(self, past: Pass, grad: Tensor) -> None:
+        self._past = past
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
-    def _check_batch(self, batch: tuple[int, int] | None) -> None:
-        if batch is not None and self.active and self.route is not None:
-            if self.route.unit == "sample":
-                self._repeats(self.route, batch[0])
+    def _leave_backward(self) -> None:
+        self._past = None
 
-    def _repeats(self, route: Route, samples: int) -> int:
-        """How many rows of the batch each routed sample has become."""
-        routed = route.routing.rows
-        if samples == routed:
-            return 1
-        if (self._generating or route.expand) and routed and samples % routed == 0:
-            return samples // routed
-        raise RoutingError(
-            f"`rows` must have one entry per sample of the batch, here {samples}, got {routed}"
-            + (
-                ""
-                if route.expand
-                else '; if samples are repeated, say expand="interleave" or "tile"'
+    def _forget_forward(self) -> None:
+        self._samples = None
+        self._plans.clear()
+
+    def _check_batch(self, batch: Batch | None) -> None:
+        route = self._now().route
+        if batch is not None and route is not None:
+            route.check(batch[0], self._generating)
+
+    def _refuse_packed(self) -> None:
+        route = self._now().route
+        if route is not None and not (route.uniform or route.per_token):
+            raise RoutingError(
+                "a packed batch (`cu_seq_lens_q`) has several sequences in one sample, so that "
+                "`rows` can not be one entry per sample; use route_tokens(rows, lengths=...)"
             )
-        )
 
     def _put(self, route: Route | None) -> None:
         self.route = route
@@ -258,10 +241,13 @@ class Router:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.active = not self.disabled and self.route is not None and self.route.selects
+        nothing = self.disabled or self.route is None or not self.route.selects
+        self.in_force = None if nothing else self.route
         self._plans.clear()
         for captured in self._captured:
-            captured.follow(self.route if self.active else None)
+            captured.follow(self.in_force)
+        if self.anchor is not None:
+            self._shown.follow(self.in_force, self.anchor.A_rows.device)
 
     def _refuse_other_thread(self) -> None:
         if self._owner not in (None, threading.get_ident()):
@@ -286,12 +272,26 @@ class Router:
                     self._owner = None
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(samples, tokens of each) of a model's inputs; None when no tensor tells."""
-    candidates = [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.ndim:
-            # Ids are [samples, tokens]; embeddings and hidden states [samples, tokens, features].
-            has_tokens = tensor.ndim == (3 if tensor.is_floating_point() else 2)
-            return tensor.shape[0], tensor.shape[1] if has_tokens else 1
-    return None
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _samples_of(now: Pass, x: Tensor) -> int | None:
+    """How many samples a layer's input holds; None when a uniform route need not know.
+
+    Raises:
+        RoutingError: x does not begin with the batch, so that its rows can not be told apart.
+    """
+    first = x.shape[0] if x.ndim >= 2 else 1
+    if now.samples is None:
+        return first
+    if first == now.samples or (x.ndim == 2 and first == now.samples * now.tokens):
+        return now.samples
+    assert now.route is not None
+    if now.route.uniform or now.route.per_token:
+        return None
+    raise RoutingError(
+        f"a layer's input must begin with the batch of {now.samples} samples (or, flattened, "
+        f"with its {now.samples} x {now.tokens} tokens), got {list(x.shape)}; "
+        "use route_tokens for rows in another order"
+    )

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ("tests/test_kernels.py",)
 BACKEND = ("tests/test_triton_backend.py",)
 GROUPED = ("tests/test_grouped.py", "tests/test_linear.py")
+CHECKPOINTING = ("tests/test_checkpointing.py",)
+MODULE = ("tests/test_module.py",)
+COMPILE = ("tests/test_compile.py",)
 OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
 
 
@@ -175,13 +178,53 @@ MUTATIONS = {
         "pool.py", "return all(n <= h", "return True or all(n <= h", BACKEND
     ),
     "router: a graph answers with the base": Mutation(
-        "router.py", "NOBODY = -2", "NOBODY = -1", BACKEND
+        "graphs.py", "NOBODY = -2", "NOBODY = -1", BACKEND
     ),
     "router: a graph keeps its route": Mutation(
-        "router.py", "captured.follow(self.route", "(self.route", BACKEND
+        "router.py", "captured.follow(self.in_force", "(self.in_force", BACKEND
     ),
-    "router: a plan for each layer": Mutation(
-        "router.py", "self._plans[key] = plan", "pass", BACKEND
+    "router: a plan for each layer": Mutation("router.py", "self._plans.append(", "(", BACKEND),
+    "router: a backward without its route": Mutation(
+        "router.py", "self._past = past", "pass", CHECKPOINTING
+    ),
+    "router: a backward's route stays": Mutation(
+        "router.py", "task_id() != -1", "task_id() != -2", CHECKPOINTING
+    ),
+    "router: a model that is run again forgets its pass": Mutation(
+        "router.py", " and not _in_backward()", "", CHECKPOINTING
+    ),
+    "graphs: a shape for each route": Mutation(
+        "graphs.py", "missing = (0, self._places - index.shape[1])", "missing = (0, 0)", COMPILE
+    ),
+    "graphs: set_adapter in a shape of its own": Mutation(
+        "graphs.py", "expand(self._rows, -1)", "expand(1, -1)", COMPILE
+    ),
+    "router: a graph for each list of states": Mutation(
+        "router.py", "given.weight, [])", "given.weight, given.states)", COMPILE
+    ),
+    "graphs: symbols outlive their trace": Mutation(
+        "graphs.py", "if torch.compiler.is_compiling():", "if False:", COMPILE
+    ),
+    "linear: a patched forward hides the adapters": Mutation(
+        "linear.py", 'vars(layer).pop("forward", None)', "None", MODULE
+    ),
+    "linear: what a patched forward returns is written to": Mutation(
+        "linear.py", ", mux_owns_output=False", "", MODULE
+    ),
+    "linear: pools stay on the meta device": Mutation(
+        "linear.py", "layer.mux_pool.to_empty(device=device)", "pass", MODULE
+    ),
+    "sharding: a bias of each process": Mutation(
+        "sharding.py", "bias is not None and self.place", "False", ("tests/test_sharded.py",)
+    ),
+    "sharding: a delta over the old closure": Mutation(
+        "sharding.py", 'held["self"].install_forward', "(lambda *a: 0)", ("tests/test_sharded.py",)
+    ),
+    "generation: prefixes are shared": Mutation(
+        "generation.py", "config.allow_block_sharing", "False", ("tests/test_generate.py",)
+    ),
+    "route: packed samples of one adapter": Mutation(
+        "router.py", "self._refuse_packed()", "pass", ("tests/test_generate.py",)
     ),
     "slots: a removed adapter stays alive": Mutation(
         "slots.py", "self._write(slot, NONE)", "pass", BACKEND

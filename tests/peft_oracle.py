@@ -33,6 +33,24 @@ def llama() -> Any:
     ).eval()
 
 
+def qwen2() -> Any:
+    """With biases on q, k and v, and one head for input and output."""
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            eos_token_id=255,
+            pad_token_id=0,
+            bos_token_id=1,
+        )
+    ).eval()
+
+
 def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -75,18 +93,19 @@ def bert() -> Any:
     ).eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert}
+MODELS = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "t5": t5, "bert": bert}
 
 
 def configs(model: str) -> dict[str, Any]:
     """Adapters of every supported kind, each on its own layers with its own ranks and scales."""
     first, second, third = {
         "llama": ("q_proj", "v_proj", "down_proj"),
+        "qwen2": ("q_proj", "v_proj", "down_proj"),
         "gpt2": ("c_attn", "c_fc", "mlp.c_proj"),
         "t5": ("q", "v", "wo"),
         "bert": ("query", "value", "output.dense"),
     }[model]
-    layers = {"llama": "layers", "gpt2": "h", "t5": "block", "bert": "layer"}[model]
+    layers = {"gpt2": "h", "t5": "block", "bert": "layer"}.get(model, "layers")
     common = {"init_lora_weights": False, "fan_in_fan_out": model == "gpt2"}
 
     def config(*targets: str, **fields: Any) -> Any:

@@ -16,7 +16,9 @@ import peft_oracle
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/*.md"))]
-WITH_CODE = {"README.md", "docs/backends.md", "docs/concepts.md", "docs/quickstart.md"}
+WITH_CODE = {"README.md"} | {
+    f"docs/{name}.md" for name in ("backends", "concepts", "examples", "from_peft", "quickstart")
+}
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]
 
 

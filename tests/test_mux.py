@@ -96,6 +96,13 @@ class TestRoutes:
             want = alone(model, mux, X, name).reshape(15, 8)
             torch.testing.assert_close(got[start::3], want[start::3])
 
+    def test_lengths_of_packed_samples(self) -> None:
+        model, mux = attached()
+        with mux.route_tokens(["a", None, ("b", "c"), "a"], lengths=[6, 0, 8, 1]):
+            got = model(X)
+        with mux.route_tokens(["a"] * 6 + [("b", "c")] * 8 + ["a"]):
+            assert torch.equal(got, model(X))
+
     def test_set_route_stays(self) -> None:
         model, mux = attached()
         mux.set_route(["a", None, "b"])

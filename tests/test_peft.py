@@ -68,6 +68,33 @@ def test_mixed_batch(whole: SimpleNamespace) -> None:
     close(got, whole.run(whole.peft, adapter_names=[name or "__base__" for name in names]))
 
 
+def test_mixed_batch_in_bfloat16(whole: SimpleNamespace) -> None:
+    """Both are judged by the model in fp32; PEFT keeps fp32 adapters there, and rounds twice."""
+    names = [*whole.names, None]
+    adapter_names = [name or "__base__" for name in names]
+    truth = whole.run(whole.peft, adapter_names=adapter_names)
+    theirs = copy.deepcopy(whole.peft).bfloat16()
+    ours, mux = copy.deepcopy((whole.model, whole.mux))
+    ours.bfloat16()
+    with mux.route(names):
+        got = whole.run(ours)
+    want = whole.run(theirs, adapter_names=adapter_names)
+    assert got.dtype == torch.bfloat16
+    assert (got - truth).norm() <= 1.2 * (want - truth).norm()
+
+
+def test_a_weighted_sum_is_a_routing(whole: SimpleNamespace) -> None:
+    """What add_weighted_adapter("cat") makes an adapter of, with weights of either sign."""
+    summed = {"plain": 0.7, "rank1": -1.5, "patterns": 2.0}
+    theirs = copy.deepcopy(whole.peft)
+    theirs.add_weighted_adapter([*summed], [*summed.values()], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    whole.mux.set_adapter(summed)
+    got = whole.run(whole.model)
+    whole.mux.set_adapter(None)
+    close(got, whole.run(theirs))
+
+
 def test_base_rows_of_a_mixed_batch_keep_every_bit(whole: SimpleNamespace) -> None:
     names = [name for name in whole.names if name != "alpha0"]
     rows = [None if i % 3 else names[i % len(names)] for i in range(len(whole.ids))]

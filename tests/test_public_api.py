@@ -7,10 +7,27 @@ import pytest
 
 import lora_mux
 
-PUBLIC = ["LoraMuxError", "Mux", "MuxLinear", "Routing", "__version__", "attach", "errors"]
+PUBLIC = [
+    "LoraMuxError",
+    "Mux",
+    "MuxLinear",
+    "Routing",
+    "__version__",
+    "attach",
+    "attach_peft",
+    "errors",
+]
 METHODS = {
     "Mux": [
-        *("active_adapters", "adapters", "add_adapter", "detach", "disable_adapter", "load"),
+        *(
+            "active_adapters",
+            "adapters",
+            "add_adapter",
+            "detach",
+            "disable_adapter",
+            "load",
+            "model",
+        ),
         *("remove", "reserve", "route", "route_tokens", "set_adapter", "set_route", "targets"),
     ],
     "MuxLinear": ["adapters", "add_adapter", "forward", "remove_adapter", "reserve"],
@@ -32,6 +49,7 @@ def test_members(name: str) -> None:
 
 def documented() -> dict[str, Any]:
     found: dict[str, Any] = {"lora_mux": lora_mux, "attach": lora_mux.attach}
+    found["attach_peft"] = lora_mux.attach_peft
     found |= {name: x for name, x in vars(lora_mux.errors).items() if inspect.isclass(x)}
     for name, members in METHODS.items():
         owner = getattr(lora_mux, name)

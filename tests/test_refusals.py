@@ -49,8 +49,8 @@ class Stage:
         with self.mux.route(rows, weights, **how):
             self.model(self.x)
 
-    def routed_tokens(self, rows: Any) -> None:
-        with self.mux.route_tokens(rows):
+    def routed_tokens(self, rows: Any, lengths: Any = None) -> None:
+        with self.mux.route_tokens(rows, lengths=lengths):
             self.model(self.x)
 
     def state(self) -> list[Any]:
@@ -76,12 +76,6 @@ class Refusal:
 
 def index(*rows: list[int]) -> Tensor:
     return torch.tensor(rows)
-
-
-class Patched(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.forward = super().forward  # type: ignore[method-assign]
 
 
 def without_gpu(act: Callable[[], object]) -> None:
@@ -209,9 +203,6 @@ REFUSALS = {
     "linear: a MuxLinear": Refusal(
         lambda s: lora_mux.MuxLinear(s.layer), ("`linear`", "plain", "MuxLinear"), ValueError
     ),
-    "linear: patched forward": Refusal(
-        lambda s: lora_mux.MuxLinear(Patched()), ("`linear`", "patched on the instance"), ValueError
-    ),
     "backend: unknown": Refusal(
         lambda s: lora_mux.MuxLinear(nn.Linear(2, 2), backend="cuda"),
         ("`backend`", "'auto', 'triton' or 'reference'", "'cuda'"),
@@ -323,6 +314,21 @@ REFUSALS = {
     "route_tokens: count": Refusal(
         lambda s: s.routed_tokens(["sql"]),
         ("one row per token", "here 3", "got 1"),
+        ValueError,
+    ),
+    "lengths: type": Refusal(
+        lambda s: s.routed_tokens(["sql"], lengths=[1.5]),
+        ("`lengths`", "sequence of ints", "[1.5]"),
+        TypeError,
+    ),
+    "lengths: count": Refusal(
+        lambda s: s.routed_tokens(["sql", None], lengths=[3]),
+        ("`lengths`", "2 ints", "got [3]"),
+        ValueError,
+    ),
+    "lengths: negative": Refusal(
+        lambda s: s.routed_tokens(["sql", None], lengths=[4, -1]),
+        ("`lengths`", "at least 0", "got [4, -1]"),
         ValueError,
     ),
     "set_adapter: unknown": Refusal(

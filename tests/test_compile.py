@@ -1,0 +1,262 @@
+"""Whole attached models under torch.compile and torch.export: one graph for every routing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import lora_mux
+from peft_oracle import llama
+
+ROUTES: dict[str, Any] = {
+    "subsets": ["a", None, ("a", "b", "c")],
+    "weights": [{"b": -0.5}, {"c": 0.0, "a": 2.0}, "b"],
+    "base": [None, None, None],
+}
+KEPT: dict[str, Any] = {"one": "a", "several": ["c", "a"], "none": None}
+
+
+@pytest.fixture(autouse=True)
+def no_old_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def add(mux: lora_mux.Mux, model: nn.Module, names: str = "abc") -> list[int]:
+    handles = []
+    for rank, name in enumerate(names, 2):
+        weights = {}
+        for path in mux.targets:
+            layer: Any = model.get_submodule(path)
+            A = torch.randn(rank, layer.in_features) / layer.in_features**0.5
+            weights[path] = (A, torch.randn(layer.out_features, rank))
+        handles.append(mux.add_adapter(name, weights, alpha=rank))
+    return handles
+
+
+def attached_llama() -> tuple[Any, lora_mux.Mux]:
+    model = llama()
+    del model.model.layers[1:]
+    mux = lora_mux.attach(model)
+    mux.reserve(adapters=4, rank=8)
+    add(mux, model)
+    return model, mux
+
+
+def every_route(mux: lora_mux.Mux) -> Iterator[str]:
+    """Each route of ROUTES and KEPT in force, then none, then disabled ones."""
+    for name, rows in ROUTES.items():
+        with mux.route(rows):
+            yield name
+    for name, adapter in KEPT.items():
+        mux.set_adapter(adapter)
+        yield name
+    with mux.route(ROUTES["subsets"]), mux.disable_adapter():
+        yield "disabled"
+
+
+def compiled(run: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    return torch.compile(run, fullgraph=True, backend="aot_eager", **how)
+
+
+def small() -> tuple[nn.Module, lora_mux.Mux, list[int]]:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    mux = lora_mux.attach(model)
+    return model, mux, add(mux, model)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_one_graph_for_every_route_of_a_language_model(dynamic: bool) -> None:
+    model, mux = attached_llama()
+    ids = torch.randint(2, 250, (3, 7))
+    run = compiled(model, dynamic=dynamic)
+    cold = True
+    answers = []
+    for name in every_route(mux):
+        got = run(ids).logits
+        assert torch.equal(run(ids).logits, got)
+        if cold:
+            first, cold = graphs(), False
+        assert graphs() == first, name
+        torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-5, msg=name)
+        answers.append(got)
+    base = answers[2]
+    assert torch.equal(base, answers[5]) and torch.equal(base, answers[6])
+    assert all(not torch.equal(base, answers[i]) for i in (0, 1, 3, 4))
+    if dynamic:
+        longer = torch.randint(2, 250, (3, 9))
+        torch.testing.assert_close(run(longer).logits, model(longer).logits, rtol=0, atol=1e-5)
+        assert graphs() == first
+
+
+@torch.no_grad()
+def test_the_model_inside_a_compiled_function() -> None:
+    """Then the model's hooks are part of the graph."""
+    model, mux, _ = small()
+    run = compiled(lambda x: model(x).relu())
+    x = torch.randn(3, 8)
+    for name in every_route(mux):
+        torch.testing.assert_close(run(x), model(x).relu(), msg=name)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_loading_and_removing_adapters_makes_no_graph() -> None:
+    model, mux, _ = small()
+    mux.reserve(adapters=8, rank=8)
+    run, x = compiled(model), torch.randn(2, 8)
+    with mux.route(["a", "b"]):
+        run(x)
+    before = graphs()
+    mux.remove("b")
+    add(mux, model, "defg")
+    with mux.route(["g", ("a", "d")]):
+        torch.testing.assert_close(run(x), model(x))
+    assert graphs() == before
+
+
+@torch.no_grad()
+def test_other_kinds_of_routes() -> None:
+    model, mux, handles = small()
+    run, x = compiled(model, dynamic=False), torch.randn(2, 3, 8)
+    twice = torch.cat([x, x])
+    kinds: list[tuple[Callable[[], contextlib.AbstractContextManager[Any]], Tensor]] = [
+        (lambda: mux.route_tokens(["a", None, "b", "c", None, "a"]), x),
+        (lambda: mux.route(["a", None], expand="tile"), twice),
+        (lambda: mux.route(["a", None], expand="interleave"), twice),
+        (lambda: mux.route(torch.tensor([handles[:2], [-1, -1]]), torch.rand(2, 2)), x),
+    ]
+    seen = []
+    for block, batch in kinds:
+        with block():
+            got = run(batch)
+            torch.testing.assert_close(got, model(batch))
+            seen.append(got)
+    assert not torch.equal(seen[1], seen[2])
+
+
+@torch.no_grad()
+def test_a_wrong_batch_raises_compiled_too() -> None:
+    model, mux, _ = small()
+    run = compiled(model)
+    with mux.route(["a", None, "b"]):
+        run(torch.randn(3, 9, 8))
+        with pytest.raises(lora_mux.errors.RoutingError, match="one entry per sample.*4, got 3"):
+            model(torch.randn(4, 9, 8))
+        with pytest.raises(Exception, match="one entry per sample"):
+            run(torch.randn(4, 9, 8))
+        torch.testing.assert_close(run(X := torch.randn(3, 9, 8)), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_gradients_to_inputs_and_weights() -> None:
+    model, mux, handles = small()
+    index = torch.tensor([handles[:2], [handles[2], -1]])
+    x = torch.randn(2, 8, requires_grad=True)
+    weights = torch.rand(2, 2, requires_grad=True)
+    run = compiled(model)
+    gradients = []
+    for of in (model, run):
+        with mux.route(index, weights):
+            gradients.append(torch.autograd.grad(of(x).square().sum(), (x, weights)))
+    for want, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)
+        assert bool((want != 0).any())
+
+
+@torch.no_grad()
+def test_static_cache_and_compiled_forward() -> None:
+    """generate() with one graph for prefill and one for decode, whatever is routed."""
+    model, mux = attached_llama()
+    ids = torch.randint(2, 250, (3, 6))
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    eager = model.forward
+    run = compiled(eager, dynamic=False)
+    made = []
+    for rows in ROUTES.values():
+        with mux.route(rows):
+            want = model.generate(ids, **settings)
+            model.forward = run
+            got = model.generate(ids, cache_implementation="static", **settings)
+            del model.forward
+        assert torch.equal(got, want)
+        made.append(graphs())
+    assert made == made[:1] * len(made)
+
+
+class Served(nn.Module):
+    """A model whose routing is an input."""
+
+    def __init__(self, model: nn.Module, mux: lora_mux.Mux) -> None:
+        super().__init__()
+        self.model, self.mux = model, mux
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Any:
+        with self.mux.route(index, weight):
+            return self.model(x)
+
+
+@torch.no_grad()
+def test_export_with_the_routing_as_an_input() -> None:
+    model, mux, handles = small()
+    served, x = Served(model, mux), torch.randn(3, 8)
+    indices = [
+        torch.tensor([[a, -1], [-1, -1], [b, c]])
+        for a, b, c in (handles, [handles[1], handles[0], handles[2]])
+    ]
+    weight = torch.rand(3, 2)
+    program = torch.export.export(served, (x, indices[0], weight), strict=False).module()
+    for index in indices:
+        torch.testing.assert_close(program(x, index, weight), served(x, index, weight))
+    assert mux.active_adapters == []
+
+
+@torch.no_grad()
+def test_export_leaves_nothing_of_its_trace_behind() -> None:
+    model, mux, handles = small()
+    x, index = torch.randn(3, 8), torch.tensor([[handles[0]], [-1], [handles[1]]])
+    torch.export.export(Served(model, mux), (x, index, torch.rand(3, 1)), strict=False)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+
+
+@torch.no_grad()
+def test_export_with_sizes_that_change() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    mux = lora_mux.attach(model, batch_invariant=True)  # one size of tiles for every batch
+    a, b, _ = add(mux, model)
+    served = Served(model, mux)
+
+    def batch(samples: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.tensor([[a, b], [-1, -1]]).repeat(samples // 2, 1)
+        return torch.randn(samples, tokens, 8), index, torch.rand(index.shape)
+
+    samples, tokens = torch.export.Dim("samples", min=2), torch.export.Dim("tokens", min=2)
+    dynamic = {0: samples, 1: tokens}, {0: samples}, {0: samples}
+    program = torch.export.export(served, batch(4, 3), strict=False, dynamic_shapes=dynamic)
+    for inputs in (batch(4, 3), batch(2, 50), batch(20, 7)):
+        torch.testing.assert_close(program.module()(*inputs), served(*inputs))
+    assert all(isinstance(size, int) for size in mux._router._shown.route.routing.index.shape)
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_export_keeps_the_route_in_force(strict: bool) -> None:
+    model, mux, _ = small()
+    x = torch.randn(3, 8)
+    with mux.route(ROUTES["subsets"]):
+        want = model(x)
+        program = torch.export.export(model, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), want)
+    assert not torch.equal(model(x), want)

@@ -1,0 +1,103 @@
+"""Repositories of the hub, from its local cache: no test touches a network."""
+
+import copy
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from torch import nn
+
+import lora_mux
+from peft_oracle import peft, save_adapters
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "f" * 40
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The hub's cache with user/sql in it, at two commits; returns PEFT's model of the newer."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "cache" / "models--user--sql"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    for commit, rank in ((OLDER, 2), (COMMIT, 3)):
+        config = peft.LoraConfig(r=rank, target_modules=["0"], init_lora_weights=False)
+        model = save_adapters(base, {"sql": config}, tmp_path / "saved")
+        shutil.copytree(tmp_path / "saved" / "sql", repository / "snapshots" / commit)
+    return model
+
+
+def fresh(model: Any) -> tuple[nn.Module, lora_mux.Mux]:
+    plain: nn.Module = copy.deepcopy(model).unload()
+    return plain, lora_mux.attach(plain)
+
+
+@torch.no_grad()
+def test_a_repository(cached: Any) -> None:
+    model, mux = fresh(cached)
+    mux.load("sql", "user/sql")
+    mux.set_adapter("sql")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), cached(x))
+
+
+def test_a_revision(cached: Any) -> None:
+    model, mux = fresh(cached)
+    mux.load("new", "user/sql", revision="main")
+    mux.load("old", "user/sql", revision=OLDER)
+    layer: Any = model[0]  # type: ignore[index]
+    assert layer.mux_pool.rank[:2].tolist() == [3, 2]
+
+
+def test_only_two_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, **how: Any) -> str:
+        asked.update(how, repository=repository)
+        return "saved/sql"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fresh(cached)[1].load("sql", "user/sql", revision="v1")
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert asked == {"repository": "user/sql", "revision": "v1", "allow_patterns": files}
+
+
+def never(*arguments: Any, **how: Any) -> str:
+    raise AssertionError("the hub was asked")
+
+
+@pytest.mark.parametrize("folder", ["saved/sql", "saved/none", "./user/sql", "sql", "/user/sql"])
+def test_paths_never_reach_the_hub(
+    folder: str, cached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    mux = fresh(cached)[1]
+    if folder == "saved/sql":
+        mux.load("sql", folder)
+        return
+    with pytest.raises(lora_mux.errors.CheckpointError, match="existing folder"):
+        mux.load("sql", folder)
+
+
+def test_refusals(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mux = fresh(cached)[1]
+    with pytest.raises(
+        lora_mux.errors.CheckpointError, match="repository of the hub, got 'user/x'"
+    ):
+        mux.load("sql", "user/x")
+    with pytest.raises(lora_mux.errors.CheckpointError, match="`revision` must be None"):
+        mux.load("sql", "saved/sql", revision="main")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "huggingface_hub" else find(name)
+    )
+    with pytest.raises(lora_mux.errors.CheckpointError, match=r"pip install 'lora-mux\[hub\]'"):
+        mux.load("sql", "user/sql")
+    assert not mux.adapters

@@ -1,0 +1,116 @@
+"""Quantised bases: their own forward computes the base part; their weights are not looked at."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_mux
+from oracle import make_adapter
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import bitsandbytes as bnb
+    import torchao.quantization as ao
+
+IN, OUT = 128, 64
+
+
+def nf4(linear: nn.Linear) -> nn.Module:
+    layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.data.clone(), requires_grad=False, quant_type="nf4"
+    )
+    layer.bias = linear.bias
+    return layer.to("cpu")  # type: ignore[no-any-return]  # which quantises
+
+
+def int8(linear: nn.Linear) -> nn.Module:
+    layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(
+        linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+    )
+    layer.bias = linear.bias
+    return layer.to("cpu")  # type: ignore[no-any-return]
+
+
+def by_torchao(config: str) -> Callable[[nn.Linear], nn.Module]:
+    def quantise(linear: nn.Linear) -> nn.Module:
+        model = nn.Sequential(linear)
+        ao.quantize_(model, getattr(ao, config)())
+        return model[0]
+
+    return quantise
+
+
+BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "bitsandbytes nf4": nf4,
+    "bitsandbytes int8": int8,
+    "torchao int8": by_torchao("Int8WeightOnlyConfig"),
+    "torchao int8, dynamic": by_torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao float8": by_torchao("Float8WeightOnlyConfig"),
+}
+pytestmark = pytest.mark.filterwarnings("ignore")  # bitsandbytes' and torchao's own
+
+
+def check(model: nn.Module, mux: lora_mux.Mux, x: Tensor, base: Tensor) -> None:
+    """A mixed batch: what is added to the quantised layer's answer is the delta, in fp64."""
+    one, two = (make_adapter(rank, IN, OUT, 4, torch.float32) for rank in (3, 8))
+    mux.add_adapter("one", {"0": (one.A, one.B)}, alpha=4)
+    mux.add_adapter("two", {"0": (two.A, two.B)}, alpha=4)
+    with mux.route(["one", None, {"one": 0.5, "two": -1.0}]):
+        got = model(x)
+    delta = [a.scaling * (x.double() @ a.A.double().T) @ a.B.double().T for a in (one, two)]
+    unit = torch.finfo(torch.float32).eps * float(base.abs().max())
+    wanted = torch.stack([delta[0][0], torch.zeros(OUT), 0.5 * delta[0][2] - delta[1][2]])
+    assert (got.double() - base.double() - wanted).abs().max() <= 8 * unit
+    assert torch.equal(got[1], base[1]) and torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_values(name: str) -> None:
+    model = nn.Sequential(BASES[name](nn.Linear(IN, OUT)))
+    kind, keys = type(model[0]), list(model.state_dict())
+    x = torch.randn(3, IN)
+    base = model(x)
+    mux = lora_mux.attach(model)
+    check(model, mux, x, base)
+    assert list(model.state_dict()) == keys
+    layer: Any = model[0]
+    assert layer.mux_pool.A_rows.dtype == torch.float32
+    twin = copy.deepcopy(model)
+    with mux.route(["two"] * 3):
+        assert not torch.equal(model(x), base)
+    assert torch.equal(twin(x), base)
+    mux.detach()
+    assert type(model[0]) is kind and torch.equal(model(x), base)
+
+
+@torch.no_grad()
+def test_quantised_after_attaching() -> None:
+    """torchao changes the weight, and leaves the layer's class alone."""
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    mux = lora_mux.attach(model)
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    assert type(model[0].weight).__name__ == "Int8Tensor"
+    x = torch.randn(3, IN)
+    check(model, mux, x, model(x))
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
+def test_gradients_pass_through(name: str) -> None:
+    model = nn.Sequential(BASES[name](nn.Linear(IN, OUT)))
+    x = torch.randn(2, IN, requires_grad=True)
+    (base,) = torch.autograd.grad(model(x).sum(), x)
+    mux = lora_mux.attach(model)
+    a = make_adapter(3, IN, OUT, 4, torch.float32)
+    mux.add_adapter("a", {"0": (a.A, a.B)}, alpha=4)
+    with mux.route(["a", None]):
+        (got,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(got[0] - base[0], a.scaling * (a.B.T.sum(1) @ a.A))
+    assert torch.equal(got[1], base[1])
