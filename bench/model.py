@@ -75,6 +75,16 @@ def graphs(model: Callable[..., Any], calls: list[Callable[[Any], object]]) -> i
     return compiled
 
 
+def routed(mux: lora_mux.Mux, names: list[str], x: torch.Tensor) -> Callable[[Any], object]:
+    """A call of our model in which each row has the adapter that `names` says."""
+
+    def call(model: Any) -> None:
+        with mux.route(names):
+            model(x)
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--layers", type=int, default=200)
@@ -120,11 +130,20 @@ def main() -> None:
             },
             args.rounds,
         )
+        # Few layers: what counts is the number of graphs.
+        few = with_peft(3, args.adapters)
+        ours, few_mux = with_ours(3, few, args.adapters)
+        lists = [names[i:] + names[:i] for i in range(5)]
+        compiled = {
+            "lora_mux": graphs(ours, [routed(few_mux, order, x) for order in lists]),
+            "PEFT": graphs(few, [lambda m, o=order: m(x, adapter_names=o) for order in lists]),
+        }
     record = {
         **provenance(torch.device("cpu")),
         "layers": args.layers,
         "adapters": args.adapters,
         "milliseconds": {"lora_mux": ours_ms, "PEFT": peft_ms},
+        "graphs": compiled,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -133,6 +152,9 @@ def main() -> None:
             f"{name:16} {ours_ms[name]:10.4f} ms  PEFT {took:8.1f} ms  {took / ours_ms[name]:9.0f}x"
         )
     print(f"base forward     {ours_ms['base forward']:10.4f} ms")
+    print(
+        f"graphs for {len(lists)} lists of names: {compiled['lora_mux']}  PEFT {compiled['PEFT']}"
+    )
     print(f"wrote {args.out}")
 
 

@@ -171,6 +171,7 @@ def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["milliseconds"]["lora_mux"].keys() >= record["milliseconds"]["PEFT"].keys()
+    assert record["graphs"]["lora_mux"] == 1 < record["graphs"]["PEFT"]
 
 
 def test_timers_interleave() -> None:
