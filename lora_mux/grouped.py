@@ -23,8 +23,8 @@ from . import reference
 from .pool import Pool, Span
 
 # Multiplying all rows with all adapters costs less than moving rows when so large a share of the
-# products is wanted anyway; of few products a quarter is enough, for then calls count and not
-# their work: docs/benchmarks.md has the figures.
+# products is wanted anyway; of few products a quarter is enough, for then both cost the same:
+# docs/benchmarks.md has the figures.
 DENSE, DENSE_OF_FEW, FEW = 0.5, 0.25, 1024
 # Elements of x and of what is added that are moved at once: 4 MB in fp32 stay in a cache.
 MOVED = 1 << 20
