@@ -168,10 +168,16 @@ class TestIsolation:
         got = problem.run()
         assert torch.equal(got[[0, 2]], clean[[0, 2]]) and not got[1].isfinite().any()
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_an_h_that_overflows_is_infinite_not_nan(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "weight"),
+        [(torch.bfloat16, 3e38), (torch.float16, 3e38), (torch.float16, 1e4)],  # 1e4: only in fp16
+        ids=str,
+    )
+    def test_an_h_that_overflows_is_infinite_not_nan(
+        self, dtype: torch.dtype, weight: float
+    ) -> None:
         problem = Problem(rows=1, ranks=(1,), K=16, N=16, select=each([[0]]), dtype=dtype)
-        problem.weight[:] = 3e38
+        problem.weight[:] = weight
         problem.x[:], problem.A_rows[1], problem.B_rows[1] = 3.0, 3.0, 1.0
         assert problem.run().isinf().all()
 
