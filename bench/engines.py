@@ -41,7 +41,7 @@ def harness() -> ModuleType:
 def vllm(problem: Problem, base: Call) -> Call:
     """vLLM's shrink and expand (its defaults: a grid for every adapter that may be loaded)."""
     peers = harness()
-    _caches_of(peers)
+    peers.reset_caches()  # kept by the address of tensors that may be gone
     A, B = stacked(problem)
     scales = torch.ones(len(A))
     weights = peers.vllm_weights([A], [B], scales)
@@ -55,7 +55,7 @@ def sglang(backend: str) -> Provider:
 
     def prepare(problem: Problem, base: Call) -> Call:
         peers = harness()
-        _caches_of(peers)
+        peers.reset_caches()  # kept by the address of tensors that may be gone
         A, B = stacked(problem)
         # Its older backends have no "no adapter": an adapter of rank 0 stands for it.
         none = torch.zeros_like(A[:1]), torch.zeros_like(B[:1])
@@ -76,11 +76,6 @@ def sglang(backend: str) -> Provider:
         return call
 
     return prepare
-
-
-def _caches_of(peers: ModuleType) -> None:
-    """Both engines keep tables by the address of tensors that may be gone."""
-    peers.reset_caches()
 
 
 PEERS: dict[str, Provider] = {

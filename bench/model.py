@@ -7,7 +7,6 @@ Then the graphs that torch.compile makes for lists of names that it has not seen
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 
 import lora_mux
 from lora_mux.measure.provenance import ROOT, provenance
+from lora_mux.measure.timing import microseconds
 
 
 def stack(layers: int) -> nn.Sequential:
@@ -48,15 +48,11 @@ def with_ours(layers: int, model: Any, adapters: int) -> tuple[nn.Sequential, lo
     return plain, mux
 
 
-def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The minimum of each, interleaved."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
+    numbered = {name: lambda n, call=call: call() for name, call in calls.items()}
+    times = microseconds(numbered, 1, torch.device("cpu"))
+    return {name: time["min"] / 1e3 for name, time in times.items()}
 
 
 def graphs(model: Callable[..., Any], calls: list[Callable[[Any], object]]) -> int:
@@ -89,7 +85,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--layers", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "model.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -119,16 +114,14 @@ def main() -> None:
                 "disable_adapter": disabled,
                 "mixed forward": mixed,
                 "base forward": lambda: (mux.set_adapter(None), plain(x)),
-            },
-            20 * args.rounds,
+            }
         )
         peft_ms = milliseconds(
             {
                 "set_adapter": lambda: theirs.set_adapter("a1"),
                 "disable_adapter": disabled_by_peft,
                 "mixed forward": lambda: theirs(x, adapter_names=names),
-            },
-            args.rounds,
+            }
         )
         # Few layers: what counts is the number of graphs.
         few = with_peft(3, args.adapters)

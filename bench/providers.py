@@ -59,12 +59,10 @@ def gather_bmm(problem: Problem, base: Call) -> Call:
     """A copy of A and B for each row, and batched products."""
     A, B = stacked(problem)
     x, index, J = problem.x, problem.index, problem.index.shape[1]
-    none = (index < 0).flatten()
     weight = problem.weight.masked_fill(index < 0, 0).to(A.dtype)
     if x.shape[0] * J * (A[0].numel() + B[0].numel()) * A.element_size() > 1e9:
         raise NotApplicable("copies of more than 1 GB")
     chosen = index.clamp(min=0).flatten()
-    assert not bool(none.all())
 
     def call() -> Tensor:
         rows = x.repeat_interleave(J, 0)[:, :, None]

@@ -78,7 +78,7 @@ def measured(
         except NotApplicable as reason:
             yield {"provider": name, "gate": "not applicable", "reason": str(reason)}
         else:
-            if device.type == "cuda" and not _can_be_captured(ready[name]):
+            if device.type == "cuda" and not _can_be_captured(ready[name][0]):
                 del ready[name]
                 reason = "reads the GPU's values: no CUDA graph"
                 yield {"provider": name, "gate": "not applicable", "reason": reason}
@@ -90,15 +90,9 @@ def measured(
         yield {"provider": name, "sets": sets, "microseconds": times}
 
 
-def _can_be_captured(calls: list[Call]) -> bool:
-    graph = torch.cuda.CUDAGraph()
-    stream: Any = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
+def _can_be_captured(call: Call) -> bool:
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            calls[0]()
+        timing.graph(lambda n: call(), sets=1)
     except RuntimeError:
         torch.cuda.synchronize()
         return False

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ class Mux:
     ) -> None:
         self._model: nn.Module | None = model
         self._slots = Slots()
-        self._uniform: dict[tuple[Any, ...], Route] = {}  # of set_adapter
+        self._uniform: dict[tuple[tuple[str, float], ...], Route] = {}  # of set_adapter
         self._router = Router(self._slots, settings)
         plain = (dtype_of(module, torch.int8) for module in model.modules())
         default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
@@ -225,6 +224,7 @@ class Mux:
         """Free an adapter in all layers. Its handle raises from now on, and never means another."""
         self._check_attached()
         slot = self._slots.remove(name)
+        self._uniform.clear()  # the name may come back for another adapter
         for layer in self._layers.values():
             layer.mux_pool.erase(slot)
 
@@ -298,9 +298,9 @@ class Mux:
 
     def _uniform_route(self, chosen: dict[str, float]) -> Route:
         """The route for all rows; kept, for who switches often comes back to the same few."""
-        key = self._slots.version, *chosen.items()
+        key = tuple(chosen.items())
         if key not in self._uniform:
-            if len(self._uniform) == KEPT_ROUTES or any(k[0] != key[0] for k in self._uniform):
+            if len(self._uniform) == KEPT_ROUTES:
                 self._uniform.clear()
             routing = from_names([chosen], self._slots.lookup)
             self._uniform[key] = Route(routing, uniform=True)

@@ -166,7 +166,7 @@ class TestPlot:
 
 def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
     out = tmp_path / "model.jsonl"
-    sizes = ["--layers", "3", "--adapters", "4", "--rounds", "1"]
+    sizes = ["--layers", "3", "--adapters", "4"]
     done = script("bench/model.py", *sizes, "--out", str(out))
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())

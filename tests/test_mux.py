@@ -352,6 +352,20 @@ def test_switching_costs_the_same_for_any_number_of_targets_and_adapters(how: st
     assert cost(10, 1000) == small
 
 
+def test_a_name_that_comes_back_is_not_the_adapter_of_before() -> None:
+    """set_adapter keeps its routes: one of a removed adapter would hold a dead handle."""
+    model, mux = attached()
+    mux.set_adapter("a")
+    before = model(X)
+    mux.remove("a")
+    add(mux, "a")
+    mux.set_adapter("a")
+    after = model(X)
+    with mux.route(["a"] * len(X)):
+        torch.testing.assert_close(after, model(X))
+    assert not torch.allclose(after, before)
+
+
 class TestDropIn:
     @pytest.mark.parametrize("build", [llama, gpt2, t5])
     def test_detach_gives_the_plain_model_back(self, build: Callable[[], Any]) -> None:

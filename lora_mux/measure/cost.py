@@ -1,7 +1,6 @@
 """`lora-mux bench`: what would adapters cost on a layer of mine?"""
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from ..linear import MuxLinear
 from ..routing import Routing
 from .provenance import device_name
-from .timing import microseconds, sets_for_cold_l2
+from .timing import Times, microseconds, sets_for_cold_l2
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -17,7 +16,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lora-mux bench`."""
     add_sizes(parser)
-    parser.add_argument("--adapters", type=positive, default=8, help="in the batch (8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -27,6 +25,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-features", type=positive, default=4096, help="N (4096)")
     rows = [1, 32, 256, 2048]
     parser.add_argument("--rows", type=positive, nargs="+", default=rows, help=f"{rows}")
+    parser.add_argument("--adapters", type=positive, default=8, help="in the batch (8)")
     parser.add_argument("--rank", type=positive, default=16, help="of each adapter (16)")
     parser.add_argument("--selections", type=positive, default=1, help="adapters of a row (1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -55,27 +54,32 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'rows':>6} {'layer alone':>14} {'with adapters':>14} {'ratio':>7}")
     statistic = "p50" if device.type == "cuda" else "min"
     for rows in args.rows:
-        sets = sets_for_cold_l2(DTYPES[args.dtype].itemsize * K * N, device)
-        batches = [_batch(args, rows, adapters, device, seed) for seed in range(sets)]
-
-        def alone(n: int, batches: list[Any] = batches) -> Tensor:
-            layer, x, _ = batches[n]
-            y: Tensor = layer(x)
-            return y
-
-        def mixed(n: int, batches: list[Any] = batches) -> Tensor:
-            layer, x, routing = batches[n]
-            y: Tensor = layer(x, routing)
-            return y
-
-        with torch.inference_mode():
-            times = microseconds({"alone": alone, "mixed": mixed}, sets, device)
-        base, with_adapters = times["alone"][statistic], times["mixed"][statistic]
-        print(
-            f"{rows:6} {base:11.1f} us {with_adapters:11.1f} us {with_adapters / base:7.2f}",
-            flush=True,
-        )
+        times = _times(args, rows, adapters, device)
+        base, mixed = times["alone"][statistic], times["mixed"][statistic]
+        print(f"{rows:6} {base:11.1f} us {mixed:11.1f} us {mixed / base:7.2f}", flush=True)
     return 0
+
+
+def _times(
+    args: argparse.Namespace, rows: int, adapters: int, device: torch.device
+) -> dict[str, Times]:
+    sets = sets_for_cold_l2(
+        DTYPES[args.dtype].itemsize * args.in_features * args.out_features, device
+    )
+    batches = [_batch(args, rows, adapters, device, seed) for seed in range(sets)]
+
+    def alone(n: int) -> Tensor:
+        layer, x, _ = batches[n]
+        y: Tensor = layer(x)
+        return y
+
+    def mixed(n: int) -> Tensor:
+        layer, x, routing = batches[n]
+        y: Tensor = layer(x, routing)
+        return y
+
+    with torch.inference_mode():
+        return microseconds({"alone": alone, "mixed": mixed}, sets, device)
 
 
 def _batch(

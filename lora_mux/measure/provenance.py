@@ -21,7 +21,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "lora_mux": __version__,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
-        "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]),
+        "command": " ".join(["python", _script(), *sys.argv[1:]]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -38,6 +38,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu()} CPU"
+
+
+def _script() -> str:
+    """As it is called from the root of a clone; no path of this machine."""
+    script = Path(sys.argv[0]).resolve()
+    return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 
 
 def _cpu() -> str:

@@ -38,7 +38,6 @@ SHARED = 200_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lora-mux tune`."""
     add_sizes(parser)
-    parser.add_argument("--adapters", type=positive, default=8, help="in the batch (8)")
     parser.add_argument("--rounds", type=positive, default=2, help="over all fields (2)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help=f"default: {tuned.user_table()}")
@@ -111,16 +110,8 @@ class Problem:
         """What is used as long as nothing was measured."""
         from ..kernels import config
 
-        case = self.case
         return config.choose(
-            case.rows,
-            case.in_features,
-            case.out_features,
-            case.rank,
-            case.selections,
-            case.itemsize,
-            self.architecture,
-            self.block_m,
+            **self.case._asdict(), architecture=self.architecture, block_m=self.block_m
         )
 
     def call(self, config: "Config", n: int) -> None:
