@@ -29,13 +29,15 @@ from interpreter import mend_bf16
 from lora_mux import operators, ops
 from lora_mux.kernels import launch
 from oracle import Adapter, forward
-from problem import Problem
+from problem import FusedProblem, Problem
+
+KERNELS = "plan", "shrink", "expand", "fused"
 
 
 def on(architecture: str, computes: bool = True) -> None:
     """Launch for that architecture, and let the launchers think that it is there."""
     fake_driver.install(architecture, computes)
-    for kernel in (launch.plan_kernel, launch.shrink_kernel, launch.expand_kernel):
+    for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS):
         kernel.device_caches.clear()
     launch.architecture = lambda device: codegen.ARCHITECTURES[architecture]  # type: ignore[assignment]
 
@@ -74,13 +76,28 @@ def values() -> dict[str, Any]:
     return found
 
 
+def fused() -> dict[str, Any]:
+    """The fused launch for a few rows and for many, and that the answers are right."""
+    found = {}
+    for rows in (5, 200):
+        on("sm_90")
+        sizes: dict[str, Any] = {"K": 64, "N": 80, "ranks": (8, 20), "J": 2}
+        problem = FusedProblem(rows=rows, dtype=torch.bfloat16, **sizes)
+        problem.check(problem.run(shrinks=rows == 5, block_n=32))
+        found[f"{rows} rows"] = described()
+    return found
+
+
 def compiled_variants() -> dict[str, int]:
     """How many variants of shrink 20 batches need that differ in rows, routing and adapters."""
     on("sm_90", computes=False)
     for rows in (1, 2, 15, 16, 17, 48, 64):
         for ranks in ((8, 20), (20, 3), (16, 16)):
             Problem(rows=rows, K=64, N=80, ranks=ranks, J=2, dtype=torch.bfloat16).run(split_k=1)
-    return {name: len(set(_hashes(name))) for name in ("plan", "shrink", "expand")}
+    for rows in (33, 48, 64):
+        for ranks in ((8, 20), (20, 3), (16, 16)):
+            FusedProblem(rows=rows, K=64, N=80, ranks=ranks, J=2, dtype=torch.bfloat16).run()
+    return {name: len(set(_hashes(name))) for name in KERNELS}
 
 
 def _hashes(name: str) -> list[str]:
@@ -169,6 +186,9 @@ def fake_tensors() -> list[dict[str, Any]]:
         plan = operators._plan(index, torch.empty(rows, J), live, S, 64, True)
         operators._add_lora_(y, x, *pool, *plan, 64, False, True)
         operators._strength_gradient(y, x, *pool, *plan, 64, False, True)
+        W = torch.empty(N, K, **half)
+        plan = operators._plan(index, torch.empty(rows, J), live, S, 128, True)
+        operators._linear(x, W, None, *pool, *plan, 64, False, True)
     return described()
 
 
@@ -176,6 +196,7 @@ if __name__ == "__main__":
     with mend_bf16():
         report = {
             "values": values(),
+            "fused": fused(),
             "variants": compiled_variants(),
             "graph": graph(),
             "fake": fake_tensors(),
