@@ -104,24 +104,25 @@ def _hashes(name: str) -> list[str]:
     return [one.metadata.hash for one in LAUNCHES if one.name == f"{name}_kernel"]
 
 
-def graph() -> dict[str, Any]:
+def graph(fused: bool) -> dict[str, Any]:
     """Launches of one forward pass, replayed after all that may change between replays."""
     on("sm_90")
     ops._interpreted = lambda: True  # on the CPU, please
     torch.manual_seed(0)
-    linear = nn.Linear(40, 24)
-    layer = lora_mux.MuxLinear(linear, backend="triton")
+    dtype = torch.bfloat16 if fused else torch.float32
+    linear = nn.Linear(40, 24, dtype=dtype)
+    layer = lora_mux.MuxLinear(linear, backend="triton", fused=fused)
     layer.reserve(adapters=5, rank=33)
     adapters: dict[int, Adapter] = {}
 
     def load(name: str, rank: int) -> int:
-        A, B = torch.randn(rank, 40) / 6, torch.randn(24, rank)
+        A, B = (torch.randn(rank, 40) / 6).to(dtype), torch.randn(24, rank).to(dtype)
         handle = layer.add_adapter(name, A, B, alpha=4)
         adapters[handle] = Adapter(A, B, 4 / rank)
         return handle
 
     a, b = load("a", 5), load("b", 20)
-    x = torch.randn(6, 40)
+    x = torch.randn(6, 40).to(dtype)
     index, weight = torch.full((6, 3), -1), torch.ones(6, 3)
     index[:2, 0] = a
     with torch.no_grad():
@@ -198,7 +199,8 @@ if __name__ == "__main__":
             "values": values(),
             "fused": fused(),
             "variants": compiled_variants(),
-            "graph": graph(),
+            "graph": graph(fused=False),
+            "fused graph": graph(fused=True),
             "fake": fake_tensors(),
         }
     json.dump(report, sys.stdout)

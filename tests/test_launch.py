@@ -90,11 +90,17 @@ def test_rows_routing_and_adapters_do_not_recompile(report: dict[str, Any]) -> N
     assert report["variants"] == {"plan": 2, "shrink": 1, "expand": 1, "fused": 1}
 
 
-def test_a_captured_graph_replays_right(report: dict[str, Any]) -> None:
-    graph = report["graph"]
-    assert graph["launches"] == KERNELS
+@pytest.mark.parametrize(
+    ("name", "launches", "budget"),
+    [("graph", KERNELS, 8), ("fused graph", ["plan_kernel", "fused_kernel"], 1)],
+)
+def test_a_captured_graph_replays_right(
+    name: str, launches: list[str], budget: int, report: dict[str, Any]
+) -> None:
+    graph = report[name]
+    assert graph["launches"] == launches
     assert len(graph["errors"]) == 8
-    assert all(error <= 8 for error in graph["errors"].values()), graph["errors"]
+    assert all(error <= budget for error in graph["errors"].values()), graph["errors"]
 
 
 def test_launchers_need_no_values(report: dict[str, Any]) -> None:
