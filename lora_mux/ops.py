@@ -68,6 +68,10 @@ class Settings:
                     "or 'reference', or set TRITON_INTERPRET=1 before Python starts to try the "
                     "kernels on the CPU"
                 )
+            if self.fused is True and not _can_fuse():
+                raise BackendError(
+                    "`fused` must be 'auto' or False on ROCm, got True; see kernels/README.md"
+                )
 
 
 class Method(NamedTuple):
@@ -114,6 +118,12 @@ def _interpreted() -> bool:
     return launch.INTERPRETED
 
 
+def _can_fuse() -> bool:
+    from .kernels import launch
+
+    return launch.FUSES
+
+
 def method(
     settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor | None = None
 ) -> Method:
@@ -148,6 +158,8 @@ def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor)
     """Whether one launch is asked for, or was measured to be faster."""
     if settings.fused != "auto" or settings.batch_invariant or torch.compiler.is_compiling():
         return settings.fused is True
+    if not _can_fuse():
+        return False
     from .kernels import launch
 
     N, K = weight.shape

@@ -342,6 +342,13 @@ class TestLayer:
         with pytest.raises(BackendError, match=message):
             lora_mux.attach(nn.Sequential(nn.Linear(4, 4)), **how)
 
+    def test_on_rocm_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lora_mux.kernels import launch
+
+        monkeypatch.setattr(launch, "FUSES", False)
+        with pytest.raises(BackendError, match="`fused` must be 'auto' or False on ROCm"):
+            lora_mux.MuxLinear(nn.Linear(4, 4), backend="triton", fused=True)
+
     def test_without_triton_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, "_triton_problem", lambda: "got 3.1")
         with pytest.raises(BackendError, match=r"`fused` True needs triton .* got 3.1"):

@@ -21,6 +21,8 @@ from .shrink import shrink_kernel
 
 # Set by TRITON_INTERPRET=1 when triton was imported: kernels run on CPU tensors, slowly.
 INTERPRETED = not isinstance(plan_kernel, triton.JITFunction)
+# On ROCm a barrier does not wait for the stores of other waves, which fused launches count on.
+FUSES = torch.version.hip is None
 DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Windows of a union: a search over more of it at once would not fit the registers.
 UNION_WINDOW = 64

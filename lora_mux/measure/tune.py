@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         entries.append((problem.case, best, times))
         gain = times["chosen"] / times["tuned"]
         print(f"{rows:6} rows: {times['tuned']:.1f} us, {gain:.2f} times as fast as unmeasured")
-        if problem.case.itemsize == 2:
+        if problem.case.itemsize == 2 and launch.FUSES:
             whole = tune_fused(problem, best, args.rounds)
             fused.append(whole)
             apart, one = whole[2]["separate"], whole[2]["fused"]
