@@ -42,10 +42,11 @@ class MuxLinear(nn.Module):
             elsewhere), "triton" or "reference".
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
             batch the row comes in; costs speed for many rows.
-        fused: on NVIDIA GPUs, for a 16-bit nn.Linear without gradients, base and adapters in one
-            launch: True wherever that can be, False nowhere, "auto" where a table of measurements
-            says that it is faster (none is shipped yet). The base's part of a mixed batch is then
-            that kernel's, rounded like any other order of summing.
+        fused: on NVIDIA GPUs, for a 16-bit nn.Linear of sizes that are multiples of 8, without
+            gradients, base and adapters in one launch: True wherever that can be, False nowhere,
+            "auto" where a table of measurements says that it is faster (none is shipped yet). The
+            base's part of a mixed batch is then that kernel's, rounded like any other order of
+            summing.
 
     Raises:
         TargetError: not a linear layer, or one that is split in a way that is not supported.

@@ -263,6 +263,8 @@ def _triton_linear(
         return None
     A_rows, B_rows, W = (_computable(factor) for factor in (rows.A_rows, rows.B_rows, weight))
     inputs = _row_major(_computable(x))
+    if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
+        inputs = inputs.contiguous()
     y = inputs.new_empty(x.shape[0], W.shape[0])
     (M, K), N = x.shape, W.shape[0]
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())

@@ -156,13 +156,15 @@ def method(
 
 def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor) -> bool:
     """Whether one launch is asked for, or was measured to be faster."""
+    N, K = weight.shape
+    if N % 8 or K % 8 or weight.stride(0) % 8:
+        return False  # rows that are not loaded by 16 bytes: slow, and its registers spill
     if settings.fused != "auto" or settings.batch_invariant or torch.compiler.is_compiling():
         return settings.fused is True
     if not _can_fuse():
         return False
     from .kernels import launch
 
-    N, K = weight.shape
     case = tuned.Case(rows, K, N, max(1, pool.max_rank), 1, x.element_size())
     return tuned.fuses(launch.device_name(x.device), case)
 

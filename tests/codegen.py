@@ -255,7 +255,7 @@ def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]
     """The reports of the fused kernel: all, or those of the fewest and of the most rows."""
     pairs = shipped_fused(architecture)
     if everything:
-        for (chosen, shrinks), window, unit in itertools.product(pairs, (16, 64), (16, 8, 1)):
+        for (chosen, shrinks), window, unit in itertools.product(pairs, (16, 64), (16, 8)):
             for dtype in ("fp16", "bf16") if unit == 16 else ("bf16",):
                 yield report("fused", dtype, architecture, chosen, window, unit, shrinks)
         return

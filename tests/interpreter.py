@@ -98,12 +98,12 @@ class Memory:
         ) -> Any:
             (address,) = np.ravel(ptrs.data).tolist()
             program, order = interpreter.interpreter_builder.grid_idx, str(sem).lower()
-            mask = self._seen("atomic", ptrs, mask)
+            before = add(builder, op, ptrs, value, self._seen("atomic", ptrs, mask), sem, scope)
             if "release" in order:
                 self._released[address] |= self._known[program] | {program}
             if "acquire" in order:
                 self._known[program] |= self._released[address]
-            return add(builder, op, ptrs, value, mask, sem, scope)
+            return before
 
         def no_other(*arguments: Any) -> Any:
             raise AssertionError("the kernels use no compare-and-swap")
@@ -197,10 +197,12 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def waiting_first() -> Iterator[None]:
-    """Run the programs of each grid from the last to the first, and back whenever one polls.
+    """Run the programs of each grid from the last to the first, in turns that end at an atomic.
 
-    A program that polls (adds 0 to a counter) lets all that wait poll once for each program that
-    ends: whoever goes on too early does so before the last one has done its work.
+    All that were started before have another turn before one more program is started. A turn ends
+    before each poll (an addition of 0), and in programs that have not polled before any atomic:
+    whoever goes on too early, or takes over something else than what it waits for, does so before
+    the last of the others has done all of its work.
     """
     plain_init, plain_add = interpreter.GridExecutor.__init__, Builder.create_atomic_rmw
     builder = interpreter.interpreter_builder
@@ -218,8 +220,7 @@ def waiting_first() -> Iterator[None]:
         plain_init(self, collected, *rest)
 
     def add(self: Any, op: Any, ptrs: Any, value: Any, *rest: Any) -> Any:
-        if not np.any(value.data):
-            running.pause()
+        running.pause(polls=not np.any(value.data))
         return plain_add(self, op, ptrs, value, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -245,9 +246,12 @@ class _Coroutines:
         while waiting:
             waiting = [one for one in waiting if self._step(*one)]
 
-    def pause(self) -> None:
-        """Called by a program: let others run."""
+    def pause(self, polls: bool) -> None:
+        """Called by a program before an atomic: let others run."""
         me: Any = threading.current_thread()
+        if not polls and getattr(me, "polled", False):
+            return
+        me.polled = polls
         me.done.set()
         me.turn.wait()
         me.turn.clear()

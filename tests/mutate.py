@@ -159,6 +159,9 @@ MUTATIONS = {
         "linear.py", "if spread.weight.requires_grad:", "if False:", FUSED
     ),
     "fused: a wrapped weight": Mutation("linear.py", "type(weight) is nn.Parameter and", "", FUSED),
+    "fused: rows that are no multiple of 16 bytes": Mutation(
+        "ops.py", "if N % 8 or K % 8", "if False", FUSED
+    ),
     "fused: without having been measured": Mutation(
         "ops.py", "tuned.fuses(launch", "not tuned.fuses(launch", ("tests/test_tuned.py",)
     ),

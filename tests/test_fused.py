@@ -130,9 +130,10 @@ class TestWaiting:
         how: dict[str, Any] = {"block_m": 16, "block_n": 32, "block_k": 16, "split_k": split_k}
         expected = problem.run(**how)
         problem.check(expected)
-        with waiting_first():
+        memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        with waiting_first(), memory.of_launches():
             got = problem.run(times=2, **how)
-        assert torch.equal(got, expected)
+        assert torch.equal(got, expected) and not memory.errors
 
     def test_programs_of_shrink_are_the_first(self) -> None:
         """Hardware starts programs in their order: none waits for one that can not start."""
@@ -218,6 +219,11 @@ class TestLayer:
             bench.check(bench.x(190), torch.randint(-1, 2, (190, 2)))
         assert names == ["plan", "shrink", "fused"]
 
+    def test_rows_of_x_with_an_odd_stride(self) -> None:
+        bench = Bench(**self.HOW)
+        with torch.no_grad():
+            bench.check(torch.randn(4, 99).bfloat16()[:, 2:98], torch.tensor(ROUTINGS["subsets"]))
+
     def test_without_a_routing_it_is_the_base_bit_for_bit(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -248,7 +254,9 @@ class TestLayer:
         bench.check(bench.x(4), index)
         assert names[-1] == "fused"
 
-    @pytest.mark.parametrize("what", ["fp32", "parametrised", "patched", "subclass", "autocast"])
+    @pytest.mark.parametrize(
+        "what", ["fp32", "odd", "parametrised", "patched", "subclass", "autocast"]
+    )
     def test_other_bases_are_computed_apart(
         self, what: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -257,14 +265,15 @@ class TestLayer:
                 return super().forward(x) * 2
 
         dtype = torch.float32 if what == "fp32" else torch.bfloat16
-        linear = (Doubled if what == "subclass" else nn.Linear)(16, 24).to(dtype)
+        N = 20 if what == "odd" else 24
+        linear = (Doubled if what == "subclass" else nn.Linear)(16, N).to(dtype)
         if what == "parametrised":
             nn.utils.parametrizations.weight_norm(linear)
         if what == "patched":
             own = linear.forward
             linear.forward = lambda x: own(x) * 2  # type: ignore[method-assign]
         layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
-        a = layer.add_adapter("a", torch.randn(3, 16), torch.randn(24, 3), alpha=3)
+        a = layer.add_adapter("a", torch.randn(3, 16), torch.randn(N, 3), alpha=3)
         names = self.launches(monkeypatch)
         x = torch.randn(2, 16).to(dtype)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
@@ -276,12 +285,12 @@ class TestLayer:
     def test_an_attached_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The layers share one plan, and so its counters."""
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 20)).bfloat16()
+        model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 40)).bfloat16()
         mux = lora_mux.attach(model, backend="triton", fused=True)
         factors = {
             name: {
                 path: (torch.randn(r, k) / 6, torch.randn(n, r))
-                for path, k, n in (("0", 24, 32), ("2", 32, 20))
+                for path, k, n in (("0", 24, 32), ("2", 32, 40))
             }
             for name, r in (("a", 4), ("b", 17))
         }
