@@ -145,7 +145,9 @@ class MuxLinear(nn.Module):
             return None
         weight, bias = self.weight, self.bias
         plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
-        if not plain or weight.stride(1) != 1 or ops.tracked(x, weight, bias):
+        if not plain or weight.device != x.device or weight.stride(1) != 1:
+            return None
+        if ops.tracked(x, weight, bias):
             return None
         return weight
 

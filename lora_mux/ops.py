@@ -165,7 +165,7 @@ def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor)
         return False
     from .kernels import launch
 
-    case = tuned.Case(rows, K, N, max(1, pool.max_rank), 1, x.element_size())
+    case = tuned.Case(max(1, rows), K, N, max(1, pool.max_rank), 1, x.element_size())
     return tuned.fuses(launch.device_name(x.device), case)
 
 

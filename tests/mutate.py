@@ -153,7 +153,7 @@ MUTATIONS = {
     "fused: all streams share": Mutation(LAUNCH, "if place < STREAMS", "if True", FUSED),
     "fused: whatever the base": Mutation("linear.py", "not self.mux_owns_output or", "", FUSED),
     "fused: gradients are lost": Mutation(
-        "linear.py", " or ops.tracked(x, weight, bias)", "", FUSED
+        "linear.py", "if ops.tracked(x, weight, bias):", "if False:", FUSED
     ),
     "fused: gradients of weights are lost": Mutation(
         "linear.py", "if spread.weight.requires_grad:", "if False:", FUSED

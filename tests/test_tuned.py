@@ -153,6 +153,7 @@ def test_tune_fuses_where_it_was_faster(
         bench = Bench(ranks=(16, 16, 16), backend="triton", dtype=torch.bfloat16)
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
+            bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
         assert seen.pop() == expected and not seen
 
 
