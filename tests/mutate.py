@@ -134,7 +134,7 @@ MUTATIONS = {
     "fused: what was handed on is not taken": Mutation(
         FUSE, 'sem="acquire"', 'sem="relaxed"', FUSED
     ),
-    "fused: counters stay": Mutation(FUSE, "num_programs(0) - 1", "num_programs(0)", FUSED),
+    "fused: counters stay": Mutation(FUSE, "tl.num_programs(0) - 1", "-1", FUSED),
     "fused: no bias": Mutation(FUSE, "if HAS_BIAS:", "if False:", FUSED),
     "fused: a dead handle is the base": Mutation(FUSE, 'float("nan")', "0.0", FUSED),
     "fused: a column of W too many": Mutation(
