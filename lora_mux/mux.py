@@ -152,7 +152,7 @@ class Mux:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that the route in force selects; empty for the base model."""
-        route = self._router.in_force
+        route = self._router.chosen
         if route is None:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
@@ -239,6 +239,8 @@ class Mux:
         self, rows: Rows, weights: Tensor | None = None, *, expand: Expand = None
     ) -> AbstractContextManager[Routing]:
         """A `with` block in which each sample of a batch has its own adapters.
+
+        For transformers' continuous batching, each request that is added in the block, in order.
 
         Args:
             rows: one entry per sample: None or "__base__" (the base model), a name, a sequence of

@@ -23,8 +23,9 @@ from .route import Batch, Route, batch_of, tensors_of
 from .routing import Routing, readable, unchecked
 from .slots import Slots
 
-# Guards the look at Router._owner and what follows; held for microseconds, so one serves all.
-_TAKE = threading.Lock()
+# Guards the look at Router._owner and every change of what is in force; held for microseconds, so
+# one serves all.
+_TAKE = threading.RLock()
 
 
 class Pass(NamedTuple):
@@ -54,6 +55,8 @@ class Router:
         self.anchor: Pool | None = None  # of the first target: says where the model lives
         self.route: Route | None = None  # None = the base model
         self._disables = 0  # depth of disable_adapter blocks
+        self._serving = False  # a continuous batching manager computes a batch
+        self._served: Route | None = None  # which is routed so, whatever `route` is
         self._generating = False
         self._owner: int | None = None  # the thread inside a `with` block
         self._depth = 0  # of its blocks
@@ -81,9 +84,9 @@ class Router:
         return (self.in_force if past is None else past.route) is not None
 
     @property
-    def uniform(self) -> bool:
-        """Whether all rows of all batches have the same adapters, or none."""
-        return self.in_force is None or self.in_force.uniform
+    def chosen(self) -> Route | None:
+        """What was asked for, even while a continuous batching manager computes a batch."""
+        return None if self.disabled else self.route
 
     def set(self, route: Route | None) -> None:
         """Put a route in force until the next one, or until the surrounding block ends."""
@@ -123,6 +126,15 @@ class Router:
             yield
         finally:
             self._generating = before
+
+    @contextmanager
+    def serving(self, route: Route | None) -> Iterator[None]:
+        """A batch of a continuous batching manager, whose thread leaves the users' route alone."""
+        self._serve(True, route)
+        try:
+            yield
+        finally:
+            self._serve(False, None)
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
@@ -240,19 +252,30 @@ class Router:
             )
 
     def _put(self, route: Route | None) -> None:
-        self.route = route
+        with _TAKE:
+            self.route = route
+            self._forget_route()
+
+    def _serve(self, serving: bool, route: Route | None) -> None:
+        with _TAKE:
+            self._serving, self._served = serving, route
+            self._forget_route()
+
+    def _forget_route(self) -> None:
         self._on.clear()
         self._alive_at = -1
         self._refresh()
 
+    # Locked: between a look at `_serving` and what follows, a manager's thread may begin a batch.
     def _refresh(self) -> None:
-        nothing = self.disabled or self.route is None or not self.route.selects
-        self.in_force = None if nothing else self.route
-        self._plans.clear()
-        for captured in self._captured:
-            captured.follow(self.in_force)
-        if self.anchor is not None:
-            self._shown.follow(self.in_force, self.anchor.A_rows.device)
+        with _TAKE:
+            route = self._served if self._serving else self.chosen
+            self.in_force = route if route is not None and route.selects else None
+            self._plans.clear()
+            for captured in self._captured:
+                captured.follow(self.in_force)
+            if self.anchor is not None:
+                self._shown.follow(self.in_force, self.anchor.A_rows.device)
 
     def _refuse_other_thread(self) -> None:
         if self._owner not in (None, threading.get_ident()):

@@ -30,7 +30,8 @@ ALLOWED = {
     "route": {"errors", "routing", "slots"},
     "graphs": {"route", "routing"},
     "router": {"errors", "graphs", "ops", "pool", "route", "routing", "slots"},
-    "generation": {"errors", "router"},
+    "continuous": {"errors", "route", "router", "routing"},
+    "generation": {"continuous", "router"},
     "linear": {
         *("errors", "grouped", "intake", "ops", "pool"),
         *("router", "routing", "sharding", "slots", "targets"),
