@@ -21,6 +21,7 @@ from .pool import LoraWeights
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 PREFIX = "base_model.model."
 SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
@@ -119,6 +120,11 @@ def _check_files(root: Path) -> None:
                 hint = (
                     f"; {PICKLE} is a pickle, which can run code when it is read: load it with "
                     "PEFT and save_pretrained it as safetensors"
+                )
+            elif (root / DIFFUSERS).exists():
+                hint = (
+                    f"; {DIFFUSERS} is in one of the formats that diffusers reads: load it there "
+                    "(pipe.load_lora_weights), and take the model over with attach_peft"
                 )
             raise CheckpointError(f"{root} must hold {name}, which it does not{hint}")
 

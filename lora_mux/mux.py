@@ -15,7 +15,7 @@ from .generation import follow_generation
 from .hub import local_folder
 from .intake import check_reservation, check_room, checked, scaling_from
 from .linear import MuxLinear, follow_materialised, swap_in, swap_out
-from .live_peft import read_live
+from .live_peft import read_live, unload
 from .pool import LoraWeights
 from .route import Expand, Route, Rows, make_route
 from .router import Router
@@ -85,26 +85,28 @@ def attach_peft(
     batch_invariant: bool = False,
     fused: ops.Fused = "auto",
 ) -> "Mux":
-    """Take over a live peft.PeftModel: its adapters from memory, without files.
+    """Take over what PEFT has in memory: a PeftModel, or adapters put into a plain model.
 
-    PEFT's layers are taken out of the base model (PeftModel.unload, which merges nothing), the
-    base model is attached where its adapters touch it, and those that were active are in force.
-    Use `mux.model` from now on, and no longer the PeftModel.
+    The latter is what transformers' `model.load_adapter` makes of a model, and diffusers'
+    `pipe.load_lora_weights` of `pipe.transformer` or `pipe.unet`, from any file that they read.
+    PEFT's layers are taken out of the base model, which merges nothing, the base model is attached
+    where its adapters touch it, and those that were active are in force. Use `mux.model` from now
+    on, and no longer the PeftModel.
 
     Args:
-        peft_model: a PeftModel whose adapters are LoRA on linear layers.
+        peft_model: a model whose adapters are LoRA on linear layers.
         backend: as in `attach`.
         batch_invariant: as in `attach`.
         fused: as in `attach`.
 
     Raises:
-        ArgumentTypeError: not a PeftModel.
+        ArgumentTypeError: a model without adapters of PEFT's.
         CheckpointError: an adapter that is more than plain LoRA, or that is merged.
         TargetError: a layer that can not carry adapters.
     """
     settings = ops.Settings(backend, batch_invariant, fused)
     live = read_live(peft_model)
-    mux = Mux(peft_model.unload(), live.targets, settings)  # type: ignore[operator]
+    mux = Mux(unload(peft_model), live.targets, settings)
     for name, weights in live.adapters.items():
         mux._add(name, weights, "peft_model")
     mux.set_adapter(live.active)
