@@ -126,9 +126,9 @@ class MuxLinear(nn.Module):
             return y
         if part is None:
             return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
-        sharding.refuse_weight_gradients(plan)
+        here = sharding.sum_gradients(plan, self._parameters["weight"])
         return sharding.add_to(
-            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, plan, owned=False)
+            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, here, owned=False)
         )
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
