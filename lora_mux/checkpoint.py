@@ -121,11 +121,6 @@ def _check_files(root: Path) -> None:
                     f"; {PICKLE} is a pickle, which can run code when it is read: load it with "
                     "PEFT and save_pretrained it as safetensors"
                 )
-            elif (root / DIFFUSERS).exists():
-                hint = (
-                    f"; {DIFFUSERS} is in one of the formats that diffusers reads: load it there "
-                    "(pipe.load_lora_weights), and take the model over with attach_peft"
-                )
             raise CheckpointError(f"{root} must hold {name}, which it does not{hint}")
 
 

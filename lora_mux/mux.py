@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checkpoint import read_checkpoint
+from .checkpoint import CONFIG, DIFFUSERS, read_checkpoint
+from .diffusers_file import read_diffusers
 from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
 from .generation import follow_generation
 from .hub import local_folder
@@ -160,12 +161,13 @@ class Mux:
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
     def load(self, name: str, folder: str | PathLike[str], *, revision: str | None = None) -> int:
-        """Load a PEFT checkpoint under a name; returns its handle.
+        """Load a checkpoint of PEFT or diffusers under a name; returns its handle.
 
         Args:
             name: any new str other than "__base__".
-            folder: holds adapter_config.json and adapter_model.safetensors. Or user/name, a
-                repository of the Hugging Face hub, where huggingface_hub is installed.
+            folder: holds adapter_config.json and adapter_model.safetensors, or diffusers'
+                pytorch_lora_weights.safetensors, of which this model's part is read. Or user/name,
+                a repository of the Hugging Face hub, where huggingface_hub is installed.
             revision: of the repository: a branch, a tag or a commit.
 
         Raises:
@@ -174,7 +176,10 @@ class Mux:
         """
         self._check_attached()
         self._slots.check_new(name)
-        checkpoint = read_checkpoint(local_folder(folder, revision))
+        root = local_folder(folder, revision)
+        if (root / DIFFUSERS).is_file() and not (root / CONFIG).is_file():
+            return self._add(name, read_diffusers(root, self.targets), str(folder))
+        checkpoint = read_checkpoint(root)
         handle = self._add(name, checkpoint.weights, str(folder))
         checkpoint.warn_unless_complete(self.targets)
         return handle

@@ -38,6 +38,7 @@ ALLOWED = {
     },
     "peft_config": {"errors"},
     "checkpoint": {"errors", "peft_config", "pool"},
+    "diffusers_file": {"checkpoint", "errors", "peft_config", "pool"},
     "hub": {"checkpoint", "errors"},
     "live_peft": {"checkpoint", "errors", "peft_config", "pool", "targets"},
     "mux": {
@@ -46,6 +47,7 @@ ALLOWED = {
             "intake",
             "live_peft",
             "checkpoint",
+            "diffusers_file",
             "errors",
             "generation",
             "linear",
@@ -69,6 +71,7 @@ LIBRARIES = {
     "grouped": {"torch", "numpy"},
     "ops": {"torch", "triton"},  # triton inside a function, to ask for its version
     "checkpoint": {"torch", "safetensors"},
+    "diffusers_file": {"torch", "safetensors"},
     "measure": {"torch", "rich"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
 }

@@ -289,11 +289,6 @@ class Bomb:
         raise AssertionError("a pickle was read")
 
 
-def of_diffusers(folder: Path) -> None:
-    (folder / CONFIG).unlink()
-    (folder / WEIGHTS).rename(folder / "pytorch_lora_weights.safetensors")
-
-
 def only_pickle(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
@@ -303,7 +298,6 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "only a pickle": (only_pickle, "pickle"),
-    "diffusers' file": (of_diffusers, r"pytorch_lora_weights.safetensors is .* with attach_peft"),
     "a pickle by another name": (replace_file(WEIGHTS, pickle.dumps({"a": 1})), "safetensors"),
     "truncated": (truncate, "safetensors"),
     "empty weights": (replace_file(WEIGHTS, b""), "safetensors"),
