@@ -12,7 +12,8 @@ SOURCES = {"lora_mux": ROOT / "lora_mux", "lora_mux.kernels": ROOT / "kernels" /
 ALLOWED = {
     "errors": set(),
     "routing": {"errors"},
-    "pool": {"errors"},
+    "runs": set(),
+    "pool": {"errors", "runs"},
     "targets": {"errors", "sharding"},
     "intake": {"errors", "pool", "routing", "sharding", "slots"},
     "slots": {"errors", "routing"},
@@ -29,34 +30,41 @@ ALLOWED = {
     "sharding": {"errors", "grouped", "ops", "pool"},
     "route": {"errors", "routing", "slots"},
     "graphs": {"route", "routing"},
-    "router": {"errors", "graphs", "ops", "pool", "route", "routing", "slots"},
+    "passes": {"route"},
+    "router": {"errors", "graphs", "ops", "passes", "pool", "route", "routing", "slots"},
     "generation": {"errors", "router"},
     "linear": {
         *("errors", "grouped", "intake", "ops", "pool"),
         *("router", "routing", "sharding", "slots", "targets"),
     },
     "peft_config": {"errors"},
-    "checkpoint": {"errors", "peft_config", "pool"},
+    "tensorfile": {"errors"},
+    "stored": {"pool", "tensorfile"},
+    "checkpoint": {"errors", "peft_config", "pool", "stored", "tensorfile"},
     "hub": {"checkpoint", "errors"},
     "live_peft": {"checkpoint", "errors", "peft_config", "pool", "targets"},
-    "mux": {
-        *(
-            "hub",
-            "intake",
-            "live_peft",
-            "checkpoint",
-            "errors",
-            "generation",
-            "linear",
-            "ops",
-            "pool",
-        ),
-        *("route", "router", "routing", "slots", "targets"),
+    "budget": {"errors", "pool"},
+    "memory": set(),
+    "lane": {"tensorfile"},
+    "placing": {"errors", "pool", "slots"},
+    "adapters": {
+        *("errors", "intake", "linear", "memory", "pool", "route", "router", "slots", "stored"),
     },
+    "residency": {
+        *("adapters", "budget", "errors", "intake", "lane", "linear", "placing", "pool"),
+        *("router", "slots", "stored", "tensorfile"),
+    },
+    "progress": set(),
+    "mux": {
+        *("adapters", "checkpoint", "errors", "generation", "hub", "intake", "linear", "memory"),
+        *("ops", "pool", "progress", "residency", "route", "router", "routing", "slots"),
+        "targets",
+    },
+    "attach": {"budget", "errors", "linear", "live_peft", "mux", "ops", "targets"},
     "_version": set(),
-    "__init__": {"_version", "errors", "linear", "mux", "routing"},
+    "__init__": {"_version", "attach", "errors", "linear", "mux", "routing"},
     "demo": {"__init__"},  # an application: the public API only
-    "measure": {"__init__", "errors", "kernels", "linear", "routing", "tuned"},
+    "measure": {"__init__", "errors", "kernels", "linear", "progress", "routing", "tuned"},
     "cli": {"__init__", "demo", "errors", "measure", "ops"},
     "__main__": {"cli"},
 }
@@ -67,8 +75,8 @@ LIBRARIES = {
     "slots": {"torch", "numpy"},
     "grouped": {"torch", "numpy"},
     "ops": {"torch", "triton"},  # triton inside a function, to ask for its version
-    "checkpoint": {"torch", "safetensors"},
-    "measure": {"torch", "rich"},
+    "tensorfile": {"torch", "safetensors"},
+    "progress": {"rich"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
 }
 # What may be imported inside a function only, so that `import lora_mux` goes without it.

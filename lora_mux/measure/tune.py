@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 
 from .. import tuned
 from ..errors import BackendError
+from ..progress import shown
 from .cost import DTYPES, add_sizes, positive
 from .provenance import provenance
 from .timing import microseconds, sets_for_cold_l2
@@ -139,7 +139,7 @@ def search(problem: Problem, chosen: "Config", rounds: int) -> tuple["Config", d
     hours where this takes minutes.
     """
     best = chosen
-    for field, values in _progress([*CHOICES.items()] * rounds, f"{problem.case.rows} rows"):
+    for field, values in shown([*CHOICES.items()] * rounds, f"{problem.case.rows} rows"):
         tried = {"best": best}
         for value in values:
             candidate = _with(best, field, value)
@@ -178,12 +178,3 @@ def _that_run(problem: Problem, tried: dict[str, "Config"]) -> dict[str, "Config
         else:
             running[name] = config
     return running
-
-
-def _progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """The steps, with a bar where rich is installed."""
-    try:
-        from rich.progress import track
-    except ImportError:
-        return steps
-    return track(steps, description=what, transient=True)
