@@ -284,8 +284,8 @@ def follow_materialised(layer: MuxLinear) -> None:
     device = device_of(layer)
     if layer.mux_pool.A_rows.is_meta and device.type != "meta":
         layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
-        if layer.mux_pool.fixed is not None:
-            layer.mux_pool.fix(layer.mux_pool.fixed)
+    if layer.mux_pool.fixed is not None and not layer.mux_pool.runs.capacity:
+        layer.mux_pool.fix(layer.mux_pool.fixed)
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

@@ -1,6 +1,6 @@
 """What the pools of a model hold: a report, in rank rows and in bytes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 

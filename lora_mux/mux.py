@@ -53,11 +53,15 @@ class Mux:
             path: swap_in(target, self._router, dtype_of(target.linear, default))
             for path, target in targets.items()
         }
-        self._adapters = (
-            Adapters(self._layers, self._slots, self._router)
-            if memory is None
-            else BoundedAdapters(self._layers, self._slots, self._router, memory)
-        )
+        try:
+            self._adapters = (
+                Adapters(self._layers, self._slots, self._router)
+                if memory is None
+                else BoundedAdapters(self._layers, self._slots, self._router, memory)
+            )
+        except BaseException:  # not enough memory, by what was asked for or by what there is
+            self._swap_out()
+            raise
         self._hooks = (
             model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
             model.register_forward_hook(self._router.end_forward, always_call=True),
@@ -342,9 +346,12 @@ class Mux:
             hook.remove()
         for name in self._wrapped:
             delattr(model, name)
+        self._swap_out()
+        self._model = None
+
+    def _swap_out(self) -> None:
         for layer in self._layers.values():
             swap_out(layer)
-        self._model = None
 
     def __repr__(self) -> str:
         state = "" if self._model is not None else ", detached"
