@@ -175,9 +175,13 @@ class Adapters:
             # A handle that is dead can only be used by a pass that had begun before.
             users = held if self._slots.is_awake(handle) else read
             if users is not None and handle not in users:
-                self._erase(handle)
-                self._slots.free(handle)
-                self._gone.remove(handle)
+                self._free(handle)
+
+    def _free(self, handle: int) -> None:
+        """Free what lost its name."""
+        self._gone.remove(handle)
+        self._erase(handle)
+        self._slots.free(handle)
 
     def _erase(self, handle: int) -> None:
         for layer in self._layers.values():

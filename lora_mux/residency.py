@@ -111,8 +111,9 @@ class BoundedAdapters(Adapters):
             nonlocal route
             route = make()
             handles = None if route is None else route.handles
-            if route is not None and handles and not handles <= self._known.keys():
-                self._slots.check_loaded(route.routing.index)  # which raises
+            if route is not None and handles:
+                if not (handles <= self._known.keys() and handles.isdisjoint(self._gone)):
+                    self._slots.check_loaded(route.routing.index)  # which raises
             return handles or ()
 
         def bind() -> R:
@@ -166,7 +167,8 @@ class BoundedAdapters(Adapters):
         self._reap()
         held = self._router.held(leaving)
         # What only a device knows may be any that is resident.
-        idle = [h for h in self._recent if held is not None and h not in held]
+        resident = *self._gone, *self._recent
+        idle = [h for h in resident if held is not None and h not in held]
         spared = self._pinned | set(wanted)
         rows = {handle: self._known[handle].rows for handle in (*coming, *idle)}
         return place(self._pools, rows, coming, idle, [h for h in idle if h not in spared])
@@ -208,6 +210,9 @@ class BoundedAdapters(Adapters):
 
     def _put_out(self, handles: Iterable[int]) -> None:
         for handle in handles:
+            if handle in self._gone:
+                self._free(handle)
+                continue
             self._slots.sleep(handle)
             self._erase(handle)
             del self._recent[handle]
@@ -222,12 +227,12 @@ class BoundedAdapters(Adapters):
 
     def _retire(self, handle: int) -> None:
         self._pinned.discard(handle)
+        self._recent.pop(handle, None)
+        super()._retire(handle)
+
+    def _free(self, handle: int) -> None:
+        super()._free(handle)
         del self._known[handle]
-        if handle in self._recent:
-            del self._recent[handle]
-            super()._retire(handle)
-        else:
-            self._slots.free(handle)
 
     def _is_resident(self, handle: int) -> bool:
         return handle in self._recent

@@ -135,8 +135,10 @@ class Router:
             leaving: the route in force is about to be replaced, and does not count.
         """
         # The blocks' own first: see `routed`.
-        routes = [*self._outer, *(self._heir or ()), *(past.route for past in self._awaited)]
-        return _handles([*routes, None if leaving else self.route])
+        outer, leaving = self._outer, leaving and self._runner is None
+        heir = () if leaving and not outer else self._heir or ()
+        last = None if leaving else self.route
+        return _handles([*outer, *heir, *(past.route for past in self._awaited), last])
 
     def read(self) -> frozenset[int] | None:
         """The adapters that a forward pass in progress, or its backward, has begun to use."""

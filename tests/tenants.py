@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_mux
-from oracle import Adapter, assert_close, forward
+from oracle import Adapter, forward
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIZES = {"first": (12, 10), "second": (10, 7)}
@@ -80,7 +80,11 @@ def truth(model: Model, x: Tensor, rows: Sequence[Row]) -> Tensor:
 def check(model: Model, x: Tensor, rows: Sequence[Row]) -> None:
     """What the model answers under the route in force is the truth."""
     with torch.no_grad():
-        assert_close(model(x), truth(model, x, rows))
+        got = model(x)
+    # Sums whose terms cancel are off by dozens of these units; of another tenant, by millions.
+    unit = torch.finfo(got.dtype).eps * max(1.0, got.abs().max().item())
+    error = (got.double() - truth(model, x, rows)).abs().max().item() / unit
+    assert error <= 64, f"{error:.1f} units of eps * max|y|"
 
 
 def attached(rank_rows: int) -> tuple[Model, lora_mux.Mux]:
