@@ -131,7 +131,7 @@ def _modules(
 
 
 def _files(root: Path) -> dict[str, Path]:
-    """The two files of a folder, by their real paths."""
+    """The two files of a folder."""
     if not root.is_dir():
         raise CheckpointError(f"`folder` must be an existing folder, got {str(root)!r}")
     files = {name: root / name for name in (CONFIG, WEIGHTS)}
@@ -148,10 +148,12 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 def _inside(root: Path, file: Path) -> Path:
-    """The real path of a file, if no link leads out of the folder: to another tenant's, say.
+    """The path of a file, if no link leads out of the folder: to another tenant's, say.
 
     The hub's cache holds a repository's files beside its folders, and links to them.
     """
+    if not file.is_symlink():
+        return file
     folder, real = root.resolve(), file.resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":

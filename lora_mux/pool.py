@@ -5,7 +5,7 @@ columns of B. An adapter of rank r occupies exactly r consecutive rank rows, wha
 the others; one that does not touch this layer has rank 0 and occupies none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -221,28 +221,26 @@ class Pool(nn.Module):
         self.offset[slot] = start
         self.spans[slot] = span._replace(offset=start)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def reserve(self, rank_rows: int, slots: int, max_rank: int) -> None:
         """Grow the buffers so that they hold that much; what is there stays as it is."""
-        for names, needed in (
-            (("A_rows", "B_rows", "constant"), rank_rows),
-            (("offset", "rank", "scaling"), slots),
-        ):
-            held = getattr(self, names[0]).shape[0]
-            if held >= needed:
-                continue
-            capacity = max(needed, 2 * held)  # doubling: n loads copy O(n) rows in all
-            grown = {}  # first all of them: there may be no memory for the last
-            for name in names:
-                old: Tensor = getattr(self, name)
-                grown[name] = old.new_zeros((capacity, *old.shape[1:]))
-                grown[name][:held] = old
-            for name, new in grown.items():
-                setattr(self, name, new)
-            if names[0] == "A_rows":
-                self.runs.grow(capacity)
+        if rank_rows > self.runs.capacity:
+            capacity = max(rank_rows, 2 * self.runs.capacity)  # doubling: n loads copy O(n) rows
+            self._grow(("A_rows", "B_rows", "constant"), capacity)
+            self.runs.grow(capacity)
+        if slots > self.rank.shape[0]:
+            self._grow(("offset", "rank", "scaling"), max(slots, 2 * self.rank.shape[0]))
         self.max_rank = max(self.max_rank, max_rank)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _grow(self, names: Sequence[str], capacity: int) -> None:
+        grown = {}  # first all of them: there may be no memory for the last
+        for name in names:
+            old: Tensor = getattr(self, name)
+            grown[name] = old.new_zeros((capacity, *old.shape[1:]))
+            grown[name][: old.shape[0]] = old
+        for name, new in grown.items():
+            setattr(self, name, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""

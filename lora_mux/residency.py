@@ -91,12 +91,12 @@ class BoundedAdapters(Adapters):
 
         def needed() -> list[int]:
             self._slots.check_new(name, replace)
-            before = self._slots.handles.get(name)
+            before = self._slots.get(name)
             kept = before is not None and (before in self._pinned or self._router.follows(before))
             return [handle] if kept else []
 
         def bind() -> None:
-            before = self._slots.handles.get(name)
+            before = self._slots.get(name)
             if before in self._pinned:
                 self._pinned.add(handle)
             self._bind(name, handle)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import AdapterError, ArgumentTypeError, UnknownAdapterError
@@ -39,7 +40,7 @@ class Slots:
         # Slot -> the handle of its tenant, or -1: of those that are loaded, and of those that are
         # awake on each device that asked for it. Never moved and never grown (256 KB each), so
         # that what a CUDA graph reads is always the present state.
-        self._loaded = _nobody()
+        self._loaded = _nobody().numpy()
         self._live = {CPU: _nobody()}
         self.capacity = 0  # slots that the pools have room for; doubles as adapters come
         self.version = 0  # counts what went to sleep: an index that was awake stays so until then
@@ -50,6 +51,10 @@ class Slots:
     def handles(self) -> dict[str, int]:
         """A new dict name -> handle, in the order of loading."""
         return dict(self._handles)
+
+    def get(self, name: str) -> int | None:
+        """The handle of a name, or None."""
+        return self._handles.get(name)
 
     def check_new(self, name: object, replace: bool = False) -> str:
         """`name`, if a new adapter may have it.
@@ -175,11 +180,11 @@ class Slots:
         Raises:
             UnknownAdapterError: a handle that is asleep, was freed, or was never given out.
         """
-        return self._slots_of(index, self._live[CPU])
+        return self._slots_of(index, self._live[CPU].numpy())
 
-    def _slots_of(self, index: Tensor, tenants: Tensor) -> Tensor:
+    def _slots_of(self, index: Tensor, tenant: NDArray[np.int32]) -> Tensor:
         # In numpy, which costs a tenth of torch for the few numbers of an index.
-        handles, tenant = index.cpu().numpy().astype(np.int64), tenants.numpy()
+        handles = index.cpu().numpy().astype(np.int64)
         slot = handles & (SLOTS - 1)
         none = handles == NONE
         dead = ~(none | ((tenant[slot] == handles) & (handles >= 0)))
@@ -195,7 +200,7 @@ class Slots:
 
     def _history(self, handle: int) -> str:
         slot, generation = slot_of(handle), handle >> SLOT_BITS
-        if handle >= 0 and int(self._loaded[slot]) == handle:
+        if handle >= 0 and self._loaded[slot] == handle:
             return "whose adapter made room for others; name it in a route, prefetch or pin it"
         given = (
             0 <= handle and slot < len(self._generation) and generation <= self._generation[slot]
