@@ -7,8 +7,9 @@ what each request was added with, and routes each of its batches by token.
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .route import Route
 from .router import Router
 from .routing import NONE, Routing
 
+# Adapters.enter: makes a route, its adapters resident, and puts it in force.
+Enter: TypeAlias = Callable[[Callable[[], Route | None], Callable[[Route | None], None]], object]
+
 
 class MuxManager:
     """In front of transformers' ContinuousBatchingManager, whose methods these are."""
@@ -26,6 +30,7 @@ class MuxManager:
     num_return_sequences: int
     batch_processor: Any
     mux_router: Router
+    mux_enter: Enter
     mux_lock: threading.Lock  # of the next two, which the threads of users and manager share
     mux_rows: dict[str, tuple[Tensor, Tensor]]  # request -> its row of index and weight, each [J]
     mux_started: set[str]  # the requests that were in a batch
@@ -63,7 +68,7 @@ class MuxManager:
 
     def warmup(self) -> None:
         """Runs made-up requests, of nobody."""
-        with self.mux_router.serving(None):
+        with self._serving(None):
             super().warmup()  # type: ignore[misc]
 
     def _create_batch_processor(self) -> Any:
@@ -81,9 +86,13 @@ class MuxManager:
         with self.mux_lock:
             rows = [self.mux_rows[name] for name in lengths]
         route = route_of_tokens(rows, list(lengths.values()), batch.num_q_tokens)
-        with self.mux_router.serving(route):
+        with self._serving(route):
             super()._generation_step()  # type: ignore[misc]
         self._forget_finished(lengths)
+
+    def _serving(self, route: Route | None) -> AbstractContextManager[None]:
+        """The batch's adapters resident, and in force."""
+        return self.mux_router.serving(lambda put: self.mux_enter(lambda: route, put))
 
     def _forget_finished(self, batch: Mapping[str, int]) -> None:
         scheduler = self.batch_processor.scheduler
@@ -100,7 +109,7 @@ def _mux_class(manager_class: Any) -> type:
     return type(f"Mux{manager_class.__name__}", (MuxManager, manager_class), {})
 
 
-def follow_requests(manager: Any, router: Router) -> None:
+def follow_requests(manager: Any, router: Router, enter: Enter) -> None:
     """Let the requests of a manager have adapters of their own, from now on.
 
     Raises:
@@ -110,7 +119,7 @@ def follow_requests(manager: Any, router: Router) -> None:
         _check_config(manager)
     if not isinstance(manager, MuxManager):  # one that is kept comes here again
         manager.__class__ = _mux_class(type(manager))  # type: ignore[arg-type]
-        vars(manager).update(mux_router=router, mux_rows={}, mux_started=set())
+        vars(manager).update(mux_router=router, mux_enter=enter, mux_rows={}, mux_started=set())
         vars(manager).update(mux_lock=threading.Lock(), mux_due=threading.local())
 
 
@@ -129,7 +138,7 @@ def rows_of(router: Router, requests: int) -> list[tuple[Tensor, Tensor]]:
         raise RoutingError(f"`rows` must have one entry per request, here {requests}, got {got}")
     given = route.routing.expand_rows(requests) if route.uniform else route.routing
     index, weight = given.index.cpu(), given.weight.detach().cpu()
-    router.slots.resolve(index)
+    router.slots.check_loaded(index)
     return list(zip(index, weight, strict=True))
 
 

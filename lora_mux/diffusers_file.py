@@ -48,7 +48,7 @@ def read_diffusers(folder: Path, targets: Collection[str]) -> dict[str, LoraWeig
     mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
     config = parse_config(own, str(file)) if own else _inferred(mine)
-    return weights_from(str(file), config, mine, lambda key: mine[key].shape, mine.__getitem__)
+    return weights_from(str(file), config, mine)
 
 
 def _prefix(file: Path, keys: Collection[str], targets: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .continuous import follow_requests, rows_of
+from .continuous import Enter, follow_requests, rows_of
 from .router import Router
 
 
@@ -18,9 +18,10 @@ class Generate:
 
     name = "generate"
 
-    def __init__(self, model: nn.Module, router: Router) -> None:
+    def __init__(self, model: nn.Module, router: Router, enter: Enter) -> None:
         self.model = model
         self.router = router
+        self.enter = enter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.router.generating(args, kwargs):
@@ -48,15 +49,15 @@ class InitContinuousBatching(Generate):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         manager = self._own(*args, **kwargs)
-        follow_requests(manager, self.router)
+        follow_requests(manager, self.router, self.enter)
         return manager
 
 
-def follow_generation(model: nn.Module, router: Router) -> list[str]:
+def follow_generation(model: nn.Module, router: Router, enter: Enter) -> list[str]:
     """Wrap what the model has of the three; returns the names of what was wrapped."""
     wrapped = []
     for wrapper in (Generate, GenerateBatch, InitContinuousBatching):
         if hasattr(type(model), wrapper.name) and wrapper.name not in vars(model):
-            vars(model)[wrapper.name] = wrapper(model, router)
+            vars(model)[wrapper.name] = wrapper(model, router, enter)
             wrapped.append(wrapper.name)
     return wrapped

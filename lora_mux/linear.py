@@ -16,7 +16,7 @@ from .errors import (
     TargetError,
 )
 from .grouped import HostPlan
-from .intake import check_reservation, check_room, checked, scaling_from
+from .intake import check_reservation, check_room, checked, scaling_from, store
 from .pool import LoraWeights, Pool
 from .router import Router
 from .routing import Routing
@@ -221,8 +221,8 @@ class MuxLinear(nn.Module):
         given = LoraWeights(A, B, factor, bias)
         weights = checked(self.mux_pool, self.mux_part, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
-        handle = self.mux_slots.add(name)
-        self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
+        handle = store(self.mux_slots, [(self.mux_pool, weights)])
+        self.mux_slots.bind(name, handle)
         return handle
 
     def reserve(self, adapters: int, rank: int) -> None:
@@ -240,7 +240,9 @@ class MuxLinear(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
         self._refuse_attached("remove_adapter")
-        self.mux_pool.erase(self.mux_slots.remove(name))
+        handle = self.mux_slots.unbind(name)
+        self.mux_pool.erase(slot_of(handle))
+        self.mux_slots.free(handle)
 
     def _refuse_attached(self, method: str) -> None:
         if self.mux_router is not None:
@@ -322,6 +324,8 @@ def follow_materialised(layer: MuxLinear) -> None:
     device = device_of(layer)
     if layer.mux_pool.A_rows.is_meta and device.type != "meta":
         layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+    if layer.mux_pool.fixed is not None and not layer.mux_pool.runs.capacity:
+        layer.mux_pool.fix(layer.mux_pool.fixed)
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

@@ -85,7 +85,7 @@ def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[st
     tensors = peft.get_peft_model_state_dict(
         peft_model, adapter_name=name, save_embedding_layers=False
     )
-    weights = weights_from(source, config, tensors, lambda k: tensors[k].shape, tensors.get)
+    weights = weights_from(source, config, tensors)
     # The scaling of the moment, which set_scale may have changed.
     return {
         path: replace(part, scaling=float(layers[path].scaling[name]))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import lora_mux
 from lora_mux.continuous import route_of_tokens
-from lora_mux.errors import UnknownAdapterError
+from lora_mux.errors import PoolCapacityError, UnknownAdapterError
 from peft_oracle import configs, llama, save_adapters, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
@@ -208,6 +209,28 @@ def test_the_output_head_may_be_a_target(stage: SimpleNamespace) -> None:
             with torch.no_grad():
                 plain.lm_head.weight += B @ A
         assert answer == alone(plain, None, prompt, None)
+
+
+def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path: Path) -> None:
+    """Each batch brings in what its requests need, and no more is kept for those that wait."""
+    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
+    save_adapters(stage.base, wanted, tmp_path)
+    model = copy.deepcopy(stage.base)
+    mux = lora_mux.attach(model, ["q_proj", "v_proj", "down_proj"], memory="44KiB")
+    for name in wanted:
+        mux.load(name, tmp_path / name)
+    with pytest.raises(PoolCapacityError):
+        mux.prefetch(list(wanted))
+    rows = ["plain", None, "rslora", "plain", "biased"]
+    how = settings(max_requests_per_batch=1)
+    with model.continuous_batching_context_manager(**how) as manager:
+        names = []
+        for prompt, row in zip(PROMPTS, rows, strict=True):
+            with mux.route([row]):
+                names.append(manager.add_request(prompt))
+        results = collected(manager, 5)
+    for name, prompt, row in zip(names, PROMPTS, rows, strict=True):
+        assert results[name] == alone(stage.base, stage.peft, prompt, row)
 
 
 @pytest.mark.slow
