@@ -228,11 +228,12 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
         method.block_m,
         method.triton,
     )
-    routing.states[:] = rest[-1:]
     if weight.requires_grad and torch.is_grad_enabled():
         strength = tiles.strength_of(selected, weight.to(strength.dtype))
     # Made once: torch.compile of torch 2.6 can not look into _replace, nor cut a NamedTuple.
-    return TiledPlan(operators.Plan(selected, strength, *rest), method)
+    tensors = operators.Plan(selected, strength, *rest)
+    routing.states[:] = [tensors.state]
+    return TiledPlan(tensors, method)
 
 
 def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tensor:
