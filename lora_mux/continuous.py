@@ -119,8 +119,10 @@ def follow_requests(manager: Any, router: Router, enter: Enter) -> None:
         _check_config(manager)
     if not isinstance(manager, MuxManager):  # one that is kept comes here again
         manager.__class__ = _mux_class(type(manager))  # type: ignore[arg-type]
-        vars(manager).update(mux_router=router, mux_enter=enter, mux_rows={}, mux_started=set())
+        vars(manager).update(mux_rows={}, mux_started=set())
         vars(manager).update(mux_lock=threading.Lock(), mux_due=threading.local())
+    # Those of the Mux that the model has now.
+    vars(manager).update(mux_router=router, mux_enter=enter)
 
 
 def rows_of(router: Router, requests: int) -> list[tuple[Tensor, Tensor]]:

@@ -247,6 +247,23 @@ def test_tokens_of_nobody_have_no_adapters() -> None:
     assert route.routing.weight[:2].tolist() == [[0.5, 2.0], [1.0, 0.0]]
 
 
+def test_a_manager_that_outlives_the_mux(stage: SimpleNamespace) -> None:
+    model = copy.deepcopy(stage.base)
+    for rank in (1, 2):
+        mux = lora_mux.attach(model, ["lm_head"])
+        A, B = torch.randn(rank, 64), torch.randn(256, rank)
+        mux.add_adapter("head", {"lm_head": (A, B)}, scaling=1.0)
+        with mux.route(["head"] * 5):
+            answers = model.generate_batch(PROMPTS, **settings(), persistent_manager=True)
+        plain = copy.deepcopy(stage.base)
+        with torch.no_grad():
+            plain.lm_head.weight += B @ A
+        for prompt, answer in zip(PROMPTS, answers.values(), strict=True):
+            assert answer.generated_tokens == alone(plain, None, prompt, None)
+        mux.detach()
+    model.destroy_cached_continuous_batching_manager()
+
+
 class TestRefusals:
     @pytest.mark.parametrize("rows", [ROWS[:4], [*ROWS, None]])
     def test_another_number_of_rows(self, rows: list[Any], stage: SimpleNamespace) -> None:
