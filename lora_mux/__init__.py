@@ -5,11 +5,11 @@ y[m] = W0 x[m] + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[
 
 from . import errors as errors
 from ._version import __version__ as __version__
+from .attach import attach as attach
+from .attach import attach_peft as attach_peft
 from .errors import LoraMuxError as LoraMuxError
 from .linear import MuxLinear as MuxLinear
 from .mux import Mux as Mux
-from .mux import attach as attach
-from .mux import attach_peft as attach_peft
 from .routing import Routing as Routing
 
 __all__ = [

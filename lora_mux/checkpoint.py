@@ -2,25 +2,27 @@
 
 The keys in the file are the adapted modules; the config gives rank and scaling for each. A folder
 comes from strangers: only safetensors is read, never pickle, shapes are compared with the config
-before a tensor is loaded, and every key must be understood.
+before a tensor is loaded, every key must be understood, and its files must lie in it.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
 from .peft_config import PeftConfig, read_config
-from .pool import LoraWeights
+from .pool import LoraWeights, is_finite
+from .stored import Stored
+from .tensorfile import Block, TensorFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 PREFIX = "base_model.model."
 SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
@@ -37,19 +39,25 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole and checked: path of a module -> its factors."""
+    """A checkpoint whose config and header were read and checked: all but the values."""
 
     folder: Path
     config: PeftConfig
-    weights: dict[str, LoraWeights]
+    stored: Stored
+
+    @property
+    def weights(self) -> dict[str, LoraWeights]:
+        """path of a module -> its factors, read from the file."""
+        return self.stored.weights(self.stored.read(False))
 
     def warn_unless_complete(self, targets: Sequence[str]) -> None:
         """Warn when the modules in the file are not the ones that the config means."""
+        held = self.stored.keys.keys()
         meant = {path for path in targets if self.config.targets(path)}
         if self.config.target_modules is None or isinstance(self.config.target_modules, str):
-            meant &= self.weights.keys()  # a pattern may mean what is no linear layer, or all
-        missing = sorted(meant - self.weights.keys())
-        extra = sorted(path for path in self.weights if not self.config.targets(path))
+            meant &= held  # a pattern may mean what is no linear layer, or all
+        missing = sorted(meant - held)
+        extra = sorted(path for path in held if not self.config.targets(path))
         for paths, what in ((missing, "lacks modules"), (extra, "holds modules")):
             if paths:
                 verb = "means" if what == "lacks modules" else "does not mean"
@@ -61,59 +69,75 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
-    """Read a PEFT checkpoint folder.
+    """Read config and header of a PEFT checkpoint folder.
 
     Raises:
-        CheckpointError: names the file and the field or key that is missing, broken, unsafe, not
-            finite, or means more than plain LoRA on linear layers.
+        CheckpointError: names the file and the field or key that is missing, broken, unsafe, or
+            means more than plain LoRA on linear layers. Reading the values later raises it for
+            what is not finite, and for a file that has changed meanwhile.
     """
     root = Path(folder)
-    _check_files(root)
-    config = read_config(root / CONFIG)
-    file = root / WEIGHTS
     try:
-        with safe_open(file, framework="pt") as tensors:
-            weights = weights_from(
-                str(file),
-                config,
-                tensors.keys(),
-                lambda key: tensors.get_slice(key).get_shape(),  # no tensor is loaded
-                tensors.get_tensor,
-            )
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} must be a whole safetensors file, got {error}") from None
-    return Checkpoint(root, config, weights)
+        files = _files(root)
+    except OSError as error:
+        raise CheckpointError(f"`folder` must be readable, got {error}") from None
+    config = read_config(files[CONFIG])
+    file = TensorFile(files[WEIGHTS])
+    source = str(root / WEIGHTS)
+    modules = _modules(source, config, file.entries, lambda key: file.entries[key].shape)
+
+    def read(pinned: bool) -> Block:
+        block = file.read(pinned)
+        for key in block.places:
+            _check_finite(source, key, block[key])
+        return block
+
+    scaling = {path: config.scaling(path) for path in modules}
+    return Checkpoint(root, config, Stored(str(folder), modules, scaling, file.entries, read))
 
 
 def weights_from(
-    source: str,
-    config: PeftConfig,
-    keys: Iterable[str],
-    shape_of: Callable[[str], Sequence[int]],
-    tensor_of: Callable[[str], Tensor],
+    source: str, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, LoraWeights]:
-    """path -> factors, of tensors that PEFT named; all shapes are checked before any is read.
+    """path -> factors, of tensors that PEFT named.
 
     Raises:
         CheckpointError: begins with `source` and names the key that is not as the config says.
     """
-    modules = _keys_by_module(source, keys)
-    for path, parts in modules.items():
-        shapes = {part: list(shape_of(key)) for part, key in parts.items()}
-        _check_shapes(source, path, parts, config, shapes)
+    modules = _modules(source, config, tensors, lambda key: tensors[key].shape)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
+        _check_finite(source, key, tensor)
     return {
-        path: _load(source, parts, config.scaling(path), tensor_of)
+        path: LoraWeights(
+            scaling=config.scaling(path), **{part: tensors[key] for part, key in parts.items()}
+        )
         for path, parts in modules.items()
     }
 
 
-def _check_files(root: Path) -> None:
+def _modules(
+    source: str,
+    config: PeftConfig,
+    keys: Iterable[str],
+    shape_of: Callable[[str], Sequence[int]],
+) -> dict[str, dict[str, str]]:
+    """path -> {"A": key, "B": key, "bias": key}, whose shapes are as the config says."""
+    modules = _keys_by_module(source, keys)
+    for path, parts in modules.items():
+        shapes = {part: list(shape_of(key)) for part, key in parts.items()}
+        _check_shapes(source, path, parts, config, shapes)
+    return modules
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """The two files of a folder."""
     if not root.is_dir():
         raise CheckpointError(f"`folder` must be an existing folder, got {str(root)!r}")
-    for name in (CONFIG, WEIGHTS):
-        if not (root / name).is_file():
+    files = {name: root / name for name in (CONFIG, WEIGHTS)}
+    for name, file in files.items():
+        if not file.is_file():
             hint = ""
             if name == WEIGHTS and (root / PICKLE).exists():
                 hint = (
@@ -121,6 +145,23 @@ def _check_files(root: Path) -> None:
                     "PEFT and save_pretrained it as safetensors"
                 )
             raise CheckpointError(f"{root} must hold {name}, which it does not{hint}")
+    return {name: _inside(root, file) for name, file in files.items()}
+
+
+def _inside(root: Path, file: Path) -> Path:
+    """The path of a file, if no link leads out of the folder: to another tenant's, say.
+
+    The hub's cache holds a repository's files beside its folders, and links to them.
+    """
+    if not file.is_symlink():
+        return file
+    folder, real = root.resolve(), file.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{file} must lie in its folder, got a link to {real}")
+    return real
 
 
 def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -180,15 +221,6 @@ def _check_shapes(
         )
 
 
-def _load(
-    source: str, parts: dict[str, str], scaling: float, tensor_of: Callable[[str], Tensor]
-) -> LoraWeights:
-    loaded: dict[str, Tensor] = {}
-    for part, key in parts.items():
-        tensor = tensor_of(key)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
-        if not bool(tensor.float().isfinite().all()):
-            raise CheckpointError(f"{source}: key {key!r} must be finite, got NaN or infinity")
-        loaded[part] = tensor
-    return LoraWeights(loaded["A"], loaded["B"], scaling, loaded.get("bias"))
+def _check_finite(source: str, key: str, tensor: Tensor) -> None:
+    if not is_finite(tensor, tensor.dtype):
+        raise CheckpointError(f"{source}: key {key!r} must be finite, got NaN or infinity")

@@ -1,6 +1,6 @@
 """transformers' generate() and continuous batching on an attached model.
 
-Both are methods of the model that run it in batches of their own making. They are wrapped on the
+They are methods of the model that run it in batches of their own making, and are wrapped on the
 instance, by objects and not closures: a copy of the model gets a copy of them.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import RoutingError
+from .continuous import Enter, follow_requests, rows_of
 from .router import Router
 
 
@@ -18,9 +18,10 @@ class Generate:
 
     name = "generate"
 
-    def __init__(self, model: nn.Module, router: Router) -> None:
+    def __init__(self, model: nn.Module, router: Router, enter: Enter) -> None:
         self.model = model
         self.router = router
+        self.enter = enter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.router.generating(args, kwargs):
@@ -31,36 +32,32 @@ class Generate:
         return getattr(type(self.model), self.name).__get__(self.model)  # type: ignore[no-any-return]
 
 
-class ContinuousBatching(Generate):
-    """A model's init_continuous_batching(), on which generate_batch() stands as well.
+class GenerateBatch(Generate):
+    """A model's generate_batch(), which would only log what is wrong with its requests."""
 
-    Its batches are the tokens of whatever requests are due, and do not say whose. Blocks of its
-    cache are shared between requests that begin alike, which their adapters would not.
-    """
+    name = "generate_batch"
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows_of(self.router, len(inputs))
+        return self._own(inputs, *args, **kwargs)
+
+
+class InitContinuousBatching(Generate):
+    """A model's init_continuous_batching(), on which generate_batch() stands as well."""
 
     name = "init_continuous_batching"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.router.uniform:
-            raise RoutingError(
-                "continuous batching mixes the tokens of all requests, so that `rows` can not be "
-                "one entry per sample; use set_adapter, which is for all of them, or generate()"
-            )
         manager = self._own(*args, **kwargs)
-        config = manager.continuous_batching_config
-        if self.router.slots.handles and config.allow_block_sharing:
-            raise RoutingError(
-                "`continuous_batching_config` must have allow_block_sharing=False, got True: "
-                "requests with other adapters would read what this one's put into the cache"
-            )
+        follow_requests(manager, self.router, self.enter)
         return manager
 
 
-def follow_generation(model: nn.Module, router: Router) -> list[str]:
-    """Wrap what the model has of the two; returns the names of what was wrapped."""
+def follow_generation(model: nn.Module, router: Router, enter: Enter) -> list[str]:
+    """Wrap what the model has of the three; returns the names of what was wrapped."""
     wrapped = []
-    for wrapper in (Generate, ContinuousBatching):
+    for wrapper in (Generate, GenerateBatch, InitContinuousBatching):
         if hasattr(type(model), wrapper.name) and wrapper.name not in vars(model):
-            vars(model)[wrapper.name] = wrapper(model, router)
+            vars(model)[wrapper.name] = wrapper(model, router, enter)
             wrapped.append(wrapper.name)
     return wrapped

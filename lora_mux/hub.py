@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG, WEIGHTS
+from .checkpoint import CONFIG, DIFFUSERS, WEIGHTS
 from .errors import ArgumentTypeError, CheckpointError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
@@ -16,7 +16,7 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 def local_folder(folder: str | PathLike[str], revision: str | None = None) -> Path:
     """The folder itself; for user/name that is no path here, where the hub's copy of it lies.
 
-    Of a repository two files are fetched, the config and the safetensors, into the hub's cache.
+    Of a repository only config and safetensors are fetched, into the hub's cache.
 
     Raises:
         ArgumentTypeError: something that is no path.
@@ -41,7 +41,7 @@ def local_folder(folder: str | PathLike[str], revision: str | None = None) -> Pa
     hub: Any = importlib.import_module("huggingface_hub")
     try:
         got: str = hub.snapshot_download(
-            folder, revision=revision, allow_patterns=[CONFIG, WEIGHTS]
+            folder, revision=revision, allow_patterns=[CONFIG, WEIGHTS, DIFFUSERS]
         )
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         raise CheckpointError(

@@ -1,20 +1,58 @@
 """What comes into a layer's pool: checked whole before anything changes."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from .errors import AdapterError, ArgumentTypeError, PoolCapacityError
 from .pool import LoraWeights, Pool
 from .routing import number
 from .sharding import Part
-from .slots import Slots
+from .slots import Slots, slot_of
 
 
 def checked(pool: Pool, part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
     """What a pool is to hold of an adapter's factors, or an error that names them."""
+    return pool.check(_cut(part, weights, argument), argument)
+
+
+def check_fit(pool: Pool, part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
+    """The same of factors without values, of which the shapes are checked."""
+    cut = _cut(part, weights, argument)
+    pool.check_fit(cut, argument)
+    return cut
+
+
+def _cut(part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
     tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
     if part is not None and tensors:  # else the pool says what they should be
-        weights = part.cut(weights, argument)
-    return pool.check(weights, argument)
+        return part.cut(weights, argument)
+    return weights
+
+
+def store(slots: Slots, parts: Iterable[tuple[Pool, LoraWeights | None]]) -> int:
+    """Write checked parts to their pools under a new handle, which has no name yet."""
+    handle = slots.allot()
+    try:
+        write(slots, handle, parts)
+    except BaseException:
+        slots.free(handle)
+        raise
+    return handle
+
+
+def write(slots: Slots, handle: int, parts: Iterable[tuple[Pool, LoraWeights | None]]) -> None:
+    """Write checked parts to their pools, then wake the handle; a failure leaves nothing behind."""
+    written = []
+    try:
+        for pool, weights in parts:
+            written.append(pool)
+            pool.write(slot_of(handle), weights, slots.capacity)
+        slots.wake(handle)
+    except BaseException:
+        for pool in written:
+            pool.erase(slot_of(handle))
+        raise
 
 
 def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:

@@ -16,7 +16,7 @@ from .errors import (
     TargetError,
 )
 from .grouped import HostPlan
-from .intake import check_reservation, check_room, checked, scaling_from
+from .intake import check_reservation, check_room, checked, scaling_from, store
 from .pool import LoraWeights, Pool
 from .router import Router
 from .routing import Routing
@@ -76,12 +76,14 @@ class MuxLinear(nn.Module):
 
     def __new__(
         cls,
-        linear: nn.Module,
+        linear: nn.Module | None = None,
         *,
         backend: ops.Backend = "auto",
         batch_invariant: bool = False,
         fused: ops.Fused = "auto",
     ) -> "MuxLinear":
+        if linear is None:  # DataParallel and the strict export of torch 2.6 ask for a bare module
+            return object.__new__(cls)
         check_linear(linear, "linear")
         twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
         # The registries are copied, so that a buffer or hook of one is not one of the other.
@@ -127,9 +129,9 @@ class MuxLinear(nn.Module):
             return y
         if part is None:
             return ops.add_lora(y, x, self.mux_pool, plan, self.mux_owns_output)
-        sharding.refuse_weight_gradients(plan)
+        here = sharding.sum_gradients(plan, self._parameters["weight"])
         return sharding.add_to(
-            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, plan, owned=False)
+            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, here, owned=False)
         )
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
@@ -222,8 +224,8 @@ class MuxLinear(nn.Module):
         given = LoraWeights(A, B, factor, bias)
         weights = checked(self.mux_pool, self.mux_part, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
-        handle = self.mux_slots.add(name)
-        self.mux_pool.write(slot_of(handle), weights, self.mux_slots.capacity)
+        handle = store(self.mux_slots, [(self.mux_pool, weights)])
+        self.mux_slots.bind(name, handle)
         return handle
 
     def reserve(self, adapters: int, rank: int) -> None:
@@ -241,7 +243,9 @@ class MuxLinear(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
         self._refuse_attached("remove_adapter")
-        self.mux_pool.erase(self.mux_slots.remove(name))
+        handle = self.mux_slots.unbind(name)
+        self.mux_pool.erase(slot_of(handle))
+        self.mux_slots.free(handle)
 
     def _refuse_attached(self, method: str) -> None:
         if self.mux_router is not None:
@@ -323,6 +327,8 @@ def follow_materialised(layer: MuxLinear) -> None:
     device = device_of(layer)
     if layer.mux_pool.A_rows.is_meta and device.type != "meta":
         layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+    if layer.mux_pool.fixed is not None and not layer.mux_pool.runs.capacity:
+        layer.mux_pool.fix(layer.mux_pool.fixed)
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

@@ -1,4 +1,8 @@
-"""A live PeftModel: its adapters as they are in memory, read as strictly as a checkpoint."""
+"""PEFT's adapters as they are in memory, read as strictly as a checkpoint.
+
+They are in a PeftModel, or in a model that transformers' `add_adapter` or diffusers'
+`load_lora_weights` has put them into.
+"""
 
 import importlib
 from dataclasses import dataclass, replace
@@ -16,7 +20,7 @@ TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 
 @dataclass(frozen=True)
 class LivePeft:
-    """The adapters of a PeftModel, and those that are active."""
+    """The adapters of a model, and those that are active."""
 
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
     active: list[str]
@@ -24,18 +28,19 @@ class LivePeft:
 
 
 def read_live(peft_model: Any) -> LivePeft:
-    """Read all adapters of a PeftModel; changes nothing.
+    """Read all adapters of a PeftModel, or of a model with PEFT's layers; changes nothing.
 
     Raises:
-        ArgumentTypeError: not a PeftModel.
+        ArgumentTypeError: a model that PEFT knows nothing of.
         CheckpointError: an adapter that is more than plain LoRA on linear layers, or is merged.
         TargetError: a layer that can not carry adapters here.
     """
-    if not (hasattr(peft_model, "peft_config") and hasattr(peft_model, "get_base_model")):
+    if not hasattr(peft_model, "peft_config"):
         raise ArgumentTypeError(
-            f"`peft_model` must be a peft.PeftModel, got {type(peft_model).__name__}"
+            "`peft_model` must be a peft.PeftModel, or a model with PEFT's adapters in it, got "
+            f"{type(peft_model).__name__} without any"
         )
-    base = peft_model.get_base_model()
+    base = _base(peft_model)
     layers: dict[str, Any] = {p: m for p, m in base.named_modules() if hasattr(m, "base_layer")}
     if any(getattr(layer, "merged", False) for layer in layers.values()):
         raise CheckpointError(
@@ -50,7 +55,25 @@ def read_live(peft_model: Any) -> LivePeft:
         for path, layer in layers.items()
         if path in touched
     }
-    return LivePeft(adapters, [] if disabled else list(peft_model.active_adapters), targets)
+    active: list[str] = next((layer.active_adapters for layer in layers.values()), [])
+    return LivePeft(adapters, [] if disabled else list(active), targets)
+
+
+def unload(peft_model: Any) -> Any:
+    """Take PEFT's layers out of the base model, which is returned."""
+    if _base(peft_model) is not peft_model:
+        return peft_model.unload()
+    layers = {p: m for p, m in peft_model.named_modules() if hasattr(m, "base_layer")}
+    for path, layer in layers.items():
+        peft_model.set_submodule(path, layer.base_layer)
+    del peft_model.peft_config
+    if hasattr(peft_model, "_hf_peft_config_loaded"):  # of transformers and diffusers
+        peft_model._hf_peft_config_loaded = False
+    return peft_model
+
+
+def _base(peft_model: Any) -> Any:
+    return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
 
 
 def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[str, LoraWeights]:
@@ -62,7 +85,7 @@ def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[st
     tensors = peft.get_peft_model_state_dict(
         peft_model, adapter_name=name, save_embedding_layers=False
     )
-    weights = weights_from(source, config, tensors, lambda k: tensors[k].shape, tensors.get)
+    weights = weights_from(source, config, tensors)
     # The scaling of the moment, which set_scale may have changed.
     return {
         path: replace(part, scaling=float(layers[path].scaling[name]))

@@ -1,125 +1,52 @@
-"""attach(model): every target of a model shares one set of adapters and one routing."""
+"""Mux: every target of an attached model shares one set of adapters and one routing."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checkpoint import read_checkpoint
-from .errors import AdapterError, ArgumentTypeError, DetachedError, RoutingError, TargetError
+from .adapters import Adapters
+from .checkpoint import CONFIG, DIFFUSERS, read_checkpoint
+from .diffusers_file import read_diffusers
+from .errors import ArgumentTypeError, DetachedError, RoutingError
 from .generation import follow_generation
 from .hub import local_folder
-from .intake import check_reservation, check_room, checked, scaling_from
-from .linear import MuxLinear, follow_materialised, swap_in, swap_out
-from .live_peft import read_live
+from .intake import scaling_from
+from .linear import swap_in, swap_out
+from .memory import Memory
 from .pool import LoraWeights
+from .progress import shown
+from .residency import BoundedAdapters
 from .route import Expand, Route, Rows, make_route
 from .router import Router
 from .routing import Routing, Selection, counts, from_names, numbers, selection
-from .slots import Slots, slot_of
-from .targets import Target, dtype_of, find_targets
+from .slots import Slots
+from .targets import Target, dtype_of
 
 KEPT_ROUTES = 256
 
 logger = logging.getLogger(__name__)
 
 
-def attach(
-    model: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
-    *,
-    backend: ops.Backend = "auto",
-    batch_invariant: bool = False,
-    fused: ops.Fused = "auto",
-) -> "Mux":
-    """Let the rows of a model's batches choose their own adapters; in place.
-
-    The targets become MuxLinears by a change of class: parameters, module names, state_dict keys
-    and hooks stay what they were, and detach() gives the plain model back. Attach last, after
-    quantising or moving the model.
-
-    Args:
-        model: any nn.Module.
-        targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
-            path suffixes (["q_proj", "v_proj"]), or a regular expression for whole paths.
-        backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
-            elsewhere), "triton" or "reference".
-        batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
-            batch the row comes in; costs speed for many rows.
-        fused: base and adapters in one launch, as in `MuxLinear`.
-
-    Raises:
-        TargetError: nothing matches, a match can not carry adapters, or the model has a Mux.
-        BackendError: a backend that does not exist or cannot run.
-
-    Example:
-        >>> import torch, lora_mux
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
-        >>> mux = lora_mux.attach(model)
-        >>> handle = mux.add_adapter("sql", {"1": (torch.ones(2, 8), torch.ones(4, 2))}, alpha=2)
-        >>> x = torch.ones(2, 8)
-        >>> base = model(x)
-        >>> with mux.route(["sql", None]):
-        ...     mixed = model(x)
-        >>> torch.equal(mixed[0], base[0]), torch.equal(mixed[1], base[1])
-        (False, True)
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    settings = ops.Settings(backend, batch_invariant, fused)
-    if any(isinstance(module, MuxLinear) for module in model.modules()):
-        raise TargetError(
-            "`model` must be plain, got one that is attached already; detach it first"
-        )
-    return Mux(model, find_targets(model, targets), settings)
-
-
-def attach_peft(
-    peft_model: nn.Module,
-    *,
-    backend: ops.Backend = "auto",
-    batch_invariant: bool = False,
-    fused: ops.Fused = "auto",
-) -> "Mux":
-    """Take over a live peft.PeftModel: its adapters from memory, without files.
-
-    PEFT's layers are taken out of the base model (PeftModel.unload, which merges nothing), the
-    base model is attached where its adapters touch it, and those that were active are in force.
-    Use `mux.model` from now on, and no longer the PeftModel.
-
-    Args:
-        peft_model: a PeftModel whose adapters are LoRA on linear layers.
-        backend: as in `attach`.
-        batch_invariant: as in `attach`.
-        fused: as in `attach`.
-
-    Raises:
-        ArgumentTypeError: not a PeftModel.
-        CheckpointError: an adapter that is more than plain LoRA, or that is merged.
-        TargetError: a layer that can not carry adapters.
-    """
-    settings = ops.Settings(backend, batch_invariant, fused)
-    live = read_live(peft_model)
-    mux = Mux(peft_model.unload(), live.targets, settings)  # type: ignore[operator]
-    for name, weights in live.adapters.items():
-        mux._add(name, weights, "peft_model")
-    mux.set_adapter(live.active)
-    return mux
-
-
 class Mux:
     """The adapters of an attached model and their routing; made by `lora_mux.attach`."""
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, Target], settings: ops.Settings
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        settings: ops.Settings,
+        memory: int | None = None,
     ) -> None:
         self._model: nn.Module | None = model
         self._slots = Slots()
         self._uniform: dict[tuple[tuple[str, float], ...], Route] = {}  # of set_adapter
+        self._edition = 0  # slots.edition when they were made
         self._router = Router(self._slots, settings)
         plain = (dtype_of(module, torch.int8) for module in model.modules())
         default = next((d for d in plain if d.is_floating_point), torch.get_default_dtype())
@@ -127,11 +54,20 @@ class Mux:
             path: swap_in(target, self._router, dtype_of(target.linear, default))
             for path, target in targets.items()
         }
+        try:
+            self._adapters = (
+                Adapters(self._layers, self._slots, self._router)
+                if memory is None
+                else BoundedAdapters(self._layers, self._slots, self._router, memory)
+            )
+        except BaseException:  # not enough memory, by what was asked for or by what there is
+            self._swap_out()
+            raise
         self._hooks = (
             model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
             model.register_forward_hook(self._router.end_forward, always_call=True),
         )
-        self._wrapped = follow_generation(model, self._router)
+        self._wrapped = follow_generation(model, self._router, self._adapters.enter)
         logger.info("attached %d targets", len(self._layers))
 
     @property
@@ -152,30 +88,80 @@ class Mux:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that the route in force selects; empty for the base model."""
-        route = self._router.in_force
+        route = self._router.chosen
         if route is None:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
-    def load(self, name: str, folder: str | PathLike[str], *, revision: str | None = None) -> int:
-        """Load a PEFT checkpoint under a name; returns its handle.
+    def load(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        replace: bool = False,
+    ) -> int:
+        """Load a checkpoint of PEFT or diffusers under a name; returns its handle.
+
+        With attach(memory=...) config and header are checked now, and the values are read when the
+        adapter is brought in for the first time.
 
         Args:
             name: any new str other than "__base__".
-            folder: holds adapter_config.json and adapter_model.safetensors. Or user/name, a
-                repository of the Hugging Face hub, where huggingface_hub is installed.
+            folder: holds adapter_config.json and adapter_model.safetensors, or diffusers'
+                pytorch_lora_weights.safetensors, of which this model's part is read. Or user/name,
+                a repository of the Hugging Face hub, where huggingface_hub is installed.
             revision: of the repository: a branch, a tag or a commit.
+            replace: the name may be one that is loaded, and means the new adapter from now on:
+                set_adapter and set_route by name follow at the next forward pass of the model,
+                `with` blocks that are open keep the old one until they end.
 
         Raises:
             CheckpointError: the folder is broken, unsafe, or more than plain LoRA.
             AdapterError: the name is taken, or a module of the checkpoint is no target here.
+            PoolCapacityError: there is no room: for the adapter alone, or beside the one in use.
         """
         self._check_attached()
-        self._slots.check_new(name)
-        checkpoint = read_checkpoint(local_folder(folder, revision))
-        handle = self._add(name, checkpoint.weights, str(folder))
+        self._slots.check_new(name, replace)
+        root = local_folder(folder, revision)
+        if (root / DIFFUSERS).is_file() and not (root / CONFIG).is_file():
+            weights = read_diffusers(root, self.targets)
+            return self._adapters.add(name, weights, str(folder), replace)
+        checkpoint = read_checkpoint(root)
+        handle = self._adapters.load(name, checkpoint.stored, replace)
         checkpoint.warn_unless_complete(self.targets)
+        logger.debug("loaded %r from %s", name, folder)
         return handle
+
+    def load_many(self, folders: Mapping[str, str | PathLike[str]]) -> dict[str, int]:
+        """Load many PEFT checkpoints, all or none, with a bar on a terminal.
+
+        Args:
+            folders: name -> folder, as in `load`.
+
+        Returns:
+            name -> handle.
+
+        Raises:
+            As `load`; nothing is loaded then.
+        """
+        self._check_attached()
+        if not isinstance(folders, Mapping):
+            raise ArgumentTypeError(
+                f"`folders` must map names to folders, got {type(folders).__name__}"
+            )
+        for name in folders:
+            self._slots.check_new(name)
+        handles: dict[str, int] = {}
+        try:
+            for name in shown(folders, "loading adapters"):
+                handles[name] = self.load(name, folders[name])
+        except BaseException:
+            for name in handles:
+                self.remove(name)
+            raise
+        logger.info("loaded %d adapters", len(handles))
+        return handles
 
     def add_adapter(
         self,
@@ -212,33 +198,68 @@ class Mux:
                 )
             A, B = pair
             parts[path] = LoraWeights(A, B, scaling_from(alpha, scaling, A))
-        return self._add(name, parts, "weights")
+        return self._adapters.add(name, parts, "weights")
 
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room in every layer for that many adapters of up to that rank.
 
         What a captured CUDA graph reads can not grow: reserve before capturing. A bias counts as
-        one more rank.
+        one more rank. With attach(memory=...) the adapters are all that will be loaded, on the
+        device or not.
         """
         self._check_attached()
-        check_reservation(self._slots, adapters, rank)
-        self._slots.capacity = max(self._slots.capacity, adapters)
-        for layer in self._layers.values():
-            follow_materialised(layer)
-            layer.mux_pool.reserve(adapters * rank, self._slots.capacity, rank)
+        self._adapters.reserve(adapters, rank)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Bring adapters to the device now, so that the next route by these names need not wait.
+
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+            PoolCapacityError: they do not fit beside what is pinned or in use.
+            CheckpointError: a file that is not finite, or not the one that was loaded any more.
+        """
+        self._check_attached()
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise ArgumentTypeError(
+                f"`names` must be a sequence of names, got {type(names).__name__}"
+            )
+        self._adapters.prefetch(names)
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device, and keep it there until `unpin`. Raises as `prefetch`."""
+        self._check_attached()
+        self._adapters.pin(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter make room for others again."""
+        self._check_attached()
+        self._adapters.pin(name, False)
+
+    def memory(self) -> Memory:
+        """What the adapters take: capacity, used and free, of all targets and of each.
+
+        Example:
+            >>> import torch, lora_mux
+            >>> mux = lora_mux.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), memory="4KiB")
+            >>> _ = mux.add_adapter("a", {"0": (torch.ones(2, 16), torch.ones(16, 2))}, alpha=2)
+            >>> mux.prefetch(["a"])
+            >>> mux.memory().adapters["a"]
+            Holding(rank_rows=2, bytes=258, resident=True, pinned=False)
+        """
+        self._check_attached()
+        return self._adapters.memory()
 
     def remove(self, name: str) -> None:
         """Free an adapter in all layers. Its handle raises from now on, and never means another."""
         self._check_attached()
-        slot = self._slots.remove(name)
-        self._uniform.clear()  # the name may come back for another adapter
-        for layer in self._layers.values():
-            layer.mux_pool.erase(slot)
+        self._adapters.remove(name)
 
     def route(
         self, rows: Rows, weights: Tensor | None = None, *, expand: Expand = None
     ) -> AbstractContextManager[Routing]:
         """A `with` block in which each sample of a batch has its own adapters.
+
+        For transformers' continuous batching, each request that is added in the block, in order.
 
         Args:
             rows: one entry per sample: None or "__base__" (the base model), a name, a sequence of
@@ -254,7 +275,7 @@ class Mux:
                 has another number of samples.
             RoutingBusyError: another thread is inside a `with` block of this model.
         """
-        return self._router.routed(self._route(rows, weights, expand))
+        return self._routed(lambda: self._route(rows, weights, expand))
 
     def route_tokens(
         self,
@@ -268,11 +289,15 @@ class Mux:
         Args:
             lengths: for packed batches, how many tokens in a row each entry is for.
         """
-        route = self._route(rows, weights, per_token=True)
-        if lengths is not None:
+
+        def make() -> Route:
+            route = self._route(rows, weights, per_token=True)
+            if lengths is None:
+                return route
             times = torch.tensor(counts(lengths, route.routing.rows, "lengths"))
-            route = Route(route.routing.repeat_interleave(times), per_token=True)
-        return self._router.routed(route)
+            return replace(route, routing=route.routing.repeat_interleave(times))
+
+        return self._routed(make)
 
     def set_route(
         self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
@@ -282,7 +307,7 @@ class Mux:
         if rows is None:
             self.set_adapter(None)
         else:
-            self._router.set(self._route(rows, weights, expand))
+            self._set(lambda: self._route(rows, weights, expand))
 
     def set_adapter(
         self, adapter: Selection, weights: float | Sequence[float] | None = None
@@ -301,16 +326,19 @@ class Mux:
             if isinstance(adapter, Mapping):
                 raise RoutingError("`weights` must be None when `adapter` maps names to weights")
             chosen = dict(zip(chosen, numbers(weights, len(chosen), "weights"), strict=True))
-        self._router.set(self._uniform_route(chosen) if chosen else None)
+        self._set(lambda: self._uniform_route(chosen) if chosen else None)
 
     def _uniform_route(self, chosen: dict[str, float]) -> Route:
         """The route for all rows; kept, for who switches often comes back to the same few."""
+        if self._edition != self._slots.edition:  # a name may mean another adapter
+            self._uniform.clear()
+            self._edition = self._slots.edition
         key = tuple(chosen.items())
         if key not in self._uniform:
             if len(self._uniform) == KEPT_ROUTES:
                 self._uniform.clear()
             routing = from_names([chosen], self._slots.lookup)
-            self._uniform[key] = Route(routing, uniform=True)
+            self._uniform[key] = Route(routing, uniform=True, named=True)
         return self._uniform[key]
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -326,9 +354,12 @@ class Mux:
             hook.remove()
         for name in self._wrapped:
             delattr(model, name)
+        self._swap_out()
+        self._model = None
+
+    def _swap_out(self) -> None:
         for layer in self._layers.values():
             swap_out(layer)
-        self._model = None
 
     def __repr__(self) -> str:
         state = "" if self._model is not None else ", detached"
@@ -340,34 +371,20 @@ class Mux:
         self._check_attached()
         return make_route(rows, weights, self._slots, expand=expand, per_token=per_token)
 
-    def _add(self, name: str, weights: Mapping[str, LoraWeights], source: str) -> int:
-        """Check everything, then write everything; a failure on the way leaves nothing behind."""
-        if not weights:
-            raise AdapterError(f"`{source}` must hold at least one target, got none")
-        unknown = [path for path in weights if path not in self._layers]
-        if unknown:
-            raise AdapterError(
-                f"`{source}`: {unknown[0]!r} must be a target of the attached model, which it is "
-                f"not ({len(unknown)} of {len(weights)} are not); attach with targets that cover it"
+    def _routed(self, make: Callable[[], Route]) -> AbstractContextManager[Routing]:
+        """A block of a route that is made now, and again if a name means another one by then."""
+        edition, first = self._slots.edition, make()
+
+        def enter(put: Callable[[Route], None]) -> Route:
+            return self._adapters.enter(
+                lambda: first if self._slots.edition == edition else make(), put
             )
-        for layer in self._layers.values():
-            follow_materialised(layer)
-        fitting = {
-            path: checked(layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]")
-            for path, layer in self._layers.items()
-            if path in weights
-        }
-        for path, part in fitting.items():
-            check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")
-        handle = self._slots.add(name)
-        slot = slot_of(handle)
-        try:
-            for path, layer in self._layers.items():
-                layer.mux_pool.write(slot, fitting.get(path), self._slots.capacity)
-        except BaseException:
-            self.remove(name)
-            raise
-        return handle
+
+        return self._router.routed(enter)
+
+    def _set(self, make: Callable[[], Route | None]) -> None:
+        self._router.refuse_other_thread()
+        self._adapters.enter(make, self._router.set, leaving=True)
 
     def _check_attached(self) -> nn.Module:
         if self._model is None:

@@ -222,22 +222,19 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
         return reference.plan(resolved, weight)
     if capturing(index.device):
         slots.captured = True
-    tensors = operators.Plan(
-        *torch.ops.lora_mux.plan(
-            index,
-            weight.detach(),
-            slots.live(index.device),
-            slots.capacity,
-            method.block_m,
-            method.triton,
-        )
+    selected, strength, *rest = torch.ops.lora_mux.plan(
+        index,
+        weight.detach(),
+        slots.live(index.device),
+        slots.capacity,
+        method.block_m,
+        method.triton,
     )
-    routing.states[:] = [tensors.state]
     if weight.requires_grad and torch.is_grad_enabled():
-        weight = weight.to(tensors.strength.dtype)
-        strength = tiles.strength_of(tensors.slots, weight)
-        # Not _replace, which torch.compile of torch 2.6 can not look into.
-        tensors = operators.Plan(tensors.slots, strength, *tensors[2:])
+        strength = tiles.strength_of(selected, weight.to(strength.dtype))
+    # Made once: torch.compile of torch 2.6 can not look into _replace, nor cut a NamedTuple.
+    tensors = operators.Plan(selected, strength, *rest)
+    routing.states[:] = [tensors.state]
     return TiledPlan(tensors, method)
 
 

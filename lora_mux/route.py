@@ -1,14 +1,14 @@
 """A route: a routing, and what one of its rows stands for in the batches of a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from .errors import RoutingError
-from .routing import Routing, Selection, from_names, readable
+from .routing import NONE, Routing, Selection, from_names, readable, unchecked
 from .slots import Slots
 
 Expand: TypeAlias = Literal["interleave", "tile"] | None  # how samples may be repeated
@@ -36,6 +36,7 @@ class Route:
     per_token: bool = False
     uniform: bool = False  # all rows are equal, so that the first serves a batch of any size
     expand: Expand = None
+    named: bool = False  # made of names, which a reload lets mean other adapters
     # As compiled models read it, and where and in which shape: made by graphs.Shown, once.
     shown: "tuple[object, Route] | None" = None
 
@@ -44,6 +45,20 @@ class Route:
         """False when no row selects an adapter; only the CPU can tell without a sync."""
         index = self.routing.index
         return not readable(index) or bool((index >= 0).any())
+
+    @cached_property
+    def handles(self) -> frozenset[int] | None:
+        """The adapters that its rows select; None where only the device knows."""
+        index = self.routing.index
+        if not readable(index):
+            return None
+        return frozenset(index.flatten().tolist()) - {NONE}
+
+    def renamed(self, old: int, new: int) -> "Route":
+        """The route with another adapter in the place of one."""
+        given = self.routing
+        index = given.index.where(given.index != old, new)
+        return replace(self, routing=unchecked(index, given.weight, []), shown=None)
 
     def spread(self, routing: Routing, rows: int, samples: int | None, generating: bool) -> Routing:
         """`routing`, this route's own on some device, with one row for each of x's `rows`.
@@ -105,10 +120,10 @@ def make_route(
             raise RoutingError(
                 "`weights` must be None when rows are names; give a mapping name -> weight"
             )
-        return Route(from_names(rows, slots.lookup), per_token, expand=expand)
+        return Route(from_names(rows, slots.lookup), per_token, expand=expand, named=True)
     given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
     if readable(rows):
-        slots.resolve(rows)
+        slots.check_loaded(rows)
     # A copy: what the caller writes into its tensors later is not a change of route.
     copied = Routing(given.index.clone(), given.weight.clone())
     return Route(copied, per_token, expand=expand)

@@ -5,9 +5,8 @@ thousand. It follows rows: at the model's top it learns the batch of the forward
 a layer's input is matched against that batch by equality, never by divisibility.
 """
 
-import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -18,22 +17,15 @@ from torch import Tensor, nn
 from . import ops
 from .errors import RoutingBusyError, RoutingError
 from .graphs import Captured, Shown
+from .passes import Awaited, Pass
 from .pool import Pool
 from .route import Batch, Route, batch_of, tensors_of
 from .routing import Routing, readable, unchecked
 from .slots import Slots
 
-# Guards the look at Router._owner and what follows; held for microseconds, so one serves all.
-_TAKE = threading.Lock()
-
-
-class Pass(NamedTuple):
-    """What a forward pass of the model was computed with."""
-
-    route: Route | None  # None = the base model
-    samples: int | None  # None = the forward did not begin at the model's top
-    tokens: int
-    generating: bool
+# Guards the look at Router._owner and every change of what is in force; held for microseconds, so
+# one serves all.
+_TAKE = threading.RLock()
 
 
 class Planned(NamedTuple):
@@ -54,9 +46,14 @@ class Router:
         self.anchor: Pool | None = None  # of the first target: says where the model lives
         self.route: Route | None = None  # None = the base model
         self._disables = 0  # depth of disable_adapter blocks
+        self._serving = False  # a continuous batching manager computes a batch
+        self._served: Route | None = None  # which is routed so, whatever `route` is
         self._generating = False
         self._owner: int | None = None  # the thread inside a `with` block
+        self._outer: tuple[Route | None, ...] = ()  # what its blocks go back to
         self._depth = 0  # of its blocks
+        self._runner: int | None = None  # the thread whose forward is in progress
+        self._heir: tuple[Route, Route] | None = None  # a route, and the one that is to follow it
         # Of the forward in progress. Two numbers, for torch.compile guards a tuple by its values.
         self._samples: int | None = None
         self._tokens = 0  # of each sample
@@ -66,6 +63,7 @@ class Router:
         self._captured: list[Captured] = []
         self._shown = Shown()
         self._past: Pass | None = None  # the forward pass whose backward is in progress
+        self._awaited = Awaited()  # those whose backward may still come
         self.in_force: Route | None = None  # `route`; None where nothing is to be added
 
     @property
@@ -81,26 +79,75 @@ class Router:
         return (self.in_force if past is None else past.route) is not None
 
     @property
-    def uniform(self) -> bool:
-        """Whether all rows of all batches have the same adapters, or none."""
-        return self.in_force is None or self.in_force.uniform
+    def chosen(self) -> Route | None:
+        """What was asked for, even while a continuous batching manager computes a batch."""
+        return None if self.disabled else self.route
 
     def set(self, route: Route | None) -> None:
         """Put a route in force until the next one, or until the surrounding block ends."""
         with _TAKE:
-            self._refuse_other_thread()
+            self.refuse_other_thread()
             self._put(route)
 
     @contextmanager
-    def routed(self, route: Route) -> Iterator[Routing]:
-        """The route in force inside the block; the one before it afterwards, come what may."""
+    def routed(self, enter: Callable[[Callable[[Route], None]], Route]) -> Iterator[Routing]:
+        """A route in force inside the block; the one before it afterwards, come what may.
+
+        Args:
+            enter: makes the route, calls its argument to put it in force, and returns it.
+        """
         with self._block():
-            before = self.route
-            self._put(route)
+            before, outer = self.route, self._outer
+            # Before the other is put in force, and after it was left: `held` may look any time.
+            self._outer = (*outer, before)
             try:
-                yield route.routing
+                yield enter(self._put).routing
             finally:
-                self._put(before)
+                with _TAKE:
+                    self._put(before)
+                self._outer = outer
+
+    def follows(self, handle: int) -> bool:
+        """Whether an adapter is in force by name, outside of blocks."""
+        sticky = self._sticky()
+        return sticky is not None and handle in (sticky[1].handles or ())
+
+    def follow(self, old: int, new: int) -> None:
+        """Let the sticky route by name have another adapter from the next forward pass on.
+
+        The next and not this one, so that a forward in progress has one of them in all layers.
+        Blocks keep what they began with.
+        """
+        with _TAKE:
+            sticky = self._sticky()
+            if sticky is not None:
+                self._heir = sticky[0], sticky[1].renamed(old, new)
+
+    def _sticky(self) -> tuple[Route, Route] | None:
+        """The route by name outside of all blocks, and as it is to be from the next pass on."""
+        route = self._outer[0] if self._outer else self.route
+        if route is None or not route.named:
+            return None
+        heir = self._heir
+        return heir if heir is not None and heir[0] is route else (route, route)
+
+    def held(self, leaving: bool = False) -> frozenset[int] | None:
+        """The adapters that forward passes may still ask for; None where only a device knows.
+
+        Args:
+            leaving: the route in force is about to be replaced, and does not count.
+        """
+        # The blocks' own first: see `routed`.
+        outer, leaving = self._outer, leaving and self._runner is None
+        heir = () if leaving and not outer else self._heir or ()
+        last = None if leaving else self.route
+        routes = [*outer, *heir, *(past.route for past in self._awaited), self._served, last]
+        return _handles(routes)
+
+    def read(self) -> frozenset[int] | None:
+        """The adapters that a forward pass in progress, or its backward, has begun to use."""
+        routes = [past.route for past in self._awaited]
+        return _handles([*routes, self._served, None if self._runner is None else self.route])
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -124,11 +171,31 @@ class Router:
         finally:
             self._generating = before
 
+    @contextmanager
+    def serving(self, enter: Callable[[Callable[[Route | None], None]], object]) -> Iterator[None]:
+        """A batch of a continuous batching manager, whose thread leaves the users' route alone.
+
+        Args:
+            enter: calls its argument with the route of the batch, to put it in force.
+        """
+        enter(self._serve)
+        try:
+            yield
+        finally:
+            with _TAKE:
+                self._serving, self._served = False, None
+                self._forget_route()
+
+    def _serve(self, route: Route | None) -> None:
+        with _TAKE:
+            self._serving, self._served = True, route
+            self._forget_route()
+
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
         self._forget_forward()
-        if not torch.compiler.is_compiling() and not _in_backward():
-            self._past = None  # of a backward that failed
+        if not torch.compiler.is_compiling():
+            self._begin()
         batch = batch_of(args, kwargs)
         self._check_batch(batch)
         if "cu_seq_lens_q" in kwargs:
@@ -136,10 +203,21 @@ class Router:
         if batch is not None:
             self._samples, self._tokens = batch
 
+    def _begin(self) -> None:
+        if not _in_backward():
+            self._past = None  # of a backward that failed
+        with _TAKE:
+            self._refuse_other_runner()
+            self._runner = threading.get_ident()
+            if self._heir is not None and self._heir[0] is self.route:
+                self._put(self.route)
+
     def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
         """Forward hook of the model: what was learnt of the batch ends with it."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._follow_into_backward(output)
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self._follow_into_backward(output)
+            self._runner = None
         self._forget_forward()
 
     def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.Plan | None:
@@ -212,8 +290,7 @@ class Router:
         past = self._now()
         for tensor in tensors_of(output):
             if tensor.grad_fn is not None:
-                hook = functools.partial(self._enter_backward, past)
-                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+                self._awaited.follow(tensor, past, self._enter_backward)
 
     def _enter_backward(self, past: Pass, grad: Tensor) -> None:
         self._past = past
@@ -240,21 +317,41 @@ class Router:
             )
 
     def _put(self, route: Route | None) -> None:
-        self.route = route
+        with _TAKE:
+            if self._heir is not None and self._heir[0] is route:
+                route, self._heir = self._heir[1], None
+            elif not self._outer:  # another sticky route
+                self._heir = None
+            self.route = route
+            self._forget_route()
+
+    def _forget_route(self) -> None:
         self._on.clear()
         self._alive_at = -1
         self._refresh()
 
+    # Locked: between a look at `_serving` and what follows, a manager's thread may begin a batch.
     def _refresh(self) -> None:
-        nothing = self.disabled or self.route is None or not self.route.selects
-        self.in_force = None if nothing else self.route
-        self._plans.clear()
-        for captured in self._captured:
-            captured.follow(self.in_force)
-        if self.anchor is not None:
-            self._shown.follow(self.in_force, self.anchor.A_rows.device)
+        with _TAKE:
+            route = self._served if self._serving else self.chosen
+            self.in_force = route if route is not None and route.selects else None
+            self._plans.clear()
+            for captured in self._captured:
+                captured.follow(self.in_force)
+            if self.anchor is not None:
+                self._shown.follow(self.in_force, self.anchor.A_rows.device)
 
-    def _refuse_other_thread(self) -> None:
+    def _refuse_other_runner(self) -> None:
+        if self._runner not in (None, threading.get_ident()):
+            raise RoutingBusyError(
+                "another thread runs a forward pass of this model; put the requests of both into "
+                "one batch, or let one wait for the other"
+            )
+
+    def refuse_other_thread(self) -> None:
+        """Raise if the route is not this thread's to change."""
+        if not self._serving:  # else the forward in progress has a route of its own
+            self._refuse_other_runner()
         if self._owner not in (None, threading.get_ident()):
             raise RoutingBusyError(
                 "another thread is inside a `with` block of this model; put the requests of both "
@@ -265,7 +362,7 @@ class Router:
     def _block(self) -> Iterator[None]:
         """A `with` block: no other thread may open one, or change the route, until it ends."""
         with _TAKE:
-            self._refuse_other_thread()
+            self.refuse_other_thread()
             self._owner = threading.get_ident()
             self._depth += 1
         try:
@@ -275,6 +372,16 @@ class Router:
                 self._depth -= 1
                 if not self._depth:
                     self._owner = None
+
+
+def _handles(routes: list[Route | None]) -> frozenset[int] | None:
+    found: frozenset[int] = frozenset()
+    for route in routes:
+        if route is not None:
+            if route.handles is None:
+                return None
+            found |= route.handles
+    return found
 
 
 def _in_backward() -> bool:

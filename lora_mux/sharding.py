@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import AdapterError, RoutingError, TargetError
+from .errors import AdapterError, TargetError
 from .grouped import HostPlan
 from .pool import LoraWeights
 
@@ -130,13 +130,24 @@ def add_to(y: Any, part: Part, add: Callable[[Tensor], Tensor]) -> Tensor:
     return whole
 
 
-def refuse_weight_gradients(plan: ops.Plan) -> None:
-    """Each process would know only its own part of the gradient of a routing's weights."""
+def sum_gradients(plan: ops.Plan, weight: Any) -> ops.Plan:
+    """The plan, with the gradient of its strengths summed over the processes that hold `weight`.
+
+    Each knows only its own part of it: by columns <B_k^T dy_k, A x>, by rows <B^T dy, A_k x_k>.
+    """
     if isinstance(plan, ops.TiledPlan):
         strength = plan.tensors.strength
     else:
         strength = plan.weight if isinstance(plan, HostPlan) else plan.strength
-    if strength.requires_grad and torch.is_grad_enabled():
-        raise RoutingError(
-            "`weights` must not require gradients in a layer that tensor parallelism has split"
-        )
+    if not (strength.requires_grad and torch.is_grad_enabled()):
+        return plan
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    def summed(strength: Tensor) -> Tensor:
+        whole = DTensor.from_local(strength, weight.device_mesh, [Replicate()], run_check=False)
+        return whole.to_local(grad_placements=[Partial()])
+
+    if isinstance(plan, ops.TiledPlan):
+        return plan._replace(tensors=plan.tensors._replace(strength=summed(strength)))
+    known = plan.reference if isinstance(plan, HostPlan) else plan
+    return known._replace(strength=summed(known.strength))

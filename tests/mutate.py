@@ -18,6 +18,7 @@ KERNELS = ("tests/test_kernels.py",)
 FUSED = ("tests/test_fused.py",)
 BACKEND = ("tests/test_triton_backend.py",)
 GROUPED = ("tests/test_grouped.py", "tests/test_linear.py")
+CONTINUOUS = ("tests/test_continuous.py",)
 CHECKPOINTING = ("tests/test_checkpointing.py",)
 MODULE = ("tests/test_module.py",)
 COMPILE = ("tests/test_compile.py",)
@@ -273,8 +274,32 @@ MUTATIONS = {
     "sharding: a delta over the old closure": Mutation(
         "sharding.py", 'held["self"].install_forward', "(lambda *a: 0)", ("tests/test_sharded.py",)
     ),
-    "generation: prefixes are shared": Mutation(
-        "generation.py", "config.allow_block_sharing", "False", ("tests/test_generate.py",)
+    "sharding: a part of the gradient": Mutation(
+        "sharding.py",
+        "whole.to_local(grad_placements=[Partial()])",
+        "whole.to_local()",
+        ("tests/test_sharded.py",),
+    ),
+    "continuous: prefixes are shared": Mutation(
+        "continuous.py", "config.allow_block_sharing", "False", CONTINUOUS
+    ),
+    "continuous: children have no adapters": Mutation(
+        "continuous.py", "range(self.num_return_sequences - 1)", "range(0)", CONTINUOUS
+    ),
+    "continuous: finished requests are kept": Mutation(
+        "continuous.py", "in self.mux_started - known", "in set[str]()", CONTINUOUS
+    ),
+    "continuous: the users' route": Mutation(
+        "router.py", "self._served if self._serving else self.chosen", "self.chosen", CONTINUOUS
+    ),
+    "live_peft: a model that believes to have adapters": Mutation(
+        "live_peft.py", "_hf_peft_config_loaded = False", "_x = 0", ("tests/test_attach_peft.py",)
+    ),
+    "diffusers file: paths are patterns": Mutation(
+        "diffusers_file.py", "re.escape(path)", "path", ("tests/test_diffusers_file.py",)
+    ),
+    "diffusers file: no metadata": Mutation(
+        "diffusers_file.py", "if own else", "if not own else", ("tests/test_diffusers_file.py",)
     ),
     "route: packed samples of one adapter": Mutation(
         "router.py", "self._refuse_packed()", "pass", ("tests/test_generate.py",)

@@ -144,16 +144,15 @@ def save_adapters(
 ) -> Any:
     """A PeftModel over a copy of `base` with these adapters, which are saved as folder/name."""
     model: Any = None
+    half = {} if dtype is None else {"autocast_adapter_dtype": False}  # else PEFT keeps fp32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of names that stand in its own prefixes
         for seed, (name, config) in enumerate(wanted.items()):
             torch.manual_seed(seed)
             if model is None:
-                model = peft.get_peft_model(
-                    copy.deepcopy(base), config, name, autocast_adapter_dtype=dtype is None
-                )
+                model = peft.get_peft_model(copy.deepcopy(base), config, name, **half)
             else:
-                model.add_adapter(name, config, autocast_adapter_dtype=dtype is None)
+                model.add_adapter(name, config, **half)
         for name, parameter in model.named_parameters():
             if "lora_B" in name and name.endswith("bias"):
                 nn.init.normal_(parameter)

@@ -45,8 +45,8 @@ def load(**how: Any) -> Any:
     ).eval()
 
 
-def attach(model: Any) -> lora_mux.Mux:
-    mux = lora_mux.attach(model)
+def attach(model: Any, backend: Any = "auto") -> lora_mux.Mux:
+    mux = lora_mux.attach(model, backend=backend)
     for rank, name in ((2, "a"), (5, "b")):
         weights = {}
         for i, path in enumerate(mux.targets):
@@ -79,10 +79,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: Any, mux: lora_mux.Mux) -> dict[str, Tensor]:
+    """Of the parameters, and of a routing's weights."""
+    a, b = mux.adapters.values()
+    weights = torch.tensor([[1.0, 0.0], [0.3, 0.0], [0.5, -1.0]], requires_grad=True)
     model.zero_grad()
-    whole(model(IDS).logits).square().mean().backward()
-    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    with mux.route(torch.tensor([[a, -1], [b, -1], [a, b]]), weights):
+        whole(model(IDS).logits).square().mean().backward()
+    found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    assert weights.grad is not None
+    return {**found, "weights": weights.grad}
 
 
 def main() -> None:
@@ -91,33 +97,30 @@ def main() -> None:
     plain = load()
     keys = list(plain.state_dict())
     reference = copy.deepcopy(plain)
-    attach(reference)
+    mux = attach(reference)
     with torch.no_grad():
         want = reference(IDS).logits
         base = plain(IDS).logits
         tokens = reference.generate(IDS, max_new_tokens=6, do_sample=False)
-    wanted = gradients(reference)
+    wanted = gradients(reference, mux)
 
-    def prepared(shard: Callable[[Any, Any], None], first: bool) -> Any:
+    def prepared(shard: Callable[[Any, Any], None], first: bool) -> tuple[Any, lora_mux.Mux]:
         model = load()
         if first:
-            attach(model)
+            mux = attach(model)
         shard(model, mesh)
-        if not first:
-            attach(model)
-        return model
+        return model, mux if first else attach(model)
 
-    def transformers_parallel() -> Any:
+    def transformers_parallel() -> tuple[Any, lora_mux.Mux]:
         model = load(distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
-        attach(model)
-        return model
+        return model, attach(model)
 
     def reduces(model: Any) -> int:
         with torch.no_grad(), CommDebugMode() as mode:
             model(IDS)
         return sum(mode.get_comm_counts().values())
 
-    cases: dict[str, Callable[[], Any]] = {
+    cases: dict[str, Callable[[], tuple[Any, lora_mux.Mux]]] = {
         "transformers": transformers_parallel,
         "parallelize_module": lambda: prepared(torch_parallel, first=False),
         "fully_shard": lambda: prepared(fsdp, first=False),
@@ -125,7 +128,7 @@ def main() -> None:
     }
     for name, build in cases.items():
         try:
-            model = build()
+            model, mux = build()
             with torch.no_grad():
                 got = whole(model(IDS).logits)
             report(f"{name}: error", (got - want).abs().max().item())
@@ -134,12 +137,17 @@ def main() -> None:
             same = model.generate(IDS, max_new_tokens=6, do_sample=False)
             report(f"{name}: same tokens", bool(torch.equal(same, tokens)))
             report(f"{name}: same keys", list(model.state_dict()) == keys)
-            if "fully_shard" in name:
-                found = gradients(model)
-                errors = [(found[n] - g).abs().max() / g.abs().max() for n, g in wanted.items()]
-                report(f"{name}: gradient error", max(errors).item())
+            found = gradients(model, mux)
+            errors = [(found[n] - g).abs().max() / g.abs().max() for n, g in wanted.items()]
+            report(f"{name}: gradient error", max(errors).item())
         except Exception:
             report(f"{name}: failed", traceback.format_exc())
+    for backend in ("reference", "triton"):
+        model = load()
+        torch_parallel(model, mesh)
+        found = gradients(model, attach(model, backend))
+        error = (found["weights"] - wanted["weights"]).abs().max() / wanted["weights"].abs().max()
+        report(f"{backend}: gradient error", error.item())
     report("effect", (want - base).abs().max().item())
     model = load(distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
     before = reduces(model)
@@ -147,7 +155,6 @@ def main() -> None:
     report("communication", [before, reduces(model)])
     layer = model.model.layers[0].self_attn.q_proj
     report("columns held", [layer.mux_pool.B_rows.shape[1], layer.out_features])
-    report("refused: weights with gradients", refusal(lambda: route_with_gradients(mux, model)))
     shapes = {mux.targets[0]: (torch.ones(2, 64), torch.ones(32, 2))}
     report("refused: shapes of a part", refusal(lambda: mux.add_adapter("x", shapes, alpha=1)))
     mux.detach()
@@ -157,12 +164,6 @@ def main() -> None:
     parallelize_module(uneven, mesh, {"0": ColwiseParallel()})
     report("refused: uneven", refusal(lambda: lora_mux.attach(uneven)))
     dist.destroy_process_group()
-
-
-def route_with_gradients(mux: lora_mux.Mux, model: Any) -> None:
-    index = torch.full((3, 1), mux.adapters["a"])
-    with mux.route(index, torch.ones(3, 1, requires_grad=True)):
-        model(IDS)
 
 
 def refusal(act: Callable[[], object]) -> str:

@@ -103,3 +103,45 @@ def test_styles_per_sample(kind: str, tmp_path: Path) -> None:
             set_weights(theirs, row if isinstance(row, dict) else {row: 1.0})
             want = theirs(**rows_of(guided, 6, i)).sample
         torch.testing.assert_close(got[i], want[0], rtol=0, atol=5e-5 * float(want.abs().max()))
+
+
+def kohya(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter in the format of kohya's scripts: an alpha of its own beside each pair."""
+    renamed = {}
+    for key, tensor in state.items():
+        path, _, part = key.removesuffix(".weight").rpartition(".lora_")
+        name = "lora_unet_" + path.removeprefix("unet.").replace(".", "_")
+        renamed[f"{name}.lora_{'down' if part == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{name}.alpha"] = torch.tensor(6.0)
+    return renamed
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+@torch.no_grad()
+def test_adapters_that_diffusers_loaded(style: str, tmp_path: Path) -> None:
+    """load_lora_weights reads many formats; what it made of them is taken over from memory."""
+    base = unet()
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    trained = copy.deepcopy(base)
+    trained.add_adapter(config, "ink")
+    state = {
+        f"unet.{key}": tensor.clone()
+        for key, tensor in peft.get_peft_model_state_dict(trained, adapter_name="ink").items()
+    }
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    if style == "kohya":
+        state = kohya(state)
+    read, alphas = loader.lora_state_dict(state, unet_config=base.config)[:2]
+    model = copy.deepcopy(base)
+    for name in ("ink", "twice"):
+        loader.load_lora_into_unet(read, network_alphas=alphas, unet=model, adapter_name=name)
+    model.set_adapters(["ink", "twice"], [0.5, 2.0])
+    batch = inputs("unet", 3)
+    want = model(**batch).sample
+    assert (want - base(**batch).sample).abs().max() > 1e-3
+    mux = lora_mux.attach_peft(model)
+    assert mux.active_adapters == ["ink", "twice"]
+    got = model(**batch).sample
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-5 * float(want.abs().max()))
+    mux.detach()
+    assert torch.equal(model(**batch).sample, base(**batch).sample)

@@ -126,35 +126,3 @@ def test_packed_batch_by_lengths(stage: SimpleNamespace) -> None:
         torch.testing.assert_close(logits, want, rtol=0, atol=2e-5 * float(want.abs().max()))
     with stage.mux.route(["plain"]), pytest.raises(lora_mux.LoraMuxError, match="packed batch"):
         stage.model(**batch, cu_seq_lens_q=torch.tensor([0, 3, 9, 11, 16]))
-
-
-class TestContinuousBatching:
-    def settings(self, share: bool) -> dict[str, Any]:
-        return {
-            "generation_config": transformers.GenerationConfig(
-                **GREEDY, eos_token_id=255, pad_token_id=0
-            ),
-            "continuous_batching_config": transformers.ContinuousBatchingConfig(
-                max_batch_tokens=24, allow_block_sharing=share
-            ),
-            "progress_bar": False,
-        }
-
-    def test_one_adapter_for_all_requests(self, stage: SimpleNamespace) -> None:
-        stage.mux.set_adapter("rslora")
-        try:
-            out = stage.model.generate_batch(PROMPTS, **self.settings(share=False))
-        finally:
-            stage.mux.set_adapter(None)
-        want = alone(stage, "rslora")
-        for prompt, answer in zip(PROMPTS, out.values(), strict=True):
-            expected = want.generate(input_ids=torch.tensor([prompt]), **GREEDY)
-            assert answer.generated_tokens == expected[0, len(prompt) :].tolist()
-
-    def test_a_route_for_each_request_is_refused(self, stage: SimpleNamespace) -> None:
-        with stage.mux.route(ROWS), pytest.raises(lora_mux.LoraMuxError, match="set_adapter"):
-            stage.model.generate_batch(PROMPTS, **self.settings(share=False))
-
-    def test_sharing_of_prefixes_is_refused(self, stage: SimpleNamespace) -> None:
-        with pytest.raises(lora_mux.LoraMuxError, match="allow_block_sharing=False, got True"):
-            stage.model.generate_batch(PROMPTS, **self.settings(share=True))

@@ -56,7 +56,7 @@ def test_a_revision(cached: Any) -> None:
     assert layer.mux_pool.rank[:2].tolist() == [3, 2]
 
 
-def test_only_two_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_known_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def download(repository: str, **how: Any) -> str:
@@ -65,7 +65,10 @@ def test_only_two_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     fresh(cached)[1].load("sql", "user/sql", revision="v1")
-    files = ["adapter_config.json", "adapter_model.safetensors"]
+    files = [
+        *("adapter_config.json", "adapter_model.safetensors"),
+        "pytorch_lora_weights.safetensors",
+    ]
     assert asked == {"repository": "user/sql", "revision": "v1", "allow_patterns": files}
 
 

@@ -181,6 +181,18 @@ def test_state_dict_of_the_plain_model_loads() -> None:
     assert torch.equal(model(x), source(x))
 
 
+def test_a_replica_as_torch_makes_it() -> None:
+    """Of the class, without arguments, and with the layer's attributes."""
+    model, x = plain(), torch.randn(4, 16)
+    mux = lora_mux.attach(model)
+    add(mux, adapters())
+    mux.set_route(ROWS)
+    layer: Any = model[0]
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters = layer._parameters
+    assert torch.equal(replica(x), layer(x))
+
+
 @torch.no_grad()
 def test_a_head_that_shares_its_weight_with_the_embedding(tmp_path: Path) -> None:
     """The adapter is the head's alone; the tie stays, also in what is saved."""

@@ -183,6 +183,40 @@ def test_generate_where_peft_fails(whole: SimpleNamespace) -> None:
     assert len(sampled) == 12
 
 
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("qwen2", "reference"),
+        ("t5", "reference"),
+        pytest.param("t5", "triton", marks=pytest.mark.interpreter),
+    ],
+)
+def test_other_backends(kind: str, backend: Any, tmp_path: Path) -> None:
+    """What "auto" does not choose on the CPU: a forward pass, and beams, of whole models."""
+    base = MODELS[kind]()
+    wanted = {name: configs(kind)[name] for name in ("rslora", "plain", "biased")}
+    theirs = save_adapters(base, wanted, tmp_path)
+    model = copy.deepcopy(base)
+    touched = sorted({target for config in wanted.values() for target in config.target_modules})
+    mux = lora_mux.attach(model, touched, backend=backend)
+    for name in wanted:
+        mux.load(name, tmp_path / name)
+    ids = torch.randint(2, 250, (3, 3))
+    rows: list[Any] = ["rslora", None, {"plain": 0.5, "biased": -1.0}]
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :2]} if kind == "t5" else {})
+    search = {"num_beams": 2, "max_new_tokens": 2}
+    with torch.no_grad(), mux.route(rows):
+        got, tokens = model(**inputs).logits, model.generate(ids, **search)
+    for i, row in enumerate(rows):
+        alone = base
+        if row is not None:
+            set_weights(theirs, row if isinstance(row, dict) else {row: 1.0})
+            alone = theirs
+        with torch.no_grad():
+            close(got[i], alone(**{k: v[i : i + 1] for k, v in inputs.items()}).logits[0])
+        assert torch.equal(tokens[i], alone.generate(input_ids=ids[i : i + 1], **search)[0])
+
+
 @pytest.mark.parametrize("adapters_in_base_dtype", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(96, 160), (1024, 512)], ids=str)

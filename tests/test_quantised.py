@@ -47,12 +47,37 @@ def by_torchao(config: str) -> Callable[[nn.Linear], nn.Module]:
     return quantise
 
 
+class Packed(nn.Module):
+    """As those of HQQ, GPTQ and AWQ: sizes by name, int32 buffers, no weight to look at."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        assert isinstance(linear.bias, Tensor)
+        scales = linear.weight.detach().abs().amax(1) / 7
+        codes = (linear.weight.detach() / scales[:, None]).round().int() + 8
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        self.register_buffer("qweight", (codes.T.reshape(-1, 8, OUT) << shifts[:, None]).sum(1))
+        self.register_buffer("shifts", shifts)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        raise AssertionError("a packed weight was looked at")
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = (self.qweight[:, None] >> self.shifts[:, None]) & 15
+        return x @ ((codes.reshape(IN, OUT) - 8) * self.scales) + self.bias
+
+
 BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bitsandbytes nf4": nf4,
     "bitsandbytes int8": int8,
     "torchao int8": by_torchao("Int8WeightOnlyConfig"),
     "torchao int8, dynamic": by_torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao float8": by_torchao("Float8WeightOnlyConfig"),
+    "packed int4 of any make": Packed,
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # bitsandbytes' and torchao's own
 
@@ -102,7 +127,7 @@ def test_quantised_after_attaching() -> None:
     check(model, mux, x, model(x))
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "packed int4 of any make"])
 def test_gradients_pass_through(name: str) -> None:
     model = nn.Sequential(BASES[name](nn.Linear(IN, OUT)))
     x = torch.randn(2, IN, requires_grad=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from .. import tuned
 from ..errors import BackendError
+from ..progress import shown
 from .cost import add_sizes, positive
 from .problem import Problem
 from .provenance import provenance
@@ -107,7 +108,7 @@ def search(
     A full grid would take hours where this takes minutes.
     """
     best = chosen
-    for field, values in _progress([*choices.items()] * rounds, f"{problem.case.rows} rows"):
+    for field, values in shown([*choices.items()] * rounds, f"{problem.case.rows} rows"):
         tried = {"best": best}
         for value in values:
             candidate = _with(best, field, value)
@@ -157,12 +158,3 @@ def _that_run(call: Call[C], tried: dict[str, C]) -> dict[str, C]:
         else:
             running[name] = config
     return running
-
-
-def _progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """The steps, with a bar where rich is installed."""
-    try:
-        from rich.progress import track
-    except ImportError:
-        return steps
-    return track(steps, description=what, transient=True)

@@ -1,0 +1,94 @@
+"""A small model, adapters of many tenants in PEFT folders, and both for the oracle in fp64."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora_mux
+from oracle import Adapter, forward
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SIZES = {"first": (12, 10), "second": (10, 7)}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(*SIZES["first"])
+        self.second = nn.Linear(*SIZES["second"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """An adapter: the factors of the layers that it touches, and a folder that holds it."""
+
+    folder: Path
+    parts: Mapping[str, Adapter]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {path: part.A.shape[0] for path, part in self.parts.items()}
+
+    @property
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {path: (part.A, part.B) for path, part in self.parts.items()}
+
+
+def tenant(folder: Path, ranks: Mapping[str, int], seed: int) -> Tenant:
+    """A tenant's adapter, saved as PEFT would."""
+    generator = torch.Generator().manual_seed(seed)
+    parts, tensors = {}, {}
+    for path, r in ranks.items():
+        K, N = SIZES[path]
+        A = torch.randn(r, K, generator=generator) / K**0.5
+        B = torch.randn(N, r, generator=generator) / r**0.5
+        parts[path] = Adapter(A, B, 4.0 / r)
+        tensors |= {
+            f"base_model.model.{path}.lora_A.weight": A,
+            f"base_model.model.{path}.lora_B.weight": B,
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "lora_alpha": 4, "rank_pattern": dict(ranks)}
+    config["target_modules"] = list(ranks)
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, folder / WEIGHTS)
+    return Tenant(folder, parts)
+
+
+Row = Sequence[tuple[Tenant, float]]  # what one row selects
+
+
+def truth(model: Model, x: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The model's answer in fp64, each row with its own tenants."""
+
+    def of(path: str) -> list[list[tuple[Adapter, float]]]:
+        return [[(t.parts[path], w) for t, w in row if path in t.parts] for row in rows]
+
+    with torch.no_grad():
+        h = forward(model.first, x, of("first"))
+        return forward(model.second, torch.tanh(h), of("second"))
+
+
+def check(model: Model, x: Tensor, rows: Sequence[Row]) -> None:
+    """What the model answers under the route in force is the truth."""
+    with torch.no_grad():
+        got = model(x)
+    # Sums whose terms cancel are off by dozens of these units; of another tenant, by millions.
+    unit = torch.finfo(got.dtype).eps * max(1.0, got.abs().max().item())
+    error = (got.double() - truth(model, x, rows)).abs().max().item() / unit
+    assert error <= 64, f"{error:.1f} units of eps * max|y|"
+
+
+def attached(rank_rows: int) -> tuple[Model, lora_mux.Mux]:
+    """A model whose pools hold exactly so many rank rows in each layer."""
+    model = Model()
+    row = sum(4 * 2 * 16 + 1 for _ in SIZES)  # both widths of both layers round up to 16
+    return model, lora_mux.attach(model, memory=rank_rows * row)
