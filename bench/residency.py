@@ -96,7 +96,7 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
         model.load_adapter(folders[i % len(folders)], f"a{i}")
 
     loaded = milliseconds(load, args.peft - 1)
-    hot = itertools.cycle([f"a{i}" for i in range(8)])
+    hot = itertools.cycle([f"a{i}" for i in range(min(8, args.peft))])
     return {
         "load_adapter": loaded,
         "set_adapter": milliseconds(lambda: model.set_adapter(next(hot)), 20),

@@ -58,7 +58,7 @@ class UnknownAdapterError(LoraMuxError, KeyError):
 
 
 class PoolCapacityError(LoraMuxError, RuntimeError):
-    """Adapters do not fit into a pool that can not grow: it is bounded, or a CUDA graph reads it."""
+    """Adapters do not fit into a pool that can not grow: bounded, or read by a CUDA graph."""
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):

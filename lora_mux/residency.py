@@ -103,6 +103,11 @@ class BoundedAdapters(Adapters):
 
         self._with_resident(needed, bind)
 
+    def remove(self, name: str) -> None:
+        """Forget a name; its handle is dead from now on."""
+        with self._lock, self._writing():
+            super().remove(name)
+
     def enter(self, make: Callable[[], R], put: Callable[[R], None], leaving: bool = False) -> R:
         """Make a route, its adapters resident, and put it in force."""
         route: R
@@ -185,8 +190,8 @@ class BoundedAdapters(Adapters):
         return block
 
     def _carry_out(self, placement: Placement, blocks: Mapping[int, Block]) -> None:
-        lanes = {device: self._lane(device) for device in self._devices()}
-        with _writing(lanes.values()):
+        lanes = self._lanes_in_use()
+        with self._writing():
             self._put_out(placement.evicted)
             for path, slots in placement.sliding.items():
                 for slot in slots:
@@ -197,7 +202,7 @@ class BoundedAdapters(Adapters):
                 device: known.stored.weights(lane.bring(blocks[handle]))
                 for device, lane in lanes.items()
             }
-            with _writing(lanes.values()):
+            with self._writing():
                 write(self._slots, handle, self._cut(there))
             known.marks = {device: lane.mark() for device, lane in lanes.items()}
             self._recent[handle] = None
@@ -235,7 +240,8 @@ class BoundedAdapters(Adapters):
         super()._retire(handle)
 
     def _free(self, handle: int) -> None:
-        super()._free(handle)
+        with self._writing():
+            super()._free(handle)
         del self._known[handle]
 
     def _is_resident(self, handle: int) -> bool:
@@ -267,13 +273,15 @@ class BoundedAdapters(Adapters):
     def _by_gpu(self) -> bool:
         return any(device.type == "cuda" for device in self._devices())
 
-    def _lane(self, device: torch.device) -> Lane:
-        return self._lanes.setdefault(device, Lane(device))
+    def _lanes_in_use(self) -> dict[torch.device, Lane]:
+        for device in self._devices() - self._lanes.keys():
+            self._lanes[device] = Lane(device)
+        return {device: self._lanes[device] for device in self._devices()}
 
-
-@contextmanager
-def _writing(lanes: Iterable[Lane]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for lane in lanes:
-            stack.enter_context(lane.writing())
-        yield
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, what is written to pools and tables goes by the lanes, in one order for all."""
+        with ExitStack() as stack:
+            for lane in self._lanes_in_use().values():
+                stack.enter_context(lane.writing())
+            yield

@@ -588,6 +588,31 @@ class TestThreads:
         stage.check("a", "a", "a")
         assert stage.resident == {"a"}
 
+    def test_a_pass_that_is_refused_leaves_the_other_alone(self) -> None:
+        """It must not forget the batch, by which flattened rows find their samples."""
+
+        class Flat(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(12, 12)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x.reshape(-1, 12)).reshape(x.shape)  # type: ignore[no-any-return]
+
+        model, x = Flat(), torch.randn(3, 5, 12)
+        mux = lora_mux.attach(model)
+        mux.add_adapter("a", {"layer": (torch.ones(2, 12), torch.ones(12, 2))}, alpha=2)
+
+        def refused(*arguments: Any) -> None:
+            for batch in (x, x[:2], x[0]):
+                with pytest.raises(RoutingBusyError):
+                    run_in_thread(lambda batch=batch: model(batch))
+
+        with torch.no_grad(), mux.route(["a", None, "a"]):
+            want = model(x)
+            model.layer.register_forward_pre_hook(refused)
+            assert torch.equal(model(x), want)
+
     def test_loading_and_prefetching_during_a_forward_pass(self, stage: Stage) -> None:
         stage.mux.set_adapter("a")
 
