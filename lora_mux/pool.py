@@ -229,7 +229,8 @@ class Pool(nn.Module):
             self.runs.grow(capacity)
         if slots > self.rank.shape[0]:
             self._grow(("offset", "rank", "scaling"), max(slots, 2 * self.rank.shape[0]))
-        self.max_rank = max(self.max_rank, max_rank)
+        if max_rank > self.max_rank:
+            self.max_rank = max_rank
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -214,7 +214,7 @@ MUTATIONS = {
         "linear.py", ", mux_owns_output=False", "", MODULE
     ),
     "linear: pools stay on the meta device": Mutation(
-        "linear.py", "layer.mux_pool.to_empty(device=device)", "pass", MODULE
+        "linear.py", "pool.to_empty(device=device)", "pass", MODULE
     ),
     "sharding: a bias of each process": Mutation(
         "sharding.py", "bias is not None and self.place", "False", ("tests/test_sharded.py",)
