@@ -237,7 +237,7 @@ MUTATIONS = {
     "pool: rows slide without their values": Mutation(
         "pool.py", "buffer[new] = buffer[old].clone()", "pass", RESIDENCY
     ),
-    "pool: rows slide over themselves": Mutation("pool.py", "buffer[left] = 0", "pass", STATES),
+    "pool: rows slide over themselves": Mutation("pool.py", "buffer[left] = 0", "pass", RESIDENCY),
     "placing: what is asked for is evicted": Mutation(
         "residency.py", "self._pinned | set(wanted)", "self._pinned", RESIDENCY
     ),

@@ -165,6 +165,12 @@ class TestComingIn:
         stage.route("b")
         assert stage.resident == {"c", "b"}
 
+    def test_what_is_asked_for_does_not_make_room(self, stage: Stage) -> None:
+        stage.route("a")
+        stage.route("b")
+        stage.route("a", "c")
+        assert stage.resident == {"a", "c"}
+
     def test_only_who_holds_rows_there_makes_room(self, stage: Stage) -> None:
         """Neither of the others frees a row of the layer that is full."""
         for name, layer in (("first", "first"), ("second", "second")):
@@ -387,6 +393,18 @@ class TestFragments:
         stage.mux.load("d", stage.make("d", 6).folder)
         stage.route("d", "b")  # b slides from 5 to 0
         assert sorted((s.offset, s.rows) for s in pool.spans.values()) == [(0, 6), (6, 6)]
+
+    def test_rows_that_were_slid_from_hold_nothing(self, tmp_path: Path) -> None:
+        stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 4})
+        stage.mux.prefetch(["a", "b", "c", "d"])
+        for name in ("b", "d"):
+            stage.route(name)
+        stage.route("e")
+        for layer in (stage.model.first, stage.model.second):
+            pool = layer.mux_pool
+            assert pool.runs.free == 2
+            assert not pool.A_rows[10:].any() and not pool.B_rows[10:].any()
+        stage.route("b", "d", "e")
 
 
 class TestBadFiles:
