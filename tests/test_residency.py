@@ -599,10 +599,11 @@ class TestThreads:
         }
 
         def between_layers(*arguments: Any) -> None:
+            hook.remove()
             with pytest.raises(RoutingBusyError, match="another thread runs a forward pass"):
                 run_in_thread(acts[how])
 
-        stage.model.second.register_forward_pre_hook(between_layers)
+        hook = stage.model.second.register_forward_pre_hook(between_layers)
         stage.check("a", "a", "a")
         assert stage.resident == {"a"}
 
@@ -622,13 +623,14 @@ class TestThreads:
         mux.add_adapter("a", {"layer": (torch.ones(2, 12), torch.ones(12, 2))}, alpha=2)
 
         def refused(*arguments: Any) -> None:
+            hook.remove()
             for batch in (x, x[:2], x[0]):
                 with pytest.raises(RoutingBusyError):
                     run_in_thread(lambda batch=batch: model(batch))
 
         with torch.no_grad(), mux.route(["a", None, "a"]):
             want = model(x)
-            model.layer.register_forward_pre_hook(refused)
+            hook = model.layer.register_forward_pre_hook(refused)
             assert torch.equal(model(x), want)
 
     def test_loading_and_prefetching_during_a_forward_pass(self, stage: Stage) -> None:
