@@ -170,6 +170,18 @@ def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provid
     return prepare
 
 
+def ours_fused(problem: Problem, base: Call) -> Call:
+    """The whole layer in one launch; the plan is made before."""
+    layer, routing = mux_linear(problem, "triton", fused=True)
+    x, weight = problem.x, layer.weight
+    method = ops.method(layer.mux_settings, x, len(x), layer.mux_pool, weight)
+    if not method.fused:
+        raise NotApplicable("the fused kernel takes 16-bit types")
+    plan = ops.plan(routing, layer.mux_slots, method)
+    assert isinstance(plan, ops.TiledPlan)
+    return lambda: ops.linear(x, weight, None, layer.mux_pool, plan)
+
+
 def ours_as_a_module(backend: ops.Backend = "auto") -> Provider:
     """A MuxLinear that is called with its routing: the plan is part of it."""
 
@@ -193,13 +205,18 @@ def plan_alone(problem: Problem, base: Call) -> Call:
 
 
 def mux_linear(
-    problem: Problem, backend: ops.Backend = "auto", batch_invariant: bool = False
+    problem: Problem,
+    backend: ops.Backend = "auto",
+    batch_invariant: bool = False,
+    fused: ops.Fused = False,
 ) -> tuple[lora_mux.MuxLinear, lora_mux.Routing]:
     """The problem as a layer of ours."""
     with torch.device("meta"):
         linear = nn.Linear(problem.W.shape[1], problem.W.shape[0], bias=False)
     linear.weight = nn.Parameter(problem.W, requires_grad=False)
-    layer = lora_mux.MuxLinear(linear, backend=backend, batch_invariant=batch_invariant)
+    layer = lora_mux.MuxLinear(
+        linear, backend=backend, batch_invariant=batch_invariant, fused=fused
+    )
     layer.reserve(len(problem.A), max(map(len, problem.A)))
     handles = [
         layer.add_adapter(f"{i}", A, B, scaling=1.0)
@@ -220,7 +237,7 @@ def stacked(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 NO_ANSWERS = ("base", "lora_mux plan")  # timed without a gate
-WHOLE_LAYERS = ("base", "merged", "PEFT mixed", "lora_mux as a module")
+WHOLE_LAYERS = ("base", "merged", "PEFT mixed", "lora_mux as a module", "lora_mux fused")
 CPU: dict[str, Provider] = {
     "base": base_alone,
     "lora_mux": ours_as_a_module(),
@@ -233,6 +250,7 @@ CUDA: dict[str, Provider] = {
     **CPU,
     "lora_mux": ours("triton"),
     "lora_mux batch-invariant": ours("triton", batch_invariant=True),
+    "lora_mux fused": ours_fused,
     "lora_mux as a module": ours_as_a_module("triton"),
     "lora_mux plan": plan_alone,
     "merged": merged,

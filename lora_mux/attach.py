@@ -19,6 +19,7 @@ def attach(
     *,
     backend: ops.Backend = "auto",
     batch_invariant: bool = False,
+    fused: ops.Fused = "auto",
     memory: int | str | None = None,
 ) -> Mux:
     """Let the rows of a model's batches choose their own adapters; in place.
@@ -55,7 +56,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    settings = ops.Settings(backend, batch_invariant)
+    settings = ops.Settings(backend, batch_invariant, fused)
     if any(isinstance(module, MuxLinear) for module in model.modules()):
         raise TargetError(
             "`model` must be plain, got one that is attached already; detach it first"
@@ -65,7 +66,11 @@ def attach(
 
 
 def attach_peft(
-    peft_model: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+    peft_model: nn.Module,
+    *,
+    backend: ops.Backend = "auto",
+    batch_invariant: bool = False,
+    fused: ops.Fused = "auto",
 ) -> Mux:
     """Take over a live peft.PeftModel: its adapters from memory, without files.
 
@@ -77,13 +82,14 @@ def attach_peft(
         peft_model: a PeftModel whose adapters are LoRA on linear layers.
         backend: as in `attach`.
         batch_invariant: as in `attach`.
+        fused: as in `attach`.
 
     Raises:
         ArgumentTypeError: not a PeftModel.
         CheckpointError: an adapter that is more than plain LoRA, or that is merged.
         TargetError: a layer that can not carry adapters.
     """
-    settings = ops.Settings(backend, batch_invariant)
+    settings = ops.Settings(backend, batch_invariant, fused)
     live = read_live(peft_model)
     mux = Mux(peft_model.unload(), live.targets, settings)  # type: ignore[operator]
     for name, weights in live.adapters.items():

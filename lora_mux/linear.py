@@ -42,6 +42,11 @@ class MuxLinear(nn.Module):
             elsewhere), "triton" or "reference".
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
             batch the row comes in; costs speed for many rows.
+        fused: on NVIDIA GPUs, for a 16-bit nn.Linear of sizes that are multiples of 8, without
+            gradients, base and adapters in one launch: True wherever that can be, False nowhere,
+            "auto" where a table of measurements says that it is faster (none is shipped yet). The
+            base's part of a mixed batch is then that kernel's, rounded like any other order of
+            summing.
 
     Raises:
         TargetError: not a linear layer, or one that is split in a way that is not supported.
@@ -56,6 +61,8 @@ class MuxLinear(nn.Module):
         [16.0, 0.0, 16.0]
     """
 
+    weight: Tensor  # of nn.Linear; other bases may have none, or one of another kind
+    bias: Tensor | None
     mux_pool: Pool
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
@@ -68,7 +75,12 @@ class MuxLinear(nn.Module):
     mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
 
     def __new__(
-        cls, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+        cls,
+        linear: nn.Module,
+        *,
+        backend: ops.Backend = "auto",
+        batch_invariant: bool = False,
+        fused: ops.Fused = "auto",
     ) -> "MuxLinear":
         check_linear(linear, "linear")
         twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
@@ -79,9 +91,14 @@ class MuxLinear(nn.Module):
         return twin
 
     def __init__(
-        self, linear: nn.Module, *, backend: ops.Backend = "auto", batch_invariant: bool = False
+        self,
+        linear: nn.Module,
+        *,
+        backend: ops.Backend = "auto",
+        batch_invariant: bool = False,
+        fused: ops.Fused = "auto",
     ) -> None:
-        settings = ops.Settings(backend, batch_invariant)
+        settings = ops.Settings(backend, batch_invariant, fused)
         target = check_linear(linear, "linear")
         equip(self, target, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
 
@@ -102,7 +119,9 @@ class MuxLinear(nn.Module):
         """
         part = self.mux_part
         held = x if part is None else sharding.local(x, part)
-        plan = self._plan(held, routing)
+        plan = self._plan(held, routing, fusable=not kwargs)
+        if isinstance(plan, ops.TiledPlan) and plan.method.fused:
+            return ops.linear(x, self.weight, self.bias, self.mux_pool, plan)
         y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
         if plan is None:
             return y
@@ -113,16 +132,36 @@ class MuxLinear(nn.Module):
             y, part, lambda base: ops.add_lora(base, held, self.mux_pool, plan, owned=False)
         )
 
-    def _plan(self, x: Tensor, routing: Routing | None) -> ops.Plan | None:
+    def _plain_weight(self, x: Tensor) -> Tensor | None:
+        """The weight where the base is x W^T + bias, and nothing else has a hand in it.
+
+        Not of a forward that is not nn.Linear's own, a parametrised or quantised weight, a part of
+        a split layer, or what autograd follows.
+        """
+        settings = self.mux_settings
+        if settings.fused is False or not (x.is_cuda or settings.backend == "triton"):
+            return None
+        if not self.mux_owns_output or self.mux_part is not None:
+            return None
+        weight, bias = self.weight, self.bias
+        plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+        if not plain or weight.device != x.device or weight.stride(1) != 1:
+            return None
+        if ops.tracked(x, weight, bias):
+            return None
+        return weight
+
+    def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.Plan | None:
         router = self.mux_router
         if routing is None and (router is None or not router.active):
             return None
         width = self.mux_pool.in_features
         if x.ndim == 0 or x.shape[-1] != width:
             raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
+        weight = self._plain_weight(x) if fusable else None
         if routing is None:
             assert router is not None
-            return router.plan(x, self.mux_pool)
+            return router.plan(x, self.mux_pool, weight)
         if not isinstance(routing, Routing):
             raise ArgumentTypeError(
                 f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
@@ -130,7 +169,9 @@ class MuxLinear(nn.Module):
         if router is not None and router.disabled:
             return None
         spread = _spread(routing, x)
-        method = ops.method(self.mux_settings, x, spread.rows, self.mux_pool)
+        if spread.weight.requires_grad:
+            weight = None
+        method = ops.method(self.mux_settings, x, spread.rows, self.mux_pool, weight)
         if spread.index.device != x.device:
             self.mux_slots.resolve(routing.index)  # on the host, where it raises
             spread = spread.to(x.device)

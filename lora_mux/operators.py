@@ -1,8 +1,9 @@
-"""The torch operators: plan, add_lora (functional), add_lora_ (into y) and strength_gradient.
+"""The torch operators: plan, add_lora (functional), add_lora_ (into y), linear, strength_gradient.
 
-    (slots, strength, union, length, place, state) = lora_mux::plan(index, weight, live, ...)
+    (slots, strength, union, length, place, state, counters) = lora_mux::plan(index, weight, ...)
     y' = lora_mux::add_lora(y, x, <pool>, <plan>, ...),  y' = y + the adapters of each row
     lora_mux::add_lora_(y, x, ...)                       the same, written to y
+    y = lora_mux::linear(x, W, bias, <pool>, <plan>, ...)  the base layer and the adapters at once
 
 They are opaque to torch.compile and torch.export, so that one graph serves every routing and every
 set of adapters. add_lora has gradients to y, x and strength. On CUDA (ROCm's too) they run the
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     length: Tensor  # [T] int32
     place: Tensor  # [T, U, BLOCK_M] int16, -1 = not selected
     state: Tensor  # [M] int8: 0 = nothing selected, 1 = something, 2 = a handle that is not alive
+    counters: Tensor  # [64, 4] int32 zeros, in which fused launches count and which they leave 0
 
 
 class How(NamedTuple):
@@ -44,7 +46,10 @@ class How(NamedTuple):
 POOL = (
     "Tensor A_rows, Tensor B_rows, Tensor? constant, Tensor offset, Tensor rank, Tensor scaling, "
 )
-PLAN = "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state"
+PLAN = (
+    "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state, "
+    "Tensor counters"
+)
 HOW = ", SymInt max_rank, bool batch_invariant=False, bool? triton=None"
 # Library costs a third of what custom_op's Python wrapper does: docs/backends.md has the figures.
 LIBRARY: Any = torch.library.Library("lora_mux", "DEF")  # type: ignore[no-untyped-call]
@@ -56,13 +61,14 @@ LIBRARY.define(
 for _signature in (
     f"add_lora(Tensor y, Tensor x, {POOL}{PLAN}{HOW}) -> Tensor",
     f"add_lora_(Tensor(a!) y, Tensor x, {POOL}{PLAN}{HOW}) -> ()",
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {POOL}{PLAN}{HOW}) -> Tensor",
     f"strength_gradient(Tensor grad, Tensor x, {POOL}{PLAN}{HOW}) -> Tensor",
 ):
     LIBRARY.define(_signature, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[RankRows, Plan, How]:
-    return RankRows(*arguments[:6]), Plan(*arguments[6:12]), How(*arguments[12:])
+    return RankRows(*arguments[:6]), Plan(*arguments[6:13]), How(*arguments[13:])
 
 
 def _on_triton(tensor: Tensor, triton: bool | None) -> bool:
@@ -111,6 +117,7 @@ def _plan_fake(
         index.new_empty((T,), dtype=torch.int32),
         index.new_empty((T, U, block_m), dtype=torch.int16),
         index.new_empty((M,), dtype=torch.int8),
+        index.new_empty(tiles.COUNTERS, dtype=torch.int32),
     )
 
 
@@ -129,6 +136,18 @@ def _add_lora(y: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     out = y.clone(memory_format=torch.contiguous_format)
     _add_lora_(out, x, *arguments)
     return out
+
+
+@_kernel("linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    rows, plan, how = _unpack(arguments)
+    if _on_triton(x, how.triton):
+        fused = _triton_linear(x, weight, bias, rows, plan, how)
+        if fused is not None:
+            return fused
+    y = torch.nn.functional.linear(x, weight, bias)
+    _add_lora_(y, x, *arguments)
+    return y
 
 
 @_kernel("strength_gradient")
@@ -150,6 +169,11 @@ def _add_lora_fake(y: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
+@_fake("linear")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 @_fake("strength_gradient")
 def _strength_gradient_fake(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(arguments[7], memory_format=torch.contiguous_format)
@@ -157,8 +181,8 @@ def _strength_gradient_fake(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, x, *arguments = inputs
-    ctx.save_for_backward(x, *arguments[:12])
-    ctx.how = How(*arguments[12:])
+    ctx.save_for_backward(x, *arguments[:13])
+    ctx.how = How(*arguments[13:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -174,7 +198,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = torch.ops.lora_mux.add_lora(zeros, upstream, *swapped, *plan, *ctx.how)
     if ctx.needs_input_grad[9]:
         grad_strength = torch.ops.lora_mux.strength_gradient(upstream, x, *rows, *plan, *ctx.how)
-    return grad, grad_x, *[None] * 7, grad_strength, *[None] * 7
+    return grad, grad_x, *[None] * 7, grad_strength, *[None] * 8
 
 
 torch.library.register_autograd(
@@ -226,6 +250,69 @@ def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> 
     )
     if out is not y:
         y.copy_(out)
+
+
+def _triton_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: RankRows, plan: Plan, how: How
+) -> Tensor | None:
+    """The fused launch; None where there is none to make."""
+    from .kernels import config, launch
+
+    counter = launch.own_counter(plan.counters)
+    if counter is None or not (x.numel() and weight.numel() and plan.slots.shape[1]):
+        return None
+    A_rows, B_rows, W = (_computable(factor) for factor in (rows.A_rows, rows.B_rows, weight))
+    inputs = _row_major(_computable(x))
+    if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
+        inputs = inputs.contiguous()
+    y = inputs.new_empty(x.shape[0], W.shape[0])
+    (M, K), N = x.shape, W.shape[0]
+    case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
+    chosen = tuned.fused(launch.device_name(x.device), case, plan.place.shape[2])
+    if chosen is None:
+        chosen = config.choose_fused(M, K, N, launch.architecture(x.device))
+    shrinks = config.SHRINKS_WITHIN >= M
+    before = None if shrinks else _config(inputs, y, A_rows, plan, how)
+    shape = launch.h_shape(plan.slots, how.max_rank, before or chosen)
+    h = x.new_empty(shape, dtype=torch.float32)
+    if before is not None:
+        launch.shrink(
+            inputs,
+            A_rows,
+            h,
+            plan.strength,
+            plan.union,
+            plan.length,
+            plan.place,
+            rows.offset,
+            rows.rank,
+            rows.scaling,
+            rows.constant,
+            before,
+        )
+    assert rows.constant is not None
+    launch.fused(
+        inputs,
+        W,
+        bias,
+        A_rows,
+        B_rows,
+        h,
+        y,
+        plan.strength,
+        plan.union,
+        plan.length,
+        plan.place,
+        plan.state,
+        rows.offset,
+        rows.rank,
+        rows.scaling,
+        rows.constant,
+        counter,
+        chosen,
+        shrinks,
+    )
+    return y.to(x.dtype)
 
 
 def _triton_strength_gradient(

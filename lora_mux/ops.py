@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import grouped, operators, reference, tiles
+from . import grouped, operators, reference, tiles, tuned
 from .errors import BackendError
 from .grouped import HostPlan
 from .pool import Pool
@@ -22,6 +22,7 @@ from .routing import Routing
 from .slots import Slots
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
+Fused: TypeAlias = Literal["auto"] | bool
 
 HOST = "batched products on the CPU, reference elsewhere"
 OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
@@ -38,24 +39,38 @@ class Settings:
 
     backend: Backend = "auto"
     batch_invariant: bool = False  # a row's bits do not depend on the batch around it
+    fused: Fused = "auto"  # base and adapters in one launch
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "triton", "reference"):
             raise BackendError(
                 f"`backend` must be 'auto', 'triton' or 'reference', got {self.backend!r}"
             )
-        if self.backend == "triton":
+        if not (self.fused == "auto" or isinstance(self.fused, bool)):
+            raise BackendError(f"`fused` must be 'auto', True or False, got {self.fused!r}")
+        if self.fused is True and (self.batch_invariant or self.backend == "reference"):
+            got = "batch_invariant=True" if self.batch_invariant else "backend='reference'"
+            raise BackendError(
+                f"`fused` must be 'auto' or False with {got}, got True: it is a Triton kernel "
+                "whose tiles depend on the batch"
+            )
+        if self.backend == "triton" or self.fused is True:
+            asked = "`fused` True" if self.fused is True else "`backend` 'triton'"
             problem = _triton_problem()
             if problem:
                 raise BackendError(
-                    f"`backend` 'triton' needs triton {OLDEST_TRITON} or newer, {problem}; "
+                    f"{asked} needs triton {OLDEST_TRITON} or newer, {problem}; "
                     "use 'auto' or 'reference'"
                 )
             if not (_interpreted() or torch.cuda.is_available()):
                 raise BackendError(
-                    "`backend` 'triton' needs a CUDA or ROCm GPU, and torch sees none; use 'auto' "
+                    f"{asked} needs a CUDA or ROCm GPU, and torch sees none; use 'auto' "
                     "or 'reference', or set TRITON_INTERPRET=1 before Python starts to try the "
                     "kernels on the CPU"
+                )
+            if self.fused is True and not _can_fuse():
+                raise BackendError(
+                    "`fused` must be 'auto' or False on ROCm, got True; see kernels/README.md"
                 )
 
 
@@ -67,6 +82,7 @@ class Method(NamedTuple):
     block_m: int = 0  # rows of a tile
     batch_invariant: bool = False
     grouped: bool = False  # the CPU's fast form
+    fused: bool = False  # with the base layer, in one launch
 
 
 REFERENCE, GROUPED = Method(operators=False), Method(operators=False, grouped=True)
@@ -102,8 +118,20 @@ def _interpreted() -> bool:
     return launch.INTERPRETED
 
 
-def method(settings: Settings, x: Tensor, rows: int, pool: Pool) -> Method:
+def _can_fuse() -> bool:
+    from .kernels import launch
+
+    return launch.FUSES
+
+
+def method(
+    settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor | None = None
+) -> Method:
     """How adapters are added for a layer's input x of that many rows.
+
+    Args:
+        weight: of a base layer that is x W^T + bias and no more, and that autograd does not
+            follow; None = any other.
 
     Raises:
         BackendError: Triton was asked for by name, and can not run on x.
@@ -114,13 +142,31 @@ def method(settings: Settings, x: Tensor, rows: int, pool: Pool) -> Method:
     triton = _runs_triton(settings.backend, x, pool.A_rows.dtype)
     if not triton and not compiling:
         return REFERENCE
-    from .kernels.config import tile_rows
+    from .kernels.config import fused_tile_rows, tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32.
     half = x.dtype == pool.A_rows.dtype and x.element_size() == 2
     itemsize = 2 if half and not torch.is_autocast_enabled(x.device.type) else 4
+    if triton and itemsize == 2 and weight is not None and weight.dtype == x.dtype:
+        if _fuses(settings, x, rows, pool, weight):
+            return Method(True, True, fused_tile_rows(rows), fused=True)
     block_m = tile_rows(rows, itemsize, settings.batch_invariant)
     return Method(True, triton, block_m, settings.batch_invariant)
+
+
+def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor) -> bool:
+    """Whether one launch is asked for, or was measured to be faster."""
+    N, K = weight.shape
+    if N % 8 or K % 8 or weight.stride(0) % 8:
+        return False  # rows that are not loaded by 16 bytes: slow, and its registers spill
+    if settings.fused != "auto" or settings.batch_invariant or torch.compiler.is_compiling():
+        return settings.fused is True
+    if not _can_fuse():
+        return False
+    from .kernels import launch
+
+    case = tuned.Case(max(1, rows), K, N, max(1, pool.max_rank), 1, x.element_size())
+    return tuned.fuses(launch.device_name(x.device), case)
 
 
 def _runs_triton(backend: Backend, x: Tensor, pool: torch.dtype) -> bool:
@@ -203,7 +249,7 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tenso
     """
     y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     if isinstance(plan, HostPlan):
-        if not _tracked(y, x, plan.weight):
+        if not tracked(y, x, plan.weight):
             return grouped.add_lora(y_rows, x_rows, pool, plan, owned).reshape(y.shape)
         plan = plan.reference
     if isinstance(plan, reference.Plan):
@@ -213,13 +259,23 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tenso
         *(y_rows, x_rows, *pool.rows, *tensors),
         *(pool.max_rank, method.batch_invariant, method.triton),
     )
-    if owned and not _tracked(y, x, tensors.strength) and y.is_contiguous():
+    if owned and not tracked(y, x, tensors.strength) and y.is_contiguous():
         torch.ops.lora_mux.add_lora_(*arguments)
         return y
     added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
     return added.reshape(y.shape)
 
 
-def _tracked(*tensors: Tensor) -> bool:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool, plan: TiledPlan) -> Tensor:
+    """y [..., N] = x W^T + bias and the adapters' part, for x [..., K], in one launch."""
+    tensors, method = plan
+    y: Tensor = torch.ops.lora_mux.linear(
+        *(x.reshape(-1, x.shape[-1]), weight, bias, *pool.rows, *tensors),
+        *(pool.max_rank, method.batch_invariant, method.triton),
+    )
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd follows what is computed from them."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

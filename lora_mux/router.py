@@ -198,16 +198,21 @@ class Router:
             self._runner = None
         self._forget_forward()
 
-    def plan(self, x: Tensor, pool: Pool) -> ops.Plan | None:
-        """The plan for a layer's input x [..., in_features]; None = nothing to add."""
+    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.Plan | None:
+        """The plan for a layer's input x [..., in_features]; None = nothing to add.
+
+        Args:
+            weight: of a base layer that can be fused with its adapters.
+        """
         now = self._now()
         assert now.route is not None
         rows = prod(x.shape[:-1])
         # Shapes are checked for each layer; plans of equal row counts are the same.
         samples = _samples_of(now, x)
-        method = ops.method(self.settings, x, rows, pool)
+        trained = now.route.routing.weight.requires_grad
+        method = ops.method(self.settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        shared = self._samples is not None and not now.route.routing.weight.requires_grad
+        shared = self._samples is not None and not trained
         # A list, for the sizes of a compiled batch may be symbols, which no dict can look up.
         for made in self._plans if shared else ():
             if made.rows == rows and (made.device, made.method) == (x.device, method):

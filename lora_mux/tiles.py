@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 SLOT_MASK = 0xFFFF
+COUNTERS = 64, 4  # of lora_mux.kernels.launch.STREAMS
 
 
 def strength_of(slots: Tensor, weight: Tensor) -> Tensor:
@@ -29,8 +30,8 @@ def shapes(rows: int, places: int, capacity: int, block_m: int) -> tuple[int, in
 
 def plan(
     index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(slots, strength, union, length, place, state) of index [M, J] and weight [M, J]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What lora_mux.kernels.launch.plan returns, of index [M, J] and weight [M, J]."""
     M, J = index.shape
     tiles, U = shapes(M, J, capacity, block_m)
     index = index.to(torch.int64)
@@ -54,4 +55,5 @@ def plan(
     place = torch.where(here, places, J).amin(3) if J else union.new_zeros(tiles, U, block_m)
     place = torch.where(place < J, place, -1).to(torch.int16)
     strength = strength_of(slots, weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    return slots, strength, union, length.to(torch.int32), place, state
+    counters = slots.new_zeros(COUNTERS)
+    return slots, strength, union, length.to(torch.int32), place, state, counters

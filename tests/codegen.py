@@ -36,6 +36,7 @@ config = importlib.import_module("kernels_src.config")
 plan_kernel = importlib.import_module("kernels_src.plan").plan_kernel
 shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
 expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
+fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {
@@ -60,17 +61,24 @@ def signatures(dtype: str) -> dict[str, dict[str, str]]:
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
         "shrink": "M K J R U stride_xm stride_ac",
         "expand": "M N J R U stride_bc stride_ym",
+        "fused": "M K N J R U groups stride_xm stride_wn stride_ac stride_bc stride_ym",
     }
     pointers = {
         "plan": {
             **{"index_ptr": "*i64", "weight_ptr": "*fp32", "live_ptr": "*i32"},
             **{"slots_ptr": "*i32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8"},
+            "counters_ptr": "*i32",
         },
         "shrink": {
             **{"x_ptr": x, "A_ptr": x, "h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN},
             **{**TABLES, "scaling_ptr": "*fp32", "constant_ptr": "*u1"},
         },
         "expand": {"h_ptr": "*fp32", "B_ptr": x, "y_ptr": x, **PLAN, "state_ptr": "*i8", **TABLES},
+        "fused": {
+            **dict.fromkeys("x_ptr W_ptr bias_ptr A_ptr B_ptr y_ptr".split(), x),
+            **{"h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8", **TABLES},
+            **{"scaling_ptr": "*fp32", "constant_ptr": "*u1", "counter_ptr": "*i32"},
+        },
     }
     return {
         kernel: {**pointers[kernel], **dict.fromkeys(names.split(), "i32")}
@@ -83,34 +91,40 @@ DIVISIBLE = {"R", "stride_ac", "stride_bc"}
 
 
 def compile_kernel(
-    kernel: str, dtype: str, architecture: str, chosen: Any, window: int, unit: int = 16
+    kernel: str,
+    dtype: str,
+    architecture: str,
+    chosen: Any,
+    window: int,
+    unit: int = 16,
+    shrinks: bool = True,
 ) -> Any:
     """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan)."""
-    functions = {"plan": plan_kernel, "shrink": shrink_kernel, "expand": expand_kernel}
-    product = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
-    constants: dict[str, Any] = {
-        "plan": {"BLOCK_J": window, "BLOCK_U": 16},
-        "shrink": {
-            **product,
-            "HAS_STRENGTH": True,
-            "HAS_CONSTANT": True,
-            "GROUP": chosen.shrink_group,
-            "BLOCK_K": chosen.block_k,
-            "X_UNIT": unit,
-        },
-        "expand": {
-            **product,
-            "GROUP": chosen.expand_group,
-            "BLOCK_N": chosen.block_n,
-            "Y_UNIT": unit,
-        },
-    }[kernel]
+    functions = {
+        "plan": plan_kernel,
+        "shrink": shrink_kernel,
+        "expand": expand_kernel,
+        "fused": fused_kernel,
+    }
+    if kernel == "plan":
+        constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16, "COUNTERS": 256}
+        warps, stages = 4, 3
+    else:
+        constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
+    if kernel == "shrink":
+        constants |= {"HAS_STRENGTH": True, "HAS_CONSTANT": True, "X_UNIT": unit}
+        constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
+        warps, stages = chosen.shrink_warps, chosen.shrink_stages
+    if kernel == "expand":
+        constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
+        warps, stages = chosen.expand_warps, chosen.expand_stages
+    if kernel == "fused":
+        constants |= {"SHRINKS": shrinks, "HAS_BIAS": True, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
+        constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
+        constants["SWIZZLE"] = chosen.swizzle
+        warps, stages = chosen.warps, chosen.stages
     constants["BLOCK_M"] = chosen.block_m
-    warps, stages = {
-        "plan": (4, 3),
-        "shrink": (chosen.shrink_warps, chosen.shrink_stages),
-        "expand": (chosen.expand_warps, chosen.expand_stages),
-    }[kernel]
     fn, given = functions[kernel], signatures(dtype)[kernel]
     names = fn.arg_names
     source = ASTSource(
@@ -134,16 +148,23 @@ def compile_kernel(
 
 
 def report(
-    kernel: str, dtype: str, architecture: str, chosen: Any, window: int, unit: int = 16
+    kernel: str,
+    dtype: str,
+    architecture: str,
+    chosen: Any,
+    window: int,
+    unit: int = 16,
+    shrinks: bool = True,
 ) -> dict[str, Any]:
     """What the machine code of a kernel needs and uses."""
-    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit)
+    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit, shrinks)
     found = {
         "kernel": kernel,
         "dtype": dtype,
         "architecture": architecture,
         "window": window,
         "unit": unit,
+        "shrinks": shrinks,
         "config": dataclasses.asdict(chosen),
         "shared": compiled.metadata.shared,
     }
@@ -213,6 +234,37 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
     )
 
 
+def shipped_fused(architecture: str) -> list[Any]:
+    """Every (FusedConfig, whether it shrinks) that ships for the architecture."""
+    grid = itertools.product(
+        (1, 17, 33, 65, config.SHRINKS_WITHIN, config.SHRINKS_WITHIN + 1),  # rows
+        (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672),  # out_features
+    )
+    return list(
+        dict.fromkeys(
+            (
+                config.choose_fused(rows, 4096, N, ARCHITECTURES[architecture]),
+                rows <= config.SHRINKS_WITHIN,
+            )
+            for rows, N in grid
+        )
+    )
+
+
+def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
+    """The reports of the fused kernel: all, or those of the fewest and of the most rows."""
+    pairs = shipped_fused(architecture)
+    if everything:
+        for (chosen, shrinks), window, unit in itertools.product(pairs, (16, 64), (16, 8)):
+            for dtype in ("fp16", "bf16") if unit == 16 else ("bf16",):
+                yield report("fused", dtype, architecture, chosen, window, unit, shrinks)
+        return
+    wide = {chosen.block_m: (chosen, shrinks) for chosen, shrinks in pairs}
+    ends = wide.values() if architecture == "sm_90" else (pairs[0], pairs[-1])
+    for chosen, shrinks in ends:
+        yield report("fused", "bf16", architecture, chosen, 16, 16, shrinks)
+
+
 def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]]:
     """The reports: of every config, or of the two ends (K splits, window) of each tile size.
 
@@ -240,7 +292,8 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
                     if dtype == "bf16" and (everything or architecture == "sm_90"):
                         for unit in (8, 1):
                             yield report(kernel, dtype, architecture, ends[-1], 64, unit)
-        for block_m, places in ((16, 1), (64, 8), (64, 32)):
+        yield from sweep_fused(architecture, everything)
+        for block_m, places in ((16, 1), (64, 8), (128, 32)):
             chosen = dataclasses.replace(configs[0], block_m=block_m)
             yield report("plan", "fp32", architecture, chosen, places)
 

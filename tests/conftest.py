@@ -9,9 +9,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 # Read when triton is imported. On a GPU machine the same tests run with TRITON_INTERPRET=1 given
 # from outside; without it the tests marked gpu do.
@@ -44,3 +47,38 @@ def each_form(request: pytest.FixtureRequest) -> Iterator[None]:
     """The two forms on the CPU: the reference runs where autograd follows the base's weight."""
     with torch.set_grad_enabled(request.param == "reference"):
         yield
+
+
+@pytest.fixture(scope="module")
+def mended() -> Iterator[None]:
+    """The interpreter's bf16, put right."""
+    from interpreter import mend_bf16
+
+    with mend_bf16():
+        yield
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Infinities are what some tests are about; numpy would warn, as a GPU does not."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+GARBAGE = 0x3FFFFFF0  # a slot, a place or a length that no tensor holds
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launchers allocate holds NaN and garbage until a kernel writes it."""
+    new_empty = Tensor.new_empty
+
+    def new_poisoned(self: Tensor, *size: Any, **how: Any) -> Tensor:
+        made = new_empty(self, *size, **how)
+        if "device" in how:  # the interpreter's own
+            return made
+        if made.is_floating_point():
+            return made.fill_(float("nan"))
+        return made.fill_(min(GARBAGE, torch.iinfo(made.dtype).max - 15))
+
+    monkeypatch.setattr(Tensor, "new_empty", new_poisoned)

@@ -3,10 +3,14 @@
 `mend_bf16` puts right what it does to bf16: it multiplies the bits (triton #11584) and truncates
 when it casts. `Memory` watches every load and store of interpreted kernels: accesses outside the
 tensors, races between programs, two lanes of a store at one address, and exact traffic.
+`waiting_first` runs the programs of a grid in the worst order there is for those that wait.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+import functools
+import inspect
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,13 +61,23 @@ class Memory:
 
     Attributes:
         errors: accesses outside of all tensors, races, duplicate stores.
-        bytes: (kind, name) -> bytes of the lanes that were not masked, kind "load" or "store".
+        bytes: (kind, name) -> bytes of the lanes that were not masked, kind "load", "store" or
+            "atomic".
+        programs: the same key -> the programs, by their first index.
+
+    An atomic that releases hands on what its program wrote, and what was handed to it; one that
+    acquires the same address takes that over. Nothing else orders two programs.
     """
 
     def __init__(self, **tensors: Tensor | None) -> None:
         self.tensors = {name: t for name, t in tensors.items() if t is not None and t.numel()}
         self.errors: list[str] = []
         self.bytes: Counter[tuple[str, str]] = Counter()
+        self.programs: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+        self._known: defaultdict[Any, set[Any]] = defaultdict(
+            set
+        )  # program -> whose writes it sees
+        self._released: defaultdict[int, set[Any]] = defaultdict(set)  # address -> the same
         self._writer: dict[int, Any] = {}  # address -> the program that wrote it
         self._reader: dict[int, Any] = {}
 
@@ -77,20 +91,44 @@ class Memory:
         def watched_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
             return store(builder, ptrs, value, self._seen("store", ptrs, mask), *rest)
 
-        def atomic(*arguments: Any) -> Any:
-            raise AssertionError("the kernels use no atomics")
+        add = Builder.create_atomic_rmw
+
+        def watched_add(
+            builder: Any, op: Any, ptrs: Any, value: Any, mask: Any, sem: Any, scope: Any
+        ) -> Any:
+            (address,) = np.ravel(ptrs.data).tolist()
+            program, order = interpreter.interpreter_builder.grid_idx, str(sem).lower()
+            before = add(builder, op, ptrs, value, self._seen("atomic", ptrs, mask), sem, scope)
+            if "release" in order:
+                self._released[address] |= self._known[program] | {program}
+            if "acquire" in order:
+                self._known[program] |= self._released[address]
+            return before
+
+        def no_other(*arguments: Any) -> Any:
+            raise AssertionError("the kernels use no compare-and-swap")
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Builder, "create_masked_load", watched_load)
             patch.setattr(Builder, "create_masked_store", watched_store)
-            patch.setattr(Builder, "create_atomic_rmw", atomic)
-            patch.setattr(Builder, "create_atomic_cas", atomic)
+            patch.setattr(Builder, "create_atomic_rmw", watched_add)
+            patch.setattr(Builder, "create_atomic_cas", no_other)
+            yield self
+
+    @contextmanager
+    def of_launches(self) -> Iterator["Memory"]:
+        """Watch every kernel that lora_mux.kernels.launch launches, and the tensors it is given."""
+        from lora_mux.kernels import launch
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in vars(launch) if name.endswith("_kernel")]:
+                patch.setattr(launch, name, _Spied(getattr(launch, name), self))
             yield self
 
     def next_kernel(self) -> None:
         """Launches follow one another: what an earlier one wrote is no race."""
-        self._writer.clear()
-        self._reader.clear()
+        for seen in (self._writer, self._reader, self._known, self._released):
+            seen.clear()
 
     def _seen(self, kind: str, ptrs: Any, mask: Any) -> Any:
         """Note an access; returns its mask without the lanes that are out of bounds."""
@@ -98,14 +136,17 @@ class Memory:
         addresses = ptrs.data[lanes].ravel().astype(np.int64)
         if not addresses.size:
             return mask
+        program = interpreter.interpreter_builder.grid_idx
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         inside = np.zeros(addresses.shape, bool)
         for name, tensor in self.tensors.items():
             low, high = _extent(tensor)
             here = (addresses >= low) & (addresses + size <= high)
             self.bytes[kind, name] += int(here.sum()) * size
+            if here.any():
+                self.programs[kind, name].add(program[0])
             inside |= here
-        program = interpreter.interpreter_builder.grid_idx
+        known = self._known[program] | {program}
         if not inside.all():
             self.errors.append(f"{kind} outside of the tensors by program {program}")
             kept = lanes.copy()
@@ -113,19 +154,125 @@ class Memory:
             mask = Handle(kept, mask.dtype)
         if kind == "store" and len(np.unique(addresses)) != len(addresses):
             self.errors.append(f"two lanes of one store share an address, program {program}")
+        if kind == "atomic":  # they do not race with one another
+            return mask
         for address in addresses.tolist():
-            if self._writer.get(address, program) != program:
+            if self._writer.get(address, program) not in known:
                 self.errors.append(f"{kind} of what program {self._writer[address]} wrote")
             if kind == "load":
                 self._reader[address] = program
                 continue
-            if self._reader.get(address, program) != program:
+            if self._reader.get(address, program) not in known:
                 self.errors.append(f"store of what program {self._reader[address]} read")
             self._writer[address] = program
         return mask
+
+
+class _Spied:
+    """A kernel whose launches a Memory watches."""
+
+    def __init__(self, kernel: Any, memory: Memory) -> None:
+        self.kernel, self.memory = kernel, memory
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*tensors: Any, **constants: Any) -> None:
+            names = self.kernel.arg_names[: len(tensors)]
+            for argument, tensor in zip(names, tensors, strict=True):
+                name = argument.removesuffix("_ptr")
+                # A and B are known as A_rows and B_rows.
+                if tensor is not None and tensor.numel() and name not in ("A", "B"):
+                    self.memory.tensors[name] = tensor
+            self.memory.next_kernel()
+            with self.memory.watched():
+                self.kernel[grid](*tensors, **constants)
+
+        return call
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """[first byte, end) of a view: its own elements, not its storage."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@contextmanager
+def waiting_first() -> Iterator[None]:
+    """Run the programs of each grid from the last to the first, in turns that end at an atomic.
+
+    All that were started before have another turn before one more program is started. A turn ends
+    before each poll (an addition of 0), and in programs that have not polled before any atomic:
+    whoever goes on too early, or takes over something else than what it waits for, does so before
+    the last of the others has done all of its work.
+    """
+    plain_init, plain_add = interpreter.GridExecutor.__init__, Builder.create_atomic_rmw
+    builder = interpreter.interpreter_builder
+    running = _Coroutines()
+
+    def init(self: Any, fn: Callable[..., None], *rest: Any) -> None:
+        @functools.wraps(fn)
+        def collected(**arguments: Any) -> None:
+            programs.append((builder.grid_idx, functools.partial(fn, **arguments)))
+            if builder.grid_idx == tuple(n - 1 for n in builder.grid_dim):
+                running.run(programs[::-1])
+
+        programs: list[tuple[Any, Callable[[], None]]] = []
+        collected.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+        plain_init(self, collected, *rest)
+
+    def add(self: Any, op: Any, ptrs: Any, value: Any, *rest: Any) -> Any:
+        running.pause(polls=not np.any(value.data))
+        return plain_add(self, op, ptrs, value, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__init__", init)
+        patch.setattr(Builder, "create_atomic_rmw", add)
+        yield
+
+
+class _Coroutines:
+    """Programs in threads of their own, of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self._errors: list[BaseException] = []
+
+    def run(self, programs: list[tuple[Any, Callable[[], None]]]) -> None:
+        waiting: list[tuple[Any, threading.Thread]] = []
+        for index, program in programs:
+            waiting = [one for one in waiting if self._step(*one)]
+            thread = threading.Thread(target=self._guarded, args=(program,), daemon=True)
+            thread.turn, thread.done = threading.Event(), threading.Event()  # type: ignore[attr-defined]
+            thread.start()
+            waiting += [(index, thread)] if self._step(index, thread) else []
+        while waiting:
+            waiting = [one for one in waiting if self._step(*one)]
+
+    def pause(self, polls: bool) -> None:
+        """Called by a program before an atomic: let others run."""
+        me: Any = threading.current_thread()
+        if not polls and getattr(me, "polled", False):
+            return
+        me.polled = polls
+        me.done.set()
+        me.turn.wait()
+        me.turn.clear()
+
+    def _step(self, index: Any, thread: Any) -> bool:
+        """Let a program run until it pauses (True) or ends."""
+        interpreter.interpreter_builder.grid_idx = index
+        thread.done.clear()
+        thread.turn.set()
+        thread.done.wait()
+        if self._errors:
+            raise self._errors.pop()
+        return bool(thread.is_alive() and not getattr(thread, "ended", False))
+
+    def _guarded(self, program: Callable[[], None]) -> None:
+        me: Any = threading.current_thread()
+        me.turn.wait()
+        me.turn.clear()
+        try:
+            program()
+        except BaseException as error:
+            self._errors.append(error)
+        me.ended = True
+        me.done.set()

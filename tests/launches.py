@@ -29,13 +29,15 @@ from interpreter import mend_bf16
 from lora_mux import operators, ops
 from lora_mux.kernels import launch
 from oracle import Adapter, forward
-from problem import Problem
+from problem import FusedProblem, Problem
+
+KERNELS = "plan", "shrink", "expand", "fused"
 
 
 def on(architecture: str, computes: bool = True) -> None:
     """Launch for that architecture, and let the launchers think that it is there."""
     fake_driver.install(architecture, computes)
-    for kernel in (launch.plan_kernel, launch.shrink_kernel, launch.expand_kernel):
+    for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS):
         kernel.device_caches.clear()
     launch.architecture = lambda device: codegen.ARCHITECTURES[architecture]  # type: ignore[assignment]
 
@@ -74,37 +76,53 @@ def values() -> dict[str, Any]:
     return found
 
 
+def fused() -> dict[str, Any]:
+    """The fused launch for a few rows and for many, and that the answers are right."""
+    found = {}
+    for rows in (5, 200):
+        on("sm_90")
+        sizes: dict[str, Any] = {"K": 64, "N": 80, "ranks": (8, 20), "J": 2}
+        problem = FusedProblem(rows=rows, dtype=torch.bfloat16, **sizes)
+        problem.check(problem.run(shrinks=rows == 5, block_n=32))
+        found[f"{rows} rows"] = described()
+    return found
+
+
 def compiled_variants() -> dict[str, int]:
     """How many variants of shrink 20 batches need that differ in rows, routing and adapters."""
     on("sm_90", computes=False)
     for rows in (1, 2, 15, 16, 17, 48, 64):
         for ranks in ((8, 20), (20, 3), (16, 16)):
             Problem(rows=rows, K=64, N=80, ranks=ranks, J=2, dtype=torch.bfloat16).run(split_k=1)
-    return {name: len(set(_hashes(name))) for name in ("plan", "shrink", "expand")}
+    for rows in (33, 48, 64):
+        for ranks in ((8, 20), (20, 3), (16, 16)):
+            FusedProblem(rows=rows, K=64, N=80, ranks=ranks, J=2, dtype=torch.bfloat16).run()
+    return {name: len(set(_hashes(name))) for name in KERNELS}
 
 
 def _hashes(name: str) -> list[str]:
     return [one.metadata.hash for one in LAUNCHES if one.name == f"{name}_kernel"]
 
 
-def graph() -> dict[str, Any]:
+def graph(fused: bool) -> dict[str, Any]:
     """Launches of one forward pass, replayed after all that may change between replays."""
     on("sm_90")
     ops._interpreted = lambda: True  # on the CPU, please
     torch.manual_seed(0)
-    linear = nn.Linear(40, 24)
-    layer = lora_mux.MuxLinear(linear, backend="triton")
+    dtype = torch.bfloat16 if fused else torch.float32
+    linear = nn.Linear(40, 24, dtype=dtype)
+    layer = lora_mux.MuxLinear(linear, backend="triton", fused=fused)
     layer.reserve(adapters=5, rank=33)
     adapters: dict[int, Adapter] = {}
 
     def load(name: str, rank: int) -> int:
-        A, B = torch.randn(rank, 40) / 6, torch.randn(24, rank)
+        A, B = (torch.randn(rank, 40) / 6).to(dtype), torch.randn(24, rank).to(dtype)
         handle = layer.add_adapter(name, A, B, alpha=4)
         adapters[handle] = Adapter(A, B, 4 / rank)
         return handle
 
     a, b = load("a", 5), load("b", 20)
-    x = torch.randn(6, 40)
+    x = torch.randn(6, 40).to(dtype)
     index, weight = torch.full((6, 3), -1), torch.ones(6, 3)
     index[:2, 0] = a
     with torch.no_grad():
@@ -169,6 +187,9 @@ def fake_tensors() -> list[dict[str, Any]]:
         plan = operators._plan(index, torch.empty(rows, J), live, S, 64, True)
         operators._add_lora_(y, x, *pool, *plan, 64, False, True)
         operators._strength_gradient(y, x, *pool, *plan, 64, False, True)
+        W = torch.empty(N, K, **half)
+        plan = operators._plan(index, torch.empty(rows, J), live, S, 128, True)
+        operators._linear(x, W, None, *pool, *plan, 64, False, True)
     return described()
 
 
@@ -176,8 +197,10 @@ if __name__ == "__main__":
     with mend_bf16():
         report = {
             "values": values(),
+            "fused": fused(),
             "variants": compiled_variants(),
-            "graph": graph(),
+            "graph": graph(fused=False),
+            "fused graph": graph(fused=True),
             "fake": fake_tensors(),
         }
     json.dump(report, sys.stdout)

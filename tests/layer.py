@@ -51,8 +51,8 @@ class Bench:
         y = self.layer(x, lora_mux.Routing(handles, weight))
         strength = torch.ones(index.shape) if weight is None else weight
         rows = [
-            [(self.adapters[a], float(w)) for a, w in zip(chosen, ws, strict=True) if a >= 0]
-            for chosen, ws in zip(index.tolist(), strength, strict=True)
+            [(self.adapters[a], w) for a, w in zip(chosen, ws, strict=True) if a >= 0]
+            for chosen, ws in zip(index.tolist(), strength.tolist(), strict=True)
         ]
         flat = x.reshape(-1, x.shape[-1])
         with torch.no_grad():

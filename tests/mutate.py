@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("tests/test_kernels.py",)
+FUSED = ("tests/test_fused.py",)
 BACKEND = ("tests/test_triton_backend.py",)
 GROUPED = ("tests/test_grouped.py", "tests/test_linear.py")
 CHECKPOINTING = ("tests/test_checkpointing.py",)
@@ -33,6 +34,7 @@ class Mutation(NamedTuple):
 
 
 PLAN, SHRINK, EXPAND = (f"kernels/{name}.py" for name in ("plan", "shrink", "expand"))
+FUSE = "kernels/fused.py"
 BLOCKS, LAUNCH = "kernels/rank_blocks.py", "kernels/launch.py"
 MUTATIONS = {
     "plan: a freed handle counts": Mutation(
@@ -71,7 +73,7 @@ MUTATIONS = {
     "shrink: the bias in every split": Mutation(SHRINK, "tl.where(pid_k == 0, 1.0, 0.0)", "1.0"),
     "shrink: every program does every group": Mutation(
         SHRINK,
-        "range(tl.program_id(1) * GROUP, total, tl.num_programs(1) * GROUP)",
+        "range(first_group * GROUP, total, groups * GROUP)",
         "range(0, total, GROUP)",
     ),
     "shrink: only the first window": Mutation(SHRINK, "union_tile + window + u", "union_tile + u"),
@@ -86,7 +88,7 @@ MUTATIONS = {
     ),
     "expand: an overflow is NaN": Mutation(EXPAND, 'tl.abs(low) < float("inf")', "low == low"),
     "expand: every row is written": Mutation(
-        EXPAND, "mask=changes[:, None] & mask_n", "mask=(offs_m < M)[:, None] & mask_n"
+        EXPAND, "mask=(changes | (state == 2))[:, None]", "mask=(offs_m < M)[:, None]"
     ),
     "expand: a dead handle is the base": Mutation(EXPAND, 'float("nan")', "0.0"),
     "expand: a rank row too many": Mutation(EXPAND, "> offs_b[None, :]", ">= offs_b[None, :]"),
@@ -95,7 +97,10 @@ MUTATIONS = {
     "expand: the first block of each adapter": Mutation(EXPAND, "* R + first[None, :]", "* R"),
     "expand: masked by multiplying": Mutation(
         EXPAND,
-        "mask=(place >= 0)[:, :, None], other=0.0\n                )",
+        """mask=(place >= 0)[:, :, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )""",
         "mask=(place >= -1)[:, :, None], other=0.0) * (place >= 0)[:, :, None]",
     ),
     "expand: the delta rounded before the sum": Mutation(
@@ -115,6 +120,52 @@ MUTATIONS = {
     ),
     "launch: columns too few": Mutation(
         LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))"
+    ),
+    "plan: counters begin as they come": Mutation(
+        PLAN, "tl.store(counters_ptr +", "tl.load(counters_ptr +", FUSED
+    ),
+    "fused: nobody waits": Mutation(
+        FUSE, "if tl.load(length_ptr + pid_m) > 0:", "if pid < 0:", FUSED
+    ),
+    "fused: waits for one too few": Mutation(
+        FUSE, "while done < programs", "while done < programs - 1", FUSED
+    ),
+    "fused: what was stored is not handed on": Mutation(
+        FUSE, 'sem="release"', 'sem="relaxed"', FUSED
+    ),
+    "fused: what was handed on is not taken": Mutation(
+        FUSE, 'sem="acquire"', 'sem="relaxed"', FUSED
+    ),
+    "fused: counters stay": Mutation(FUSE, "num_programs(0) - 1", "num_programs(0)", FUSED),
+    "fused: no bias": Mutation(FUSE, "if HAS_BIAS:", "if False:", FUSED),
+    "fused: a dead handle is the base": Mutation(FUSE, 'float("nan")', "0.0", FUSED),
+    "fused: a column of W too many": Mutation(
+        FUSE, "offs_m < M, offs_n < N", "offs_m < M, offs_n <= N", FUSED
+    ),
+    "fused: a row of x too many": Mutation(
+        FUSE, "offs_m < M, offs_n < N", "offs_m <= M, offs_n < N", FUSED
+    ),
+    "fused: a step of K too many": Mutation(FUSE, "(k + offs_k < K)", "(k + offs_k <= K)", FUSED),
+    "fused: a last group of tiles that is too wide": Mutation(
+        FUSE, "tl.minimum(tiles - first, SWIZZLE)", "SWIZZLE", FUSED
+    ),
+    "fused: one part of K": Mutation(
+        FUSE, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", FUSED
+    ),
+    "fused: all streams share": Mutation(LAUNCH, "if place < STREAMS", "if True", FUSED),
+    "fused: whatever the base": Mutation("linear.py", "not self.mux_owns_output or", "", FUSED),
+    "fused: gradients are lost": Mutation(
+        "linear.py", "if ops.tracked(x, weight, bias):", "if False:", FUSED
+    ),
+    "fused: gradients of weights are lost": Mutation(
+        "linear.py", "if spread.weight.requires_grad:", "if False:", FUSED
+    ),
+    "fused: a wrapped weight": Mutation("linear.py", "type(weight) is nn.Parameter and", "", FUSED),
+    "fused: rows that are no multiple of 16 bytes": Mutation(
+        "ops.py", "if N % 8 or K % 8", "if False", FUSED
+    ),
+    "fused: without having been measured": Mutation(
+        "ops.py", "tuned.fuses(launch", "not tuned.fuses(launch", ("tests/test_tuned.py",)
     ),
     "grouped: repeated rows are added": Mutation(
         "grouped.py", "if group.real is not None:", "if False:", GROUPED
@@ -147,7 +198,7 @@ MUTATIONS = {
         GROUPED,
     ),
     "grouped: no bias": Mutation(
-        "grouped.py", "h[[span.bias for span in spans], :, -1] = 1.0", "pass", GROUPED
+        "grouped.py", "h[[span.bias for span in spans[some]], :, -1] = 1.0", "pass", GROUPED
     ),
     "grouped: the last weight of a slot that stands twice": Mutation(
         "grouped.py", "weight[m][u] += strength", "weight[m][u] = strength", GROUPED
@@ -174,7 +225,9 @@ MUTATIONS = {
         "operators.py", "(plan.state == 2)", "(plan.state == 3)", OPERATORS
     ),
     "ops: writes to what is not ours": Mutation("ops.py", "if owned and", "if", BACKEND),
-    "ops: gradients are lost": Mutation("ops.py", "not tracked and", "", BACKEND),
+    "ops: gradients are lost": Mutation(
+        "ops.py", "owned and not tracked(y, x, tensors.strength)", "owned", BACKEND
+    ),
     "ops: no flag on the routing": Mutation("ops.py", "routing.states[:] =", "_ =", BACKEND),
     "pool: always fits": Mutation(
         "pool.py", "return all(n <= h", "return True or all(n <= h", BACKEND

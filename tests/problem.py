@@ -114,7 +114,7 @@ class Problem:
         )
         chosen = dataclasses.replace(chosen, **replaced)
         plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
-        slots, strength, union, length, place, state = plan
+        slots, strength, union, length, place, state, _ = plan
         h = self.x.new_empty(launch.h_shape(slots, self.max_rank, chosen), dtype=torch.float32)
         tables = self.offset, self.rank
         y = self.y.clone()
@@ -126,10 +126,13 @@ class Problem:
             launch.expand(h, self.B_rows, y, union, length, place, state, *tables, chosen)
         return y
 
+    def base(self) -> tuple[Tensor, Tensor]:
+        """y without adapters in fp64, and the sum of the absolute values of its terms."""
+        return self.y.double().clone(), self.y.double().abs()
+
     def truth(self) -> tuple[Tensor, Tensor]:
         """(y in fp64, the sum of the absolute values of all terms that it is made of)."""
-        y = self.y.double().clone()
-        size = y.abs()
+        y, size = self.base()
         slots = self.index.clone()
         slots[slots >= 0] &= SLOTS - 1
         for m, row in enumerate(slots.tolist()):
@@ -160,8 +163,71 @@ class Problem:
         worst = ((got.double() - y).abs() / budget.clamp(min=1e-30)).nan_to_num(1e9)
         assert got.shape == y.shape and got.dtype == self.dtype
         assert not worst.numel() or worst.max() <= 1, f"{worst.max():.2f} of the budget"
+        self.check_beside(got)
+
+    def check_beside(self, got: Tensor) -> None:
+        """What must hold besides the values."""
         untouched = (self.index < 0).all(1) if self.J else torch.ones_like(self.index.sum(1) > 0)
         assert torch.equal(got[untouched], self.y[untouched]), "a base row changed"
+
+
+@dataclass
+class FusedProblem(Problem):
+    """The same batch for the fused kernel, which computes the base layer as well."""
+
+    bias: bool = True
+    W: Tensor = field(init=False)
+    b: Tensor | None = field(init=False)
+    counters: Tensor = field(init=False)  # after the last run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make = torch.Generator().manual_seed(self.seed + 1)
+        W = torch.randn(self.N, self.K, generator=make) / self.K**0.5
+        self.W = W.to(self.device, self.dtype)
+        b = torch.randn(self.N, generator=make).to(self.device, self.dtype)
+        self.b = b if self.bias else None
+
+    def base(self) -> tuple[Tensor, Tensor]:
+        x, W = self.x.double(), self.W.double()
+        b = torch.zeros(self.N) if self.b is None else self.b.double()
+        return x @ W.T + b, x.abs() @ W.abs().T + b.abs()
+
+    def run(self, shrinks: bool = True, times: int = 1, **replaced: Any) -> Tensor:
+        """y by the launchers, `times` times over on the same plan."""
+        import dataclasses
+
+        from lora_mux.kernels import config, launch
+
+        architecture = launch.architecture(self.x.device)
+        chosen = config.choose_fused(self.rows, self.K, self.N, architecture)
+        chosen = dataclasses.replace(chosen, **replaced)
+        plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
+        slots, strength, union, length, place, state, counters = plan
+        how = self.max_rank, launch.product_itemsize(self.x), architecture, chosen.block_m
+        separate = config.choose(self.rows, self.K, self.N, how[0], self.J, *how[1:])
+        shape = launch.h_shape(slots, self.max_rank, chosen if shrinks else separate)
+        tables = self.offset, self.rank, self.scaling, self.constant
+        ys = []
+        for _ in range(times):
+            h = self.x.new_empty(shape, dtype=torch.float32)
+            y = self.x.new_empty(self.rows, self.N)
+            if not shrinks:
+                launch.shrink(
+                    *(self.x, self.A_rows, h, strength, union, length, place, *tables, separate)
+                )
+            launch.fused(
+                *(self.x, self.W, self.b, self.A_rows, self.B_rows, h, y, strength, union, length),
+                *(place, state, *tables, launch.own_counter(counters), chosen, shrinks),
+            )
+            ys.append(y)
+        self.counters = counters
+        for y in ys[1:]:
+            torch.testing.assert_close(y, ys[0], rtol=0, atol=0, equal_nan=True)
+        return ys[0]
+
+    def check_beside(self, got: Tensor) -> None:
+        assert not self.counters.any(), "the next launch would not wait"
 
 
 def each(slots: list[list[int]]) -> Any:

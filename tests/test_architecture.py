@@ -25,7 +25,7 @@ ALLOWED = {
     "operators": {"kernels", "pool", "reference", "tiles", "tuned"},
     "ops": {
         *("errors", "grouped", "kernels", "operators"),
-        *("pool", "reference", "routing", "slots", "tiles"),
+        *("pool", "reference", "routing", "slots", "tiles", "tuned"),
     },
     "sharding": {"errors", "grouped", "ops", "pool"},
     "route": {"errors", "routing", "slots"},
@@ -181,3 +181,15 @@ def test_breaches_are_caught() -> None:
 def test_kernels_is_no_package() -> None:
     """transformers imports Hugging Face's `kernels`, and would find ours from the root."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_mutations_are_of_lines_that_exist() -> None:
+    """tests/mutate.py takes too long for every run; that it can run is cheap to see."""
+    import mutate
+
+    for name, mutation in mutate.MUTATIONS.items():
+        folder = mutate.ROOT / "lora_mux"
+        if mutation.file.startswith("kernels/"):
+            folder = mutate.ROOT / "kernels" / "src"
+        source = (folder / mutation.file.removeprefix("kernels/")).read_text(encoding="utf-8")
+        assert mutation.old in source, f"{name}: {mutation.file} does not hold {mutation.old!r}"

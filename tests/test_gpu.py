@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux import Routing, ops
-from problem import CASES, Problem
+from problem import CASES, FusedProblem, Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -72,12 +72,58 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(got[-3:], got[:3].roll(-(rows % 3), 0))
 
 
+class TestFused:
+    """The fused kernel, whose programs wait for one another."""
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("rows", [1, 16, 17, 33, 64, 100, 128, 129, 184, 185, 1000])
+    def test_sizes_of_a_model(self, rows: int, dtype: torch.dtype) -> None:
+        """Every form; and twenty launches on one plan, whose counters must be zero between."""
+        for N in (1024, 4096):
+            problem = FusedProblem(
+                rows=rows, K=4096, N=N, ranks=(8, 16, 64, 33, 128), J=2, dtype=dtype, device="cuda"
+            )
+            problem.check(problem.run(shrinks=rows <= 184, times=20))
+
+    @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].rows])
+    def test_named_cases(self, name: str) -> None:
+        fields = {
+            f.name: getattr(CASES[name], f.name) for f in dataclasses.fields(Problem) if f.init
+        }
+        if name != "no places":
+            problem = FusedProblem(**fields | {"device": "cuda", "dtype": torch.bfloat16})
+            problem.check(problem.run(times=2))
+
+    def test_two_streams_at_once(self) -> None:
+        """Launches that overlap."""
+        problem = FusedProblem(
+            rows=32, K=4096, N=28672, ranks=(16,) * 64, J=1, dtype=torch.bfloat16, device="cuda"
+        )
+        expected = problem.run()
+        streams: list[Any] = [torch.cuda.Stream() for _ in range(4)]
+        torch.cuda.synchronize()
+        for _ in range(10):
+            found = []
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(problem.run(times=5))
+            torch.cuda.synchronize()
+            assert all(torch.equal(y, expected) for y in found)
+
+    def test_more_programs_than_the_machine_holds(self) -> None:
+        """Most base programs can not even start before those of shrink are done."""
+        problem = FusedProblem(
+            rows=128, K=512, N=65536, ranks=(64,) * 100, J=1, dtype=torch.bfloat16, device="cuda"
+        )
+        problem.check(problem.run(block_n=16, times=3))
+
+
 class TestLayer:
-    @pytest.fixture
-    def layer(self) -> lora_mux.MuxLinear:
+    @pytest.fixture(params=[False, True], ids=["separate", "fused"])
+    def layer(self, request: pytest.FixtureRequest) -> lora_mux.MuxLinear:
         torch.manual_seed(0)
         linear = nn.Linear(256, 512, device=CUDA, dtype=torch.bfloat16)
-        layer = lora_mux.MuxLinear(linear)
+        layer = lora_mux.MuxLinear(linear, fused=request.param)
         layer.reserve(adapters=6, rank=64)
         for name, rank in (("a", 8), ("b", 64), ("c", 17)):
             layer.add_adapter(name, torch.randn(rank, 256) / 16, torch.randn(512, rank), alpha=4)

@@ -1,53 +1,20 @@
 """plan, shrink and expand in Triton's interpreter: values against fp64, and every memory access."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interpreter import Memory, mend_bf16
+from interpreter import Memory
 from problem import CASES, Problem, each
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("mended", "quiet", "poisoned")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-GARBAGE = 0x3FFFFFF0  # a slot, a place or a length that no tensor holds
-
-
-@pytest.fixture(autouse=True, scope="module")
-def mended() -> Iterator[None]:
-    with mend_bf16():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Infinities are what some tests are about; numpy would warn, as a GPU does not."""
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the launchers allocate holds NaN and garbage until a kernel writes it."""
-    new_empty = Tensor.new_empty
-
-    def new_poisoned(self: Tensor, *size: Any, **how: Any) -> Tensor:
-        made = new_empty(self, *size, **how)
-        if "device" in how:  # the interpreter's own
-            return made
-        if made.is_floating_point():
-            return made.fill_(float("nan"))
-        return made.fill_(min(GARBAGE, torch.iinfo(made.dtype).max - 15))
-
-    monkeypatch.setattr(Tensor, "new_empty", new_poisoned)
-
 
 # The dtype does not matter to how windows and places are walked, and these take seconds each.
 LONG = {"union of two windows", "many places", "rank 512"}
@@ -246,11 +213,12 @@ def test_plan_is_that_of_torch(name: str, block_m: int) -> None:
     from lora_mux import tiles
 
     problem = CASES[name]
-    slots, strength, union, length, place, state = plan_of(problem, block_m)
+    slots, strength, union, length, place, state, counters = plan_of(problem, block_m)
     others = tiles.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m)
     want = torch.where(problem.index < 0, -1, problem.index & 0xFFFF)
     assert torch.equal(slots.long(), want) and torch.equal(others[0], slots)
     assert torch.equal(others[5], state)
+    assert torch.equal(others[6], counters) and not counters.any()
     for t in range(-(-len(want) // block_m)):
         rows = want[t * block_m : (t + 1) * block_m]
         chosen = sorted(set(rows[rows >= 0].tolist()))
@@ -319,39 +287,16 @@ class TestMemory:
 
         seen: dict[str, Any] = {}
         memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        expand = launch.expand
 
-        def spy(name: str) -> Any:
-            kernel = getattr(launch, f"{name}_kernel")
+        def remember(*arguments: Any) -> None:
+            seen["config"] = arguments[-1]
+            expand(*arguments)
 
-            class Spied:
-                def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                    def call(*tensors: Any, **constants: Any) -> None:
-                        names = kernel.arg_names[: len(tensors)]
-                        given = dict(zip(names, tensors, strict=True))
-                        for argument, tensor in given.items():
-                            if tensor is not None and tensor.numel():
-                                memory.tensors[argument.removesuffix("_ptr")] = tensor
-                        for double in ("A", "B"):
-                            memory.tensors.pop(double, None)
-                        memory.next_kernel()
-                        with memory.watched():
-                            kernel[grid](*tensors, **constants)
-
-                    return call
-
-            return Spied()
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("plan", "shrink", "expand"):
-                patch.setattr(launch, f"{name}_kernel", spy(name))
-            expand = launch.expand
-
-            def remember(*arguments: Any) -> None:
-                seen["config"] = arguments[-1]
-                expand(*arguments)
-
+        with memory.of_launches(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "expand", remember)
             got = problem.run(**replaced)
+        assert not any(kind == "atomic" for kind, _ in memory.bytes)
         if judged:
             problem.check(got)
         return seen.get("config"), memory

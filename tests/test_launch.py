@@ -56,6 +56,18 @@ def test_odd_sizes_keep_the_pools_alignment(report: dict[str, Any]) -> None:
     assert shrink["specialised"]["X_UNIT"] == expand["specialised"]["Y_UNIT"] == "1"
 
 
+def test_the_fused_launch(report: dict[str, Any]) -> None:
+    """Three base tiles of 32 columns; 2 slots of two blocks each, with K in two parts."""
+    few, many = report["fused"]["5 rows"], report["fused"]["200 rows"]
+    assert [one["name"] for one in few] == ["plan_kernel", "fused_kernel"]
+    assert few[1]["grid"] == [4 * 2 + 3, 1, 1]
+    assert [one["name"] for one in many] == ["plan_kernel", "shrink_kernel", "fused_kernel"]
+    assert many[2]["grid"] == [2 * 3, 1, 1]
+    names = "x_ptr W_ptr A_ptr B_ptr y_ptr h_ptr R stride_ac stride_bc X_UNIT Y_UNIT counter_ptr"
+    for launches in (few, many):
+        assert all(launches[-1]["specialised"][name] == "16" for name in names.split())
+
+
 def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
     """Its table of argument types is the launchers'."""
     code = "import codegen, json; print(json.dumps(codegen.signatures('bf16')))"
@@ -66,7 +78,7 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
         cwd=SCRIPT.parent,
     )
     table = json.loads(tables.stdout)
-    for launch in report["values"]["sm_90 aligned"]:
+    for launch in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
         given = {k: v for k, v in launch["signature"].items() if v != "constexpr"}
         known = table[launch["name"].removesuffix("_kernel")]
         assert given == {k: v for k, v in known.items() if k in given}
@@ -74,18 +86,27 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
 
 
 def test_rows_routing_and_adapters_do_not_recompile(report: dict[str, Any]) -> None:
-    assert report["variants"] == {"plan": 1, "shrink": 1, "expand": 1}
+    # Two of plan: a tile of the fused kernel has other rows.
+    assert report["variants"] == {"plan": 2, "shrink": 1, "expand": 1, "fused": 1}
 
 
-def test_a_captured_graph_replays_right(report: dict[str, Any]) -> None:
-    graph = report["graph"]
-    assert graph["launches"] == KERNELS
+@pytest.mark.parametrize(
+    ("name", "launches", "budget"),
+    [("graph", KERNELS, 8), ("fused graph", ["plan_kernel", "fused_kernel"], 1)],
+)
+def test_a_captured_graph_replays_right(
+    name: str, launches: list[str], budget: int, report: dict[str, Any]
+) -> None:
+    graph = report[name]
+    assert graph["launches"] == launches
     assert len(graph["errors"]) == 8
-    assert all(error <= 8 for error in graph["errors"].values()), graph["errors"]
+    assert all(error <= budget for error in graph["errors"].values()), graph["errors"]
 
 
 def test_launchers_need_no_values(report: dict[str, Any]) -> None:
     """On fake tensors a sync raises; sizes pass 2^31 elements."""
     names = [one["name"] for one in report["fake"]]
-    assert names == [*KERNELS, "shrink_kernel", "shrink_kernel"]
+    more = ["shrink_kernel", "shrink_kernel", "plan_kernel", "shrink_kernel", "fused_kernel"]
+    assert names == [*KERNELS, *more]
     assert report["fake"][2]["grid"] == [1094, 625, 1]
+    assert report["fake"][-1]["grid"] == [547 * 313, 1, 1]

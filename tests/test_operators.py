@@ -56,6 +56,13 @@ class TestContract:
             y, x, s = (t.clone().requires_grad_(grad) for t in (problem.y, problem.x, strength))
             self.check(OPS.add_lora.default, y, x, *problem.pool, slots, s, *rest, 24)
 
+    def test_linear(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        W = torch.randn(problem.N, problem.K).to(problem.dtype)
+        for bias in (None, W[:, 0].clone()):
+            arguments = *problem.pool, *plan_of(problem), 24
+            self.check(OPS.linear.default, problem.x, W, bias, *arguments)
+
     def test_add_lora_in_place(self, name: str) -> None:
         problem = finite(PROBLEMS[name])
         y = problem.y.clone()

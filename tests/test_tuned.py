@@ -14,11 +14,12 @@ from lora_mux import tuned
 from lora_mux.cli import main
 from lora_mux.errors import BackendError
 from lora_mux.kernels import launch
-from lora_mux.kernels.config import Architecture, choose
+from lora_mux.kernels.config import Architecture, choose, choose_fused
 
 CASE = tuned.Case(32, 4096, 4096, 16, 1, 2)
 PLAIN = choose(32, 4096, 4096, 16, 1, 2, Architecture("sm_90", 132))
 OTHER = replace(PLAIN, block_n=128)
+FUSED = choose_fused(32, 4096, 4096, Architecture("sm_90", 132))
 RECORD = {"device": "a GPU", "commit": "0" * 40}
 
 
@@ -32,8 +33,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _forget() -> None:
-    tuned.find.cache_clear()
-    tuned._entries.cache_clear()
+    for read in (tuned.find, tuned.fused, tuned.fuses, tuned._tables):
+        read.cache_clear()
 
 
 def test_without_a_table_nothing_is_found() -> None:
@@ -82,6 +83,22 @@ def test_writing_keeps_what_was_tuned_before(table: Path) -> None:
     assert len(json.loads(table.read_text())["entries"]) == 1
 
 
+def test_fusing_is_for_what_was_measured_to_be_faster(table: Path) -> None:
+    assert not tuned.fuses("a GPU", CASE)
+    wide, tall = CASE._replace(out_features=8192), CASE._replace(in_features=8192)
+    faster, slower = {"separate": 9.0, "fused": 8.0}, {"separate": 8.0, "fused": 9.0}
+    tuned.write(table, RECORD, [(CASE, PLAIN, {})], [(wide, FUSED, faster), (tall, FUSED, slower)])
+    _forget()
+    assert tuned.fuses("a GPU", wide) and not tuned.fuses("another GPU", wide)
+    assert tuned.fused("a GPU", wide, FUSED.block_m) == FUSED
+    assert tuned.fused("a GPU", wide, 128) is None
+    for case in (CASE, tall, wide._replace(rows=100), wide._replace(rank=100)):
+        assert not tuned.fuses("a GPU", case) and tuned.fused("a GPU", case, 32) is None
+    tuned.write(table, RECORD, [], [(wide, FUSED, slower)])
+    _forget()
+    assert not tuned.fuses("a GPU", wide) and tuned.find("a GPU", CASE, PLAIN.block_m) == PLAIN
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -102,6 +119,42 @@ def test_a_config_that_is_none_is_refused(table: Path) -> None:
     table.write_text(table.read_text().replace('"block_n": 128', '"block_n": 100'))
     with pytest.raises(BackendError, match="block_n"):
         tuned.find("a GPU", CASE, PLAIN.block_m)
+
+
+@pytest.mark.interpreter
+def test_tune_fuses_where_it_was_faster(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_mux.measure import timing, tune
+
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
+    monkeypatch.setattr(tune, "FUSED_CHOICES", {"block_n": (64,)})
+    sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
+    assert main(["tune", "--device", "cpu", "--rows", "4", "190", *sizes]) == 0
+    assert "in one launch" in capsys.readouterr().out
+    content = json.loads(table.read_text())
+    assert [entry["rows"] for entry in content["fused"]] == [4, 190]
+
+    seen: list[str] = []
+    for name in ("fused", "expand"):
+        own = getattr(launch, name)
+
+        def noted(*arguments: Any, name: str = name, own: Any = own) -> None:
+            seen.append(name)
+            own(*arguments)
+
+        monkeypatch.setattr(launch, name, noted)
+    for times, expected in (((2.0, 1.0), "fused"), ((1.0, 2.0), "expand")):
+        for entry in content["fused"]:
+            entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
+        table.write_text(json.dumps(content))
+        _forget()
+        bench = Bench(ranks=(16, 16, 16), backend="triton", dtype=torch.bfloat16)
+        with torch.no_grad():
+            bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
+            bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
+        assert seen.pop() == expected and not seen
 
 
 @pytest.mark.interpreter

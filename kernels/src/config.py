@@ -37,12 +37,39 @@ class Config:
     registers: int | None  # the most that a thread may have (NVIDIA); None = as the compiler likes
 
     def __post_init__(self) -> None:
-        limits = {"block_m": (16, 128), "block_k": (16, 256), "block_n": (16, 256)}
-        if self.registers is not None:
-            _check("registers", self.registers, 32, 255, power=False)
-        for field in fields(self)[:-1]:
-            power = not field.name.endswith("stages")
-            _check(field.name, getattr(self, field.name), *limits.get(field.name, (1, 16)), power)
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """How the fused kernel cuts a problem; `choose_fused` makes one.
+
+    Raises:
+        ValueError: as Config.
+    """
+
+    block_m: int  # rows of a tile, and of the plan's
+    block_n: int
+    block_k: int
+    shrink_group: int  # rank blocks that a program of shrink takes at once
+    split_k: int  # of shrink
+    expand_group: int
+    swizzle: int  # row tiles that take a block of W together
+    warps: int
+    stages: int
+    registers: int | None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+def _check_fields(config: Config | FusedConfig) -> None:
+    limits = {"block_m": (16, 128), "block_k": (16, 256), "block_n": (16, 256)}
+    if config.registers is not None:
+        _check("registers", config.registers, 32, 255, power=False)
+    for field in fields(config)[:-1]:
+        power = not field.name.endswith("stages")
+        _check(field.name, getattr(config, field.name), *limits.get(field.name, (1, 16)), power)
 
 
 def _check(name: str, value: object, low: int, high: int, power: bool) -> None:
@@ -143,3 +170,71 @@ def _splits(
     while 2 * splits <= most and 4 * splits <= steps:
         splits *= 2
     return splits
+
+
+# While the layer is bound by memory the programs of shrink hide behind those of W: until about
+# 184 rows on an H200. With more rows they would only stand before them.
+SHRINKS_WITHIN = 184
+
+
+def fused_tile_rows(rows: int) -> int:
+    """BLOCK_M of the fused kernel: all rows in one tile up to 128, so that W is read once."""
+    for block_m in (16, 32, 64):
+        if rows <= block_m:
+            return block_m
+    return 128
+
+
+@lru_cache(maxsize=4096)
+def choose_fused(
+    rows: int, in_features: int, out_features: int, architecture: Architecture
+) -> FusedConfig:
+    """The FusedConfig for x [rows, in_features] and y [rows, out_features] in 16-bit types."""
+    block_m = fused_tile_rows(rows)
+    amd = architecture.name.startswith("gfx")
+    old = architecture.name == "sm_80"  # no wgmma: both operands of a product fill registers
+    if rows > SHRINKS_WITHIN:
+        # As many products for each byte that comes from the L2 cache as fit the registers.
+        return FusedConfig(
+            block_m=128,
+            block_n=64 if old else 128,
+            block_k=64,
+            shrink_group=1,
+            split_k=1,
+            expand_group=2,
+            swizzle=8,
+            warps=8,
+            stages=2 if amd else 3,
+            registers=None if amd else 255,
+        )
+    block_n = _columns(rows, block_m, out_features, architecture.processors)
+    return FusedConfig(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128 if block_m <= 32 else 64,
+        # Half as many rows of A as a base tile has of W, so that h is there when it is wanted;
+        # a tile of 16 columns has no half, and K is split instead.
+        shrink_group=min(2, max(1, block_n // 32)),
+        split_k=2 if block_n == 16 else 1,
+        expand_group=2,
+        swizzle=2,
+        warps=4 if block_m * block_n <= (2048 if old else 4096) else 8,
+        stages=2 if amd else 4 if block_m <= 32 else 3,
+        # Left alone, ptxas spills one to eight registers to fit another warp.
+        registers=None if amd else 255,
+    )
+
+
+def _columns(rows: int, block_m: int, out_features: int, processors: int) -> int:
+    """BLOCK_N: the least time for whole waves of programs.
+
+    A program reads block_n rows of W from memory and all of x from the L2 cache, which is some
+    three times as fast.
+    """
+    tiles = -(-rows // block_m)
+
+    def time(block_n: int) -> float:
+        waves = -(-tiles * -(-out_features // block_n) // processors)
+        return waves * (block_n + block_m / 3)
+
+    return min((128, 64, 32, 16) if block_m < 128 else (64, 32, 16), key=time)

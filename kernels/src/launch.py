@@ -12,17 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Architecture, Config
+from .config import Architecture, Config, FusedConfig
 from .expand import expand_kernel
+from .fused import fused_kernel
 from .plan import plan_kernel
 from .rank_blocks import RANK_BLOCK
 from .shrink import shrink_kernel
 
 # Set by TRITON_INTERPRET=1 when triton was imported: kernels run on CPU tensors, slowly.
 INTERPRETED = not isinstance(plan_kernel, triton.JITFunction)
+# On ROCm a barrier does not wait for the stores of other waves, which fused launches count on.
+FUSES = torch.version.hip is None
 DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Windows of a union: a search over more of it at once would not fit the registers.
 UNION_WINDOW = 64
+# Streams that fused launches of one forward pass may be on, each with 16 bytes of counters.
+STREAMS = 64
 
 
 @lru_cache(maxsize=64)
@@ -46,8 +51,8 @@ def architecture(device: torch.device) -> Architecture:
 
 def plan(
     index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(slots, strength, union, length, place, state) of a batch; see plan.py for their meaning.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(slots, strength, union, length, place, state, counters) of a batch; plan.py says what of.
 
     Args:
         index: [M, J] int32 or int64, of any strides.
@@ -65,10 +70,11 @@ def plan(
     length = index.new_empty(T, dtype=torch.int32)
     place = index.new_empty((T, U, block_m), dtype=torch.int16)
     state = index.new_empty(M, dtype=torch.int8)
-    if J == 0:
-        length.zero_()
-        state.zero_()
-    elif M:
+    counters = index.new_empty((STREAMS, 4), dtype=torch.int32)
+    if J == 0 or M == 0:
+        for nothing in (length, state, counters):
+            nothing.zero_()
+    else:
         block_u = 16
         plan_kernel[(T - 1, triton.cdiv(U, block_u))](
             index,
@@ -80,6 +86,7 @@ def plan(
             length,
             place,
             state,
+            counters,
             M=M,
             J=J,
             U=U,
@@ -90,8 +97,9 @@ def plan(
             BLOCK_M=block_m,
             BLOCK_J=triton.next_power_of_2(J),
             BLOCK_U=block_u,
+            COUNTERS=counters.numel(),
         )
-    return slots, strength, union, length, place, state
+    return slots, strength, union, length, place, state, counters
 
 
 def shrink(
@@ -114,7 +122,8 @@ def shrink(
         strength: [M, J]; None: strength and scaling length 1.
         constant: [C] bool, the rank rows whose h is 1 in the place of A x; None: no row.
     """
-    assert product_itemsize(x, A_rows) == 2 or config.block_m < 64, "TF32 on sm_100"
+    exact = INTERPRETED or product_itemsize(x, A_rows) == 2 or config.block_m < 64
+    assert exact, "TF32 on sm_100"
     (M, K), (_, _, J, R), U = x.shape, h.shape, union.shape[1]
     unit = _unit(x)
     tiles = triton.cdiv(M, config.block_m)
@@ -200,7 +209,105 @@ def expand(
     )
 
 
-def h_shape(slots: Tensor, max_rank: int, config: Config) -> tuple[int, int, int, int]:
+def fused(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A_rows: Tensor,
+    B_rows: Tensor,
+    h: Tensor,
+    y: Tensor,
+    strength: Tensor,
+    union: Tensor,
+    length: Tensor,
+    place: Tensor,
+    state: Tensor,
+    offset: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    constant: Tensor,
+    counter: Tensor,
+    config: FusedConfig,
+    shrinks: bool,
+) -> None:
+    """y [M, N] = x W^T + bias and the adapters of each row, in one launch.
+
+    Args:
+        W: [N, K].
+        counter: [2] int32 zeros, of which this launch is the only user while it runs.
+        shrinks: this launch computes h as well; else it is there, from `shrink`.
+    """
+    (M, K), N, (splits, _, J, R), U = x.shape, W.shape[0], h.shape, union.shape[1]
+    x_unit, y_unit = gcd(_unit(x), W.stride(0)), _unit(y)
+    tiles, columns = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
+    # As many as there may be groups of blocks, until each processor has a program.
+    groups = triton.cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
+    groups = min(groups, max(1, architecture(x.device).processors // (tiles * splits)))
+    fused_kernel[(tiles * (groups * splits * shrinks + columns),)](
+        x,
+        W,
+        bias,
+        A_rows,
+        B_rows,
+        h,
+        y,
+        strength,
+        union,
+        length,
+        place,
+        state,
+        offset,
+        rank,
+        scaling,
+        constant,
+        counter,
+        M=M,
+        K=K // x_unit,
+        N=N // y_unit,
+        J=J,
+        R=R,
+        U=U,
+        groups=groups,
+        stride_xm=x.stride(0) // x_unit,
+        stride_wn=W.stride(0) // x_unit,
+        stride_ac=A_rows.stride(0),
+        stride_bc=B_rows.stride(0),
+        stride_ym=y.stride(0) // y_unit,
+        SHRINKS=shrinks,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_U=_window(U),
+        SHRINK_GROUP=config.shrink_group,
+        EXPAND_GROUP=config.expand_group,
+        SPLIT_K=splits,
+        SWIZZLE=config.swizzle,
+        X_UNIT=x_unit,
+        Y_UNIT=y_unit,
+        DOT_DTYPE=_dot_dtype(x, W, A_rows, B_rows, y),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **_registers(config, min(x_unit, y_unit)),
+    )
+
+
+_STREAMS: dict[int, int] = {}  # a stream's handle -> its place among the counters
+
+
+def own_counter(counters: Tensor) -> Tensor | None:
+    """The counters [2] of the current stream; None when more than STREAMS were ever in use.
+
+    Launches of one stream follow one another, so that they can share. Those of two may overlap.
+    """
+    handle = torch.cuda.current_stream(counters.device).cuda_stream if counters.is_cuda else 0
+    place = _STREAMS.setdefault(handle, len(_STREAMS))
+    return counters[place, :2] if place < STREAMS else None
+
+
+def h_shape(
+    slots: Tensor, max_rank: int, config: Config | FusedConfig
+) -> tuple[int, int, int, int]:
     """[split_k, M, J, R]: R is `max_rank`, at least every rank of the pool, in whole blocks."""
     blocks = max(1, triton.cdiv(max_rank, RANK_BLOCK.value))
     return config.split_k, slots.shape[0], slots.shape[1], blocks * RANK_BLOCK.value
@@ -222,7 +329,7 @@ def _unit(tensor: Tensor) -> int:
     return gcd(tensor.shape[1], tensor.stride(0), 16)
 
 
-def _registers(config: Config, unit: int) -> dict[str, int]:
+def _registers(config: Config | FusedConfig, unit: int) -> dict[str, int]:
     """A limit for the compiler; only NVIDIA's knows the option.
 
     Rows that are read by the element need more: as many as there are.

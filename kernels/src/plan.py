@@ -4,6 +4,7 @@
     union[t, :length[t]] = sorted({slots[m, j] : m in tile t, slots[m, j] >= 0})
     place[t, u, m] = min {j : slots[t * BLOCK_M + m, j] = union[t, u]}, or -1 when there is none
     strength[m, j] = sum of weight[m, j'] over the j' with slots[m, j'] = slots[m, j], for a first j
+    counters = 0: what fused launches of this forward pass count in, each stream its own
     state[m] = 0: row m selects nothing; 1: it selects; 2: it names a handle that is not alive
 
 A handle is generation << 16 | slot; live[slot] is the handle of the slot's present tenant, or -1.
@@ -27,6 +28,7 @@ def plan_kernel(
     length_ptr,  # [cdiv(M, BLOCK_M)] int32, written
     place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16, written up to length
     state_ptr,  # [M] int8, written
+    counters_ptr,  # [COUNTERS] int32, written
     M,
     J,
     U,
@@ -37,6 +39,7 @@ def plan_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,  # a power of two, at least J
     BLOCK_U: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """One tile's rows x BLOCK_U places of its union; the sort is cheap enough to be repeated."""
     pid_m = tl.program_id(0).to(tl.int64)
@@ -76,6 +79,8 @@ def plan_kernel(
         tl.store(state_ptr + offs_m, state.to(tl.int8), mask=mask_m)
         tl.store(union_ptr + pid_m * U + position, ordered, mask=first)
         tl.store(length_ptr + pid_m, length)
+        if pid_m == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
 
     for u in range(pid_u * BLOCK_U, tl.minimum(length, (pid_u + 1) * BLOCK_U)):
         slot = tl.sum(tl.where(first & (position == u), ordered, 0))

@@ -13,41 +13,40 @@ import triton.language as tl
 from .rank_blocks import RANK_BLOCK, block_ends, locate
 
 
-@triton.jit(do_not_specialize=["M", "U"])
-def shrink_kernel(
-    x_ptr,  # [M, K]
-    A_ptr,  # [C, stride_ac], zeros from K on
-    h_ptr,  # [SPLIT_K, M, J, R] fp32, written where place points to
-    strength_ptr,  # [M, J] floating
-    union_ptr,  # [cdiv(M, BLOCK_M), U] int32
-    length_ptr,  # [cdiv(M, BLOCK_M)] int32
-    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16
-    offset_ptr,  # [S] int32
-    rank_ptr,  # [S] int32
-    scaling_ptr,  # [S] fp32
-    constant_ptr,  # [C] bool
+@triton.jit
+def shrink_tile(
+    x_ptr,
+    A_ptr,
+    h_ptr,
+    strength_ptr,
+    union_ptr,
+    length_ptr,
+    place_ptr,
+    offset_ptr,
+    rank_ptr,
+    scaling_ptr,
+    constant_ptr,
+    pid_m,  # int64, the tile
+    first_group,  # of its rank blocks, and then every groups-th
+    groups,
+    pid_k,
     M,
-    K,  # in units of X_UNIT
+    K,
     J,
-    R,  # a multiple of RANK_BLOCK, at least every rank
+    R,
     U,
-    stride_xm,  # in units of X_UNIT
+    stride_xm,
     stride_ac,
-    HAS_STRENGTH: tl.constexpr,  # else strength = scaling = 1
-    HAS_CONSTANT: tl.constexpr,  # else no rank row is constant
+    HAS_STRENGTH: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    X_UNIT: tl.constexpr,  # divides K and stride_xm: tells the compiler how wide it may load
     DOT_DTYPE: tl.constexpr,
 ):
-    """One tile x every num_programs(1)-th group of its rank blocks x one of SPLIT_K parts of K."""
-    K *= X_UNIT
-    stride_xm *= X_UNIT
-    pid_m = tl.program_id(0).to(tl.int64)
-    pid_k = tl.program_id(2)
+    """A program's share of h; the arguments are those of shrink_kernel, in elements."""
     tile_m = tl.arange(0, BLOCK_M)
     offs_m = pid_m * BLOCK_M + tile_m
     offs_k = tl.arange(0, BLOCK_K)
@@ -62,7 +61,7 @@ def shrink_kernel(
     for window in range(0, length, BLOCK_U):
         ends = block_ends(union_tile + window, length - window, rank_ptr, BLOCK_U)
         total = tl.max(ends, axis=0)
-        for start in range(tl.program_id(1) * GROUP, total, tl.num_programs(1) * GROUP):
+        for start in range(first_group * GROUP, total, groups * GROUP):
             # [GROUP]
             block = start + tl.arange(0, GROUP)
             exists = block < total
@@ -105,3 +104,68 @@ def shrink_kernel(
                 h = h * (strength * scaling[None, :])[:, :, None]
             offs_h = (at * R + first[None, :])[:, :, None] + offs_b[None, None, :]
             tl.store(h_tile + offs_h, h, mask=selects[:, :, None])
+
+
+@triton.jit(do_not_specialize=["M", "U"])
+def shrink_kernel(
+    x_ptr,  # [M, K]
+    A_ptr,  # [C, stride_ac], zeros from K on
+    h_ptr,  # [SPLIT_K, M, J, R] fp32, written where place points to
+    strength_ptr,  # [M, J] floating
+    union_ptr,  # [cdiv(M, BLOCK_M), U] int32
+    length_ptr,  # [cdiv(M, BLOCK_M)] int32
+    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16
+    offset_ptr,  # [S] int32
+    rank_ptr,  # [S] int32
+    scaling_ptr,  # [S] fp32
+    constant_ptr,  # [C] bool
+    M,
+    K,  # in units of X_UNIT
+    J,
+    R,  # a multiple of RANK_BLOCK, at least every rank
+    U,
+    stride_xm,  # in units of X_UNIT
+    stride_ac,
+    HAS_STRENGTH: tl.constexpr,  # else strength = scaling = 1
+    HAS_CONSTANT: tl.constexpr,  # else no rank row is constant
+    BLOCK_M: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    X_UNIT: tl.constexpr,  # divides K and stride_xm: tells the compiler how wide it may load
+    DOT_DTYPE: tl.constexpr,
+):
+    """One tile x every num_programs(1)-th group of its rank blocks x one of SPLIT_K parts of K."""
+    shrink_tile(
+        x_ptr,
+        A_ptr,
+        h_ptr,
+        strength_ptr,
+        union_ptr,
+        length_ptr,
+        place_ptr,
+        offset_ptr,
+        rank_ptr,
+        scaling_ptr,
+        constant_ptr,
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1),
+        tl.num_programs(1),
+        tl.program_id(2),
+        M,
+        K * X_UNIT,
+        J,
+        R,
+        U,
+        stride_xm * X_UNIT,
+        stride_ac,
+        HAS_STRENGTH,
+        HAS_CONSTANT,
+        BLOCK_M,
+        BLOCK_U,
+        GROUP,
+        BLOCK_K,
+        SPLIT_K,
+        DOT_DTYPE,
+    )

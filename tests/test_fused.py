@@ -1,0 +1,364 @@
+"""The fused kernel in Triton's interpreter: values against fp64, its counters, every access."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_mux
+from interpreter import Memory, waiting_first
+from layer import ROUTINGS, Bench
+from lora_mux import Routing, ops
+from lora_mux.errors import BackendError
+from problem import CASES, FusedProblem, each
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("mended", "quiet", "poisoned")]
+
+DTYPES = [torch.float16, torch.bfloat16]
+FUSED = {
+    name: FusedProblem(
+        **{f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.init},
+    )
+    for name, case in CASES.items()
+    if case.rows and name not in ("no places", "rank 512", "many places")
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_values(name: str) -> None:
+    """fp32, which the layer leaves to separate launches, has the strictest budget."""
+    problem = FUSED[name]
+    problem.check(problem.run(times=2 if name == "mixed" else 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_both_forms(shrinks: bool, bias: bool, dtype: torch.dtype) -> None:
+    problem = FusedProblem(rows=20, K=150, N=90, ranks=(5, 40, 16), bias=bias, dtype=dtype)
+    problem.check(problem.run(shrinks))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"block_m": 16, "block_n": 16, "block_k": 16},
+        {"block_m": 16, "block_n": 16, "swizzle": 1, "split_k": 4},
+        {"block_m": 16, "block_n": 32, "swizzle": 4, "shrink_group": 4, "expand_group": 4},
+        {"block_m": 128, "block_n": 128, "expand_group": 1},
+    ],
+    ids=str,
+)
+def test_every_way_to_cut_it(how: dict[str, int]) -> None:
+    problem = FusedProblem(rows=70, K=100, N=70, ranks=(5, 40, 16))
+    problem.check(problem.run(**how))
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_drawn(data: st.DataObject) -> None:
+    ranks = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=6))
+    problem = FusedProblem(
+        rows=data.draw(st.integers(1, 40)),
+        K=data.draw(st.integers(1, 150)),
+        N=data.draw(st.integers(1, 100)),
+        ranks=ranks,
+        J=data.draw(st.integers(1, 5)),
+        dtype=data.draw(st.sampled_from([torch.float32, *DTYPES])),
+        biased=[slot for slot, rank in enumerate(ranks) if rank and data.draw(st.booleans())],
+        seed=data.draw(st.integers(0, 10**6)),
+        bias=data.draw(st.booleans()),
+    )
+    problem.check(problem.run(shrinks=data.draw(st.booleans()), block_m=16))
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=600, deadline=None)
+def test_many_drawn(data: st.DataObject) -> None:
+    test_drawn.hypothesis.inner_test(data)  # type: ignore[attr-defined]
+
+
+def test_a_view_of_the_weight() -> None:
+    problem = FusedProblem(K=32, N=41)
+    problem.W = torch.randn(60, 50)[4:45, 9:41]
+    problem.check(problem.run())
+
+
+class TestIsolation:
+    def test_neighbours_inputs(self) -> None:
+        problem = FusedProblem(rows=6, ranks=(4, 20, 3), dtype=torch.bfloat16)
+        clean = problem.run()
+        for row, value in ((0, float("nan")), (3, float("inf"))):
+            problem.x[row] = value
+            got = problem.run()
+            rest = [m for m in range(6) if m not in (0, 3)]
+            assert torch.equal(got[rest], clean[rest]) and not got[row].isfinite().any()
+
+    @pytest.mark.parametrize("handle", [5, 1 << 16, -2, 2**62])
+    def test_handles_that_are_not_alive(self, handle: int) -> None:
+        problem = FusedProblem(rows=4, select=each([[0, 1], [2, -1], [-1, -1], [4, 2]]))
+        clean = problem.run()
+        problem.index[1, 1] = handle
+        got = problem.run()
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])
+
+    def test_a_dead_handle_where_no_adapter_is(self) -> None:
+        problem = FusedProblem(rows=3, ranks=(0,), select=each([[-1], [-1], [0]]))
+        problem.index[1] = 77
+        got = problem.run()
+        assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
+
+
+class TestWaiting:
+    """Programs of shrink are the first, and nobody goes on before the last of them is done."""
+
+    ONES = (
+        FusedProblem(rows=40, K=48, N=100, ranks=(5, 40, 16), dtype=torch.bfloat16),
+        FusedProblem(rows=3, K=40, N=20, ranks=(20, 3, 1), J=2),
+    )
+
+    @pytest.mark.parametrize("split_k", [1, 2])
+    @pytest.mark.parametrize("n", range(len(ONES)))
+    def test_any_order_of_programs_gives_the_same_bits(self, n: int, split_k: int) -> None:
+        problem = self.ONES[n]
+        how: dict[str, Any] = {"block_m": 16, "block_n": 32, "block_k": 16, "split_k": split_k}
+        expected = problem.run(**how)
+        problem.check(expected)
+        memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        with waiting_first(), memory.of_launches():
+            got = problem.run(times=2, **how)
+        assert torch.equal(got, expected) and not memory.errors
+
+    def test_programs_of_shrink_are_the_first(self) -> None:
+        """Hardware starts programs in their order: none waits for one that can not start."""
+        problem = self.ONES[0]
+        memory = Memory()
+        with memory.of_launches():
+            problem.run(block_m=16, block_n=32)
+        shrinks, bases = memory.programs["store", "h"], memory.programs["load", "W"]
+        assert shrinks and not shrinks & bases
+        assert max(shrinks) < min(bases)
+        assert memory.programs["atomic", "counter"] == set(range(max(bases) + 1))
+
+    def test_a_tile_without_adapters_does_not_wait(self) -> None:
+        problem = FusedProblem(rows=3, select=each([[-1], [-1], [-1]]))
+        memory = Memory()
+        with memory.of_launches():
+            problem.check(problem.run())
+        programs = len(memory.programs["atomic", "counter"])
+        adds = programs + len(memory.programs["atomic", "counter"] - memory.programs["load", "W"])
+        assert memory.bytes["atomic", "counter"] == 4 * adds
+
+
+class TestMemory:
+    @pytest.mark.parametrize("name", FUSED)
+    def test_no_access_outside_no_race(self, name: str) -> None:
+        problem = dataclasses.replace(FUSED[name], dtype=torch.bfloat16)
+        memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        with memory.of_launches():
+            got = problem.run(split_k=2)
+        problem.check(got)
+        assert not memory.errors
+
+    def test_traffic_is_exact(self) -> None:
+        """W, A, B and y once each: A and B the selected adapters' own rank rows."""
+        rows, K, N, ranks = 20, 96, 64, (5, 16, 40, 8)
+        chosen = each([[0, 2], [-1, -1], [2, -1], [0, 0]] * 5)
+        problem = FusedProblem(rows=rows, K=K, N=N, ranks=ranks, J=2, select=chosen)
+        memory = Memory(A_rows=problem.A_rows, B_rows=problem.B_rows)
+        with memory.of_launches():
+            problem.check(problem.run(block_n=64))
+        union = ranks[0] + ranks[2]
+        assert memory.bytes["load", "W"] == N * K * 4
+        assert memory.bytes["load", "A_rows"] == union * K * 4
+        assert memory.bytes["load", "B_rows"] == union * N * 4
+        assert memory.bytes["store", "y"] == rows * N * 4
+        assert memory.bytes["load", "y"] == 0
+
+
+class TestLayer:
+    """MuxLinear and attach with fused=True."""
+
+    HOW: Any = {"backend": "triton", "fused": True, "dtype": torch.bfloat16}
+
+    @staticmethod
+    def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the kernels that are launched from now on, in order."""
+        from lora_mux.kernels import launch
+
+        names: list[str] = []
+        for name in ("plan", "shrink", "expand", "fused"):
+            own = getattr(launch, name)
+
+            def noted(*arguments: Any, name: str = name, own: Any = own) -> Any:
+                names.append(name)
+                return own(*arguments)
+
+            monkeypatch.setattr(launch, name, noted)
+        return names
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", ROUTINGS)
+    def test_values(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench(**self.HOW | {"dtype": dtype})
+        names = self.launches(monkeypatch)
+        with torch.no_grad():
+            bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+        assert names == ["plan", "fused"]
+
+    def test_many_rows_have_their_shrink_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench((3, 20), (24, 40), **self.HOW)
+        names = self.launches(monkeypatch)
+        with torch.no_grad():
+            bench.check(bench.x(190), torch.randint(-1, 2, (190, 2)))
+        assert names == ["plan", "shrink", "fused"]
+
+    def test_rows_of_x_with_an_odd_stride(self) -> None:
+        bench = Bench(**self.HOW)
+        with torch.no_grad():
+            bench.check(torch.randn(4, 99).bfloat16()[:, 2:98], torch.tensor(ROUTINGS["subsets"]))
+
+    def test_without_a_routing_it_is_the_base_bit_for_bit(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench = Bench(**self.HOW)
+        names = self.launches(monkeypatch)
+        x = bench.x(2, 3)
+        with torch.no_grad():
+            assert torch.equal(bench.layer(x), bench.linear(x))
+        assert not names
+
+    def test_shapes_of_x(self) -> None:
+        bench = Bench(**self.HOW)
+        for shape in ((), (2, 3), (0,), (2, 0)):
+            x = bench.x(*shape)
+            with torch.no_grad():
+                y = bench.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
+            assert y.shape == (*shape, 160)
+
+    def test_what_autograd_follows_is_computed_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench(**self.HOW)
+        names = self.launches(monkeypatch)
+        index = torch.tensor(ROUTINGS["subsets"])
+        bench.check(bench.x(4), index)
+        bench.linear.requires_grad_(False)
+        bench.check(bench.x(4).requires_grad_(), index)
+        bench.check(bench.x(4), index, torch.rand(index.shape, requires_grad=True))
+        assert "fused" not in names
+        bench.check(bench.x(4), index)
+        assert names[-1] == "fused"
+
+    @pytest.mark.parametrize(
+        "what", ["fp32", "odd", "parametrised", "patched", "subclass", "autocast"]
+    )
+    def test_other_bases_are_computed_apart(
+        self, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * 2
+
+        dtype = torch.float32 if what == "fp32" else torch.bfloat16
+        N = 20 if what == "odd" else 24
+        linear = (Doubled if what == "subclass" else nn.Linear)(16, N).to(dtype)
+        if what == "parametrised":
+            nn.utils.parametrizations.weight_norm(linear)
+        if what == "patched":
+            own = linear.forward
+            linear.forward = lambda x: own(x) * 2  # type: ignore[method-assign]
+        layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
+        a = layer.add_adapter("a", torch.randn(3, 16), torch.randn(N, 3), alpha=3)
+        names = self.launches(monkeypatch)
+        x = torch.randn(2, 16).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+            y = layer(x, Routing(torch.tensor([[a], [-1]])))
+            base = linear(x)
+        assert torch.equal(y[1], base[1]) and not torch.equal(y[0], base[0])
+        assert "expand" in names and "fused" not in names
+
+    def test_an_attached_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The layers share one plan, and so its counters."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 40)).bfloat16()
+        mux = lora_mux.attach(model, backend="triton", fused=True)
+        factors = {
+            name: {
+                path: (torch.randn(r, k) / 6, torch.randn(n, r))
+                for path, k, n in (("0", 24, 32), ("2", 32, 40))
+            }
+            for name, r in (("a", 4), ("b", 17))
+        }
+        for name, weights in factors.items():
+            mux.add_adapter(name, weights, scaling=0.5)
+        x = torch.randn(3, 24).bfloat16()
+        names = self.launches(monkeypatch)
+        with torch.no_grad(), mux.route([("a", "b"), None, {"b": 2.0}]):
+            y = model(x)
+        assert names == ["plan", "fused", "fused"]
+        mux.detach()
+        exact, want = model.double(), []
+        for row, chosen in zip(x.double(), ({"a": 1, "b": 1}, {}, {"b": 2.0}), strict=True):
+            for i in (0, 2):
+                out = exact[i](row)
+                for name, weight in chosen.items():
+                    A, B = (t.bfloat16().double() for t in factors[name][str(i)])
+                    out = out + weight * 0.5 * (B @ (A @ row))
+                row = out.tanh() if i == 0 else out
+            want.append(row)
+        truth = torch.stack(want)
+        # Two layers in bf16, and tanh between.
+        assert (y.double() - truth).abs().max() <= 4 * 2**-8 * truth.abs().max()
+
+    def test_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench(**self.HOW)
+        compiled = torch.compile(bench.layer, fullgraph=True, backend="aot_eager")
+        names = self.launches(monkeypatch)
+        x = bench.x(4)
+        for name in ("subsets", "single"):
+            index = torch.tensor([*bench.handles, -1])[torch.tensor(ROUTINGS[name])]
+            with torch.no_grad():
+                assert torch.equal(compiled(x, Routing(index)), bench.layer(x, Routing(index)))
+        assert names == ["plan", "fused"] * 4
+
+    def test_more_streams_than_counters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lora_mux.kernels import launch
+
+        bench = Bench(**self.HOW)
+        names = self.launches(monkeypatch)
+        monkeypatch.setattr(launch, "_STREAMS", dict.fromkeys(range(-launch.STREAMS, 0), 0))
+        with torch.no_grad():
+            bench.check(bench.x(4), torch.tensor(ROUTINGS["subsets"]))
+        assert names == ["plan", "shrink", "expand"]
+
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ({"fused": "yes"}, "`fused` must be 'auto', True or False, got 'yes'"),
+            ({"fused": True, "batch_invariant": True}, "batch_invariant=True, got True"),
+            ({"fused": True, "backend": "reference"}, "backend='reference', got True"),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, how: Any, message: str) -> None:
+        with pytest.raises(BackendError, match=message):
+            lora_mux.MuxLinear(nn.Linear(4, 4), **how)
+        with pytest.raises(BackendError, match=message):
+            lora_mux.attach(nn.Sequential(nn.Linear(4, 4)), **how)
+
+    def test_on_rocm_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lora_mux.kernels import launch
+
+        monkeypatch.setattr(launch, "FUSES", False)
+        with pytest.raises(BackendError, match="`fused` must be 'auto' or False on ROCm"):
+            lora_mux.MuxLinear(nn.Linear(4, 4), backend="triton", fused=True)
+
+    def test_without_triton_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_triton_problem", lambda: "got 3.1")
+        with pytest.raises(BackendError, match=r"`fused` True needs triton .* got 3.1"):
+            lora_mux.MuxLinear(nn.Linear(4, 4), fused=True)
