@@ -10,7 +10,7 @@ import torch
 from .adapters import Adapters, R
 from .budget import split
 from .errors import PoolCapacityError
-from .intake import check_fit, check_room, write
+from .intake import check_room, write
 from .lane import Lane
 from .linear import MuxLinear
 from .placing import Placement, place
@@ -254,16 +254,13 @@ class BoundedAdapters(Adapters):
         return 0  # the rank rows are there from the beginning
 
     def _fitting(self, stored: Stored) -> dict[str, LoraWeights]:
-        """path -> the shapes of what the pool is to hold, which it could."""
-        shapes = stored.shapes()
-        fitting = {}
-        for path, layer in self._parts(shapes, stored.source).items():
-            argument, pool = f"{stored.source}[{path!r}]", layer.mux_pool
-            fitting[path] = check_fit(pool, layer.mux_part, shapes[path], argument)
-            if rank_rows(fitting[path]) > pool.runs.capacity:
+        fitting = super()._fitting(stored)
+        for path, part in fitting.items():
+            capacity = self._pools[path].runs.capacity
+            if rank_rows(part) > capacity:
                 raise PoolCapacityError(
-                    f"`{argument}` must fit into the pool of {pool.runs.capacity} rank rows, got "
-                    f"{rank_rows(fitting[path])}; attach with more memory"
+                    f"`{stored.source}[{path!r}]` must fit into the pool of {capacity} rank rows, "
+                    f"got {rank_rows(part)}; attach with more memory"
                 )
         return fitting
 
