@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import AdapterError
-from .intake import check_reservation, check_room, checked, store
+from .intake import check_fit, check_reservation, check_room, checked, store
 from .linear import MuxLinear, follow_materialised
 from .memory import Holding, Memory, PoolMemory
 from .pool import LoraWeights
@@ -39,6 +39,7 @@ class Adapters:
 
     def load(self, name: str, stored: Stored, replace: bool = False) -> int:
         """Read an adapter and load it under a name; returns its handle."""
+        self._fitting(stored)  # before anything is read
         return self.add(name, stored.weights(stored.read(False)), stored.source, replace)
 
     def add(
@@ -148,6 +149,16 @@ class Adapters:
             for layer in self._layers.values():
                 follow_materialised(layer)
         return {path: layer for path, layer in self._layers.items() if path in weights}
+
+    def _fitting(self, stored: Stored) -> dict[str, LoraWeights]:
+        """path -> the shapes of what the pool is to hold, which are right."""
+        shapes = stored.shapes()
+        return {
+            path: check_fit(
+                layer.mux_pool, layer.mux_part, shapes[path], f"{stored.source}[{path!r}]"
+            )
+            for path, layer in self._parts(shapes, stored.source).items()
+        }
 
     def _checked(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, LoraWeights]:
         """path -> what the pool is to hold."""

@@ -168,11 +168,11 @@ def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str
     """path -> {"A": key, "B": key, "bias": key}; every key is understood, every pair is whole."""
     modules: dict[str, dict[str, str]] = {}
     for key in sorted(keys):
-        for ending, reason in OTHERS.items():
-            if key.endswith(ending):
-                raise CheckpointError(f"{source}: key {key!r} is refused: {reason}")
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         if suffix is None:
+            for ending, reason in OTHERS.items():
+                if key.endswith(ending):
+                    raise CheckpointError(f"{source}: key {key!r} is refused: {reason}")
             raise CheckpointError(
                 f"{source}: key {key!r} is not understood; "
                 f"expected keys end in {', '.join(SUFFIXES)}"

@@ -9,8 +9,8 @@
     |-- TargetError          (ValueError)    a model or a layer that cannot carry adapters
     |-- BackendError         (ValueError)    a backend that does not exist or cannot run here
     |-- UnknownAdapterError  (KeyError)      a name or a handle that no adapter has (any more)
-    |-- PoolCapacityError    (RuntimeError)  an adapter too many for a pool that can not grow
-    |-- RoutingBusyError     (RuntimeError)  another thread is inside a `with` block of this model
+    |-- PoolCapacityError    (RuntimeError)  adapters too many for a pool that can not grow
+    |-- RoutingBusyError     (RuntimeError)  another thread is in a `with` block or forward pass
     `-- DetachedError        (RuntimeError)  a Mux that was used after detach()
 
 Each message names the argument, what was expected, what was got and the way out. Whatever raises
@@ -58,11 +58,11 @@ class UnknownAdapterError(LoraMuxError, KeyError):
 
 
 class PoolCapacityError(LoraMuxError, RuntimeError):
-    """An adapter does not fit into a pool that can not grow, because a CUDA graph reads it."""
+    """Adapters do not fit into a pool that can not grow: bounded, or read by a CUDA graph."""
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):
-    """Another thread is inside a `with` block of the same model."""
+    """Another thread is inside a `with` block, or a forward pass, of the same model."""
 
 
 class DetachedError(LoraMuxError, RuntimeError):

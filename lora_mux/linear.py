@@ -324,11 +324,14 @@ def follow_materialised(layer: MuxLinear) -> None:
 
     to_empty() moves both; load_state_dict(assign=True) only what is in the state_dict.
     """
-    device = device_of(layer)
-    if layer.mux_pool.A_rows.is_meta and device.type != "meta":
-        layer.mux_pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
-    if layer.mux_pool.fixed is not None and not layer.mux_pool.runs.capacity:
-        layer.mux_pool.fix(layer.mux_pool.fixed)
+    pool = layer.mux_pool
+    if pool.A_rows.is_meta:
+        device = device_of(layer)
+        if device.type == "meta":
+            return
+        pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+    if pool.fixed is not None and not pool.runs.capacity:
+        pool.fix(pool.fixed)
 
 
 def _spread(routing: Routing, x: Tensor) -> Routing:

@@ -273,7 +273,8 @@ class Mux:
             UnknownAdapterError: a name or handle that is not loaded.
             RoutingError: rows or weights that do not fit; at the forward pass, also a batch that
                 has another number of samples.
-            RoutingBusyError: another thread is inside a `with` block of this model.
+            RoutingBusyError: another thread is in a `with` block or a forward pass of this model.
+            PoolCapacityError, CheckpointError, AdapterError: as `prefetch`, when the block begins.
         """
         return self._routed(lambda: self._route(rows, weights, expand))
 
@@ -314,7 +315,8 @@ class Mux:
     ) -> None:
         """The adapters of every row of every batch from now on; None = the base model.
 
-        Costs the same for any number of layers and adapters: one entry is written.
+        Costs the same for any number of layers and adapters, once it is resident: one entry is
+        written.
 
         Args:
             adapter: None, a name, a sequence of names, or a mapping name -> weight.
@@ -375,12 +377,10 @@ class Mux:
         """A block of a route that is made now, and again if a name means another one by then."""
         edition, first = self._slots.edition, make()
 
-        def enter(put: Callable[[Route], None]) -> Route:
-            return self._adapters.enter(
-                lambda: first if self._slots.edition == edition else make(), put
-            )
+        def now() -> Route:
+            return make() if first.named and self._slots.edition != edition else first
 
-        return self._router.routed(enter)
+        return self._router.routed(lambda put: self._adapters.enter(now, put))
 
     def _set(self, make: Callable[[], Route | None]) -> None:
         self._router.refuse_other_thread()

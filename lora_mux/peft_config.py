@@ -265,7 +265,8 @@ def _first_match(patterns: Mapping[str, T], path: str, default: T) -> T:
 def _names(names: str | Sequence[str], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    parts = path.split(".")
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(names)
 
 
 def _short(value: object) -> str:

@@ -50,8 +50,7 @@ def place(
             if not needed:
                 continue
             while True:
-                staying = [slot_of(handle) for handle in idle if handle not in evicted]
-                slides = _slides(pool, needed, [slot_of(handle) for handle in evicted], staying)
+                slides = _slides(pool, needed, evicted, idle)
                 if slides is not None:
                     break
                 going = (h for h in evictable if path in rows[h] and h not in evicted)
@@ -66,19 +65,20 @@ def place(
 
 
 def _slides(
-    pool: Pool, needed: Sequence[int], evicted: Sequence[int], staying: Sequence[int]
+    pool: Pool, needed: Sequence[int], evicted: Sequence[int], idle: Sequence[int]
 ) -> list[int] | None:
     """The slots that have to slide for `needed` to fit; None when that does not help either."""
     runs = pool.runs.copy()
-    for slot in evicted:
-        if slot in pool.spans:
-            runs.give(pool.spans[slot].offset, pool.spans[slot].rows)
+    for handle in evicted:
+        if span := pool.spans.get(slot_of(handle)):
+            runs.give(span.offset, span.rows)
     if runs.free < sum(needed):
         return None
     asis = runs.copy()
     if all(asis.take(rows) is not None for rows in needed):
         return []
-    moving = sorted((slot for slot in staying if slot in pool.spans), key=pool.spans.__getitem__)
+    staying = {slot_of(handle) for handle in idle if handle not in evicted}
+    moving = sorted(staying & pool.spans.keys(), key=pool.spans.__getitem__)
     for slot in moving:
         span = pool.spans[slot]
         runs.give(span.offset, span.rows)

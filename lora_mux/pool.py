@@ -229,7 +229,8 @@ class Pool(nn.Module):
             self.runs.grow(capacity)
         if slots > self.rank.shape[0]:
             self._grow(("offset", "rank", "scaling"), max(slots, 2 * self.rank.shape[0]))
-        self.max_rank = max(self.max_rank, max_rank)
+        if max_rank > self.max_rank:
+            self.max_rank = max_rank
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -264,7 +265,10 @@ def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     # What is not shows in the smallest and the largest value: 15 times faster than isfinite().
     values = tensor.detach()
     extremes = (values.float() if values.element_size() == 1 else values).aminmax()
-    return bool(torch.stack(extremes).to(dtype).isfinite().all())
+    limit = torch.finfo(dtype).max
+    if all(-limit <= extreme.item() <= limit for extreme in extremes):
+        return True
+    return bool(torch.stack(extremes).to(dtype).isfinite().all())  # as it is rounded
 
 
 def _check_shape(tensor: object, argument: str, shape: tuple[int | None, ...], words: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from .adapters import Adapters, R
 from .budget import split
 from .errors import PoolCapacityError
-from .intake import check_fit, check_room, write
+from .intake import check_room, write
 from .lane import Lane
 from .linear import MuxLinear
 from .placing import Placement, place
@@ -103,6 +103,11 @@ class BoundedAdapters(Adapters):
 
         self._with_resident(needed, bind)
 
+    def remove(self, name: str) -> None:
+        """Forget a name; its handle is dead from now on."""
+        with self._lock, self._writing():
+            super().remove(name)
+
     def enter(self, make: Callable[[], R], put: Callable[[R], None], leaving: bool = False) -> R:
         """Make a route, its adapters resident, and put it in force."""
         route: R
@@ -177,12 +182,16 @@ class BoundedAdapters(Adapters):
         """An adapter's values, checked."""
         block = stored.read(self._by_gpu())
         for path, part in stored.weights(block).items():
-            self._pools[path].check_values(part, f"{stored.source}[{path!r}]")
+            pool = self._pools[path]
+            # Else it is known from reading, or from when it was handed over.
+            widest = max(torch.finfo(tensor.dtype).max for tensor in (part.A, part.B))
+            if torch.finfo(pool.A_rows.dtype).max < widest or part.bias is not None:
+                pool.check_values(part, f"{stored.source}[{path!r}]")
         return block
 
     def _carry_out(self, placement: Placement, blocks: Mapping[int, Block]) -> None:
-        lanes = {device: self._lane(device) for device in self._devices()}
-        with _writing(lanes.values()):
+        lanes = self._lanes_in_use()
+        with self._writing():
             self._put_out(placement.evicted)
             for path, slots in placement.sliding.items():
                 for slot in slots:
@@ -193,7 +202,7 @@ class BoundedAdapters(Adapters):
                 device: known.stored.weights(lane.bring(blocks[handle]))
                 for device, lane in lanes.items()
             }
-            with _writing(lanes.values()):
+            with self._writing():
                 write(self._slots, handle, self._cut(there))
             known.marks = {device: lane.mark() for device, lane in lanes.items()}
             self._recent[handle] = None
@@ -231,7 +240,8 @@ class BoundedAdapters(Adapters):
         super()._retire(handle)
 
     def _free(self, handle: int) -> None:
-        super()._free(handle)
+        with self._writing():
+            super()._free(handle)
         del self._known[handle]
 
     def _is_resident(self, handle: int) -> bool:
@@ -244,16 +254,13 @@ class BoundedAdapters(Adapters):
         return 0  # the rank rows are there from the beginning
 
     def _fitting(self, stored: Stored) -> dict[str, LoraWeights]:
-        """path -> the shapes of what the pool is to hold, which it could."""
-        shapes = stored.shapes()
-        fitting = {}
-        for path, layer in self._parts(shapes, stored.source).items():
-            argument, pool = f"{stored.source}[{path!r}]", layer.mux_pool
-            fitting[path] = check_fit(pool, layer.mux_part, shapes[path], argument)
-            if rank_rows(fitting[path]) > pool.runs.capacity:
+        fitting = super()._fitting(stored)
+        for path, part in fitting.items():
+            capacity = self._pools[path].runs.capacity
+            if rank_rows(part) > capacity:
                 raise PoolCapacityError(
-                    f"`{argument}` must fit into the pool of {pool.runs.capacity} rank rows, got "
-                    f"{rank_rows(fitting[path])}; attach with more memory"
+                    f"`{stored.source}[{path!r}]` must fit into the pool of {capacity} rank rows, "
+                    f"got {rank_rows(part)}; attach with more memory"
                 )
         return fitting
 
@@ -263,13 +270,15 @@ class BoundedAdapters(Adapters):
     def _by_gpu(self) -> bool:
         return any(device.type == "cuda" for device in self._devices())
 
-    def _lane(self, device: torch.device) -> Lane:
-        return self._lanes.setdefault(device, Lane(device))
+    def _lanes_in_use(self) -> dict[torch.device, Lane]:
+        for device in self._devices() - self._lanes.keys():
+            self._lanes[device] = Lane(device)
+        return {device: self._lanes[device] for device in self._devices()}
 
-
-@contextmanager
-def _writing(lanes: Iterable[Lane]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for lane in lanes:
-            stack.enter_context(lane.writing())
-        yield
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, what is written to pools and tables goes by the lanes, in one order for all."""
+        with ExitStack() as stack:
+            for lane in self._lanes_in_use().values():
+                stack.enter_context(lane.writing())
+            yield

@@ -98,7 +98,7 @@ class Router:
         """
         with self._block():
             before, outer = self.route, self._outer
-            # Before the other is put in force, and after it was left: `held` may look any time.
+            # Before the other is put in force, and until it was left: see `held`.
             self._outer = (*outer, before)
             try:
                 yield enter(self._put).routing
@@ -137,7 +137,7 @@ class Router:
         Args:
             leaving: the route in force is about to be replaced, and does not count.
         """
-        # The blocks' own first: see `routed`.
+        # In this order: what is put in force meanwhile was in one of the others before.
         outer, leaving = self._outer, leaving and self._runner is None
         heir = () if leaving and not outer else self._heir or ()
         last = None if leaving else self.route
@@ -193,9 +193,9 @@ class Router:
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
-        self._forget_forward()
         if not torch.compiler.is_compiling():
             self._begin()
+        self._forget_forward()
         batch = batch_of(args, kwargs)
         self._check_batch(batch)
         if "cu_seq_lens_q" in kwargs:
@@ -204,17 +204,19 @@ class Router:
             self._samples, self._tokens = batch
 
     def _begin(self) -> None:
-        if not _in_backward():
-            self._past = None  # of a backward that failed
         with _TAKE:
             self._refuse_other_runner()
             self._runner = threading.get_ident()
+            if not _in_backward():
+                self._past = None  # of a backward that failed
             if self._heir is not None and self._heir[0] is self.route:
                 self._put(self.route)
 
     def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
         """Forward hook of the model: what was learnt of the batch ends with it."""
         if not torch.compiler.is_compiling():
+            if self._runner != threading.get_ident():
+                return  # it was refused: another thread's is in progress
             if torch.is_grad_enabled():
                 self._follow_into_backward(output)
             self._runner = None
@@ -318,11 +320,11 @@ class Router:
 
     def _put(self, route: Route | None) -> None:
         with _TAKE:
-            if self._heir is not None and self._heir[0] is route:
-                route, self._heir = self._heir[1], None
-            elif not self._outer:  # another sticky route
+            heir = self._heir
+            inherits = heir is not None and heir[0] is route
+            self.route = heir[1] if heir is not None and inherits else route
+            if inherits or not self._outer:  # after the route was put: see `held`
                 self._heir = None
-            self.route = route
             self._forget_route()
 
     def _forget_route(self) -> None:

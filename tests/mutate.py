@@ -22,6 +22,8 @@ CONTINUOUS = ("tests/test_continuous.py",)
 CHECKPOINTING = ("tests/test_checkpointing.py",)
 MODULE = ("tests/test_module.py",)
 COMPILE = ("tests/test_compile.py",)
+RESIDENCY = ("tests/test_residency.py",)
+STATES = ("tests/test_residency_states.py",)
 OPERATORS = ("tests/test_operators.py", "tests/test_triton_backend.py")
 
 
@@ -245,7 +247,7 @@ MUTATIONS = {
         "router.py", "task_id() != -1", "task_id() != -2", CHECKPOINTING
     ),
     "router: a model that is run again forgets its pass": Mutation(
-        "router.py", " and not _in_backward()", "", CHECKPOINTING
+        "router.py", "if not _in_backward():", "if True:", CHECKPOINTING
     ),
     "graphs: a shape for each route": Mutation(
         "graphs.py", "missing = (0, self._places - index.shape[1])", "missing = (0, 0)", COMPILE
@@ -266,7 +268,7 @@ MUTATIONS = {
         "linear.py", ", mux_owns_output=False", "", MODULE
     ),
     "linear: pools stay on the meta device": Mutation(
-        "linear.py", "layer.mux_pool.to_empty(device=device)", "pass", MODULE
+        "linear.py", "pool.to_empty(device=device)", "pass", MODULE
     ),
     "sharding: a bias of each process": Mutation(
         "sharding.py", "bias is not None and self.place", "False", ("tests/test_sharded.py",)
@@ -305,7 +307,89 @@ MUTATIONS = {
         "router.py", "self._refuse_packed()", "pass", ("tests/test_generate.py",)
     ),
     "slots: a removed adapter stays alive": Mutation(
-        "slots.py", "self._write(slot, NONE)", "pass", BACKEND
+        "slots.py", "self._write(slot_of(handle), NONE)", "pass", BACKEND
+    ),
+    "runs: neighbours stay apart": Mutation(
+        "runs.py", "at, start = at - 1, self._free[at - 1][0]", "pass", ("tests/test_runs.py",)
+    ),
+    "pool: rows slide without their values": Mutation(
+        "pool.py", "buffer[new] = buffer[old].clone()", "pass", RESIDENCY
+    ),
+    "pool: rows slide over themselves": Mutation("pool.py", "buffer[left] = 0", "pass", RESIDENCY),
+    "placing: what is asked for is evicted": Mutation(
+        "residency.py", "self._pinned | set(wanted)", "self._pinned", RESIDENCY
+    ),
+    "placing: the pinned is evicted": Mutation(
+        "residency.py", "self._pinned | set(wanted)", "set(wanted)", RESIDENCY
+    ),
+    "placing: the last routed makes room": Mutation(
+        "residency.py",
+        "self._recent[handle] = None\n            for",
+        "pass\n            for",
+        RESIDENCY,
+    ),
+    "placing: evicted before it is known to fit": Mutation(
+        "placing.py", "raise PoolCapacityError(_full", "break; (_full", RESIDENCY
+    ),
+    "placing: total free is enough": Mutation(
+        "placing.py",
+        "if all(asis.take(rows) is not None for rows in needed):",
+        "if True:",
+        RESIDENCY,
+    ),
+    "residency: what is in force is evicted": Mutation(
+        "router.py", "last = None if leaving else self.route", "last = None", RESIDENCY
+    ),
+    "residency: what a block goes back to is evicted": Mutation(
+        "router.py", "_handles([*outer, *heir,", "_handles([*heir,", RESIDENCY
+    ),
+    "residency: what a backward needs is evicted": Mutation(
+        "router.py",
+        "*(past.route for past in self._awaited), last",
+        "last",
+        RESIDENCY,
+    ),
+    "residency: a changed file is read": Mutation(
+        "tensorfile.py",
+        "if _state(os.fstat(file.fileno())) != self._state:",
+        "if False:",
+        RESIDENCY,
+    ),
+    "residency: values that are not finite come in": Mutation(
+        "checkpoint.py", "_check_finite(source, key, block[key])", "pass", RESIDENCY
+    ),
+    "residency: values that overflow come in": Mutation(
+        "residency.py", "if torch.finfo(pool.A_rows.dtype).max < widest", "if False", RESIDENCY
+    ),
+    "adapters: removed under a forward in progress": Mutation(
+        "adapters.py", "if users is not None and handle not in users:", "if True:", RESIDENCY
+    ),
+    "adapters: a replaced one stays for ever": Mutation(
+        "adapters.py", "if users is not None and handle not in users:", "if False:", RESIDENCY
+    ),
+    "router: a sticky route does not follow": Mutation(
+        "router.py", "self._heir = sticky[0], sticky[1].renamed(old, new)", "pass", RESIDENCY
+    ),
+    "router: a forward in progress changes its adapter": Mutation(
+        "router.py",
+        "self._heir = sticky[0], sticky[1].renamed(old, new)",
+        "self._put(sticky[1].renamed(old, new))",
+        RESIDENCY,
+    ),
+    "router: two forward passes at once": Mutation(
+        "router.py", "if self._runner not in (None, threading.get_ident()):", "if False:", RESIDENCY
+    ),
+    "router: a refused pass forgets the batch": Mutation(
+        "router.py", "if self._runner != threading.get_ident():", "if False:", RESIDENCY
+    ),
+    "mux: a route of before a reload": Mutation(
+        "mux.py", "make() if first.named and", "first if first.named and", RESIDENCY
+    ),
+    "mux: kept routes outlive a reload": Mutation(
+        "mux.py", "if self._edition != self._slots.edition:", "if False:", ("tests/test_mux.py",)
+    ),
+    "checkpoint: links lead anywhere": Mutation(
+        "checkpoint.py", "if not file.is_symlink():", "if True:", ("tests/test_checkpoint.py",)
     ),
     "slots: removals are not counted": Mutation("slots.py", "self.version += 1", "pass", BACKEND),
 }

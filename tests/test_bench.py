@@ -179,6 +179,17 @@ def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
     assert record["graphs"]["lora_mux"] == 1 < record["graphs"]["PEFT"]
 
 
+def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
+    out = tmp_path / "residency.jsonl"
+    sizes = ["--layers", "2", "--width", "16", "--adapters", "9", "--resident", "2"]
+    files = ["--folders", "2", "--peft", "3"]
+    done = script("bench/residency.py", *sizes, *files, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["milliseconds"]["lora_mux"]["bytes of an adapter"] == 16 * 2 * (2 * 16 * 4 + 1)
+    assert record["milliseconds"]["PEFT"]["load_adapter"]["min"] > 0
+
+
 def test_timers_interleave() -> None:
     order: list[str] = []
     calls = {name: lambda n, name=name: order.append(name) for name in "ab"}

@@ -328,6 +328,83 @@ def test_broken_folders(name: str, tmp_path: Path) -> None:
     refuse(folder, match)
 
 
+class TestLinks:
+    """A link must not lead to another tenant's file."""
+
+    @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+    def test_out_of_the_folder(self, name: str, tmp_path: Path) -> None:
+        write(tmp_path / "other")
+        folder = write(tmp_path / "bad")
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / "other" / name)
+        refuse(folder, f"{name} must lie in its folder, got a link to")
+
+    def test_inside_the_folder_and_to_the_folder(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "a")
+        (folder / WEIGHTS).rename(folder / "weights")
+        (folder / WEIGHTS).symlink_to("weights")
+        (tmp_path / "link").symlink_to(folder)
+        assert set(read_checkpoint(tmp_path / "link").weights) == set(PATHS)
+
+    def test_of_the_hub_s_cache(self, tmp_path: Path) -> None:
+        snapshot = write(tmp_path / "models--user--name" / "snapshots" / "abc")
+        blobs = tmp_path / "models--user--name" / "blobs"
+        blobs.mkdir()
+        (snapshot / WEIGHTS).rename(blobs / "0123")
+        (snapshot / WEIGHTS).symlink_to("../../blobs/0123")
+        assert set(read_checkpoint(snapshot).weights) == set(PATHS)
+        (snapshot / WEIGHTS).unlink()
+        (snapshot / WEIGHTS).symlink_to("../def/adapter_model.safetensors")
+        write(snapshot.parent / "def")
+        refuse(snapshot, "must lie in its folder")
+
+    def test_to_itself(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "bad")
+        (folder / WEIGHTS).unlink()
+        (folder / WEIGHTS).symlink_to(folder / WEIGHTS)
+        refuse(folder, WEIGHTS)
+
+
+class TestReading:
+    def test_what_is_checked_is_what_is_used(self, tmp_path: Path) -> None:
+        """Values are read, not mapped: who writes to the file later changes nothing."""
+        folder = write(tmp_path)
+        stored = read_checkpoint(folder).stored
+        block = stored.read(False)
+        before = {path: part.A.clone() for path, part in stored.weights(block).items()}
+        with (folder / WEIGHTS).open("r+b") as file:
+            file.truncate(100)
+        assert all(torch.equal(stored.weights(block)[path].A, A) for path, A in before.items())
+
+    def test_a_header_that_is_too_long(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "bad")
+        good = (folder / WEIGHTS).read_bytes()
+        length = int.from_bytes(good[:8], "little")
+        header = good[8 : 8 + length] + b" " * (1 << 23)
+        content = struct.pack("<Q", len(header)) + header + good[8 + length :]
+        (folder / WEIGHTS).write_bytes(content)
+        refuse(folder, "a header of")
+
+    @pytest.mark.parametrize("start", [1, 2, 3])
+    def test_values_at_odd_places(self, start: int, tmp_path: Path) -> None:
+        """A header's length need not make its values aligned."""
+        folder = write(tmp_path, weights=(made := tensors()))
+        good = (folder / WEIGHTS).read_bytes()
+        length = int.from_bytes(good[:8], "little")
+        header = good[8 : 8 + length] + b" " * start
+        content = struct.pack("<Q", len(header)) + header + good[8 + length :]
+        (folder / WEIGHTS).write_bytes(content)
+        got = read_checkpoint(folder).weights["layers.0.q"].A
+        assert torch.equal(got, made["base_model.model.layers.0.q.lora_A.weight"])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+    def test_other_dtypes(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        made = {key: t.to(dtype) for key, t in tensors().items()}
+        got = read_checkpoint(write(tmp_path, weights=made)).weights["layers.1.v"].B
+        assert got.dtype == dtype
+        assert torch.equal(got.float(), made["base_model.model.layers.1.v.lora_B.weight"].float())
+
+
 @pytest.mark.parametrize("pattern", ["(", "(a+)+$", "(.|.)*x", ".*.*.*.*.*x", "a" * 2000])
 def test_patterns_that_are_broken_or_could_run_for_ever(pattern: str, tmp_path: Path) -> None:
     refuse(write(tmp_path / "bad", {"rank_pattern": {pattern: 4}}), "rank_pattern")

@@ -17,7 +17,8 @@ import peft_oracle
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/*.md"))]
 WITH_CODE = {"README.md"} | {
-    f"docs/{name}.md" for name in ("backends", "concepts", "examples", "from_peft", "quickstart")
+    f"docs/{name}.md"
+    for name in (*("backends", "concepts", "examples", "from_peft", "quickstart", "serving"),)
 }
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]
 

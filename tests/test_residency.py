@@ -165,6 +165,12 @@ class TestComingIn:
         stage.route("b")
         assert stage.resident == {"c", "b"}
 
+    def test_what_is_asked_for_does_not_make_room(self, stage: Stage) -> None:
+        stage.route("a")
+        stage.route("b")
+        stage.route("a", "c")
+        assert stage.resident == {"a", "c"}
+
     def test_only_who_holds_rows_there_makes_room(self, stage: Stage) -> None:
         """Neither of the others frees a row of the layer that is full."""
         for name, layer in (("first", "first"), ("second", "second")):
@@ -388,6 +394,18 @@ class TestFragments:
         stage.route("d", "b")  # b slides from 5 to 0
         assert sorted((s.offset, s.rows) for s in pool.spans.values()) == [(0, 6), (6, 6)]
 
+    def test_rows_that_were_slid_from_hold_nothing(self, tmp_path: Path) -> None:
+        stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 4})
+        stage.mux.prefetch(["a", "b", "c", "d"])
+        for name in ("b", "d"):
+            stage.route(name)
+        stage.route("e")
+        for layer in (stage.model.first, stage.model.second):
+            pool = layer.mux_pool
+            assert pool.runs.free == 2
+            assert not pool.A_rows[10:].any() and not pool.B_rows[10:].any()
+        stage.route("b", "d", "e")
+
 
 class TestBadFiles:
     """A file is read when it is needed: by then it may be gone, or another."""
@@ -581,12 +599,39 @@ class TestThreads:
         }
 
         def between_layers(*arguments: Any) -> None:
+            hook.remove()
             with pytest.raises(RoutingBusyError, match="another thread runs a forward pass"):
                 run_in_thread(acts[how])
 
-        stage.model.second.register_forward_pre_hook(between_layers)
+        hook = stage.model.second.register_forward_pre_hook(between_layers)
         stage.check("a", "a", "a")
         assert stage.resident == {"a"}
+
+    def test_a_pass_that_is_refused_leaves_the_other_alone(self) -> None:
+        """It must not forget the batch, by which flattened rows find their samples."""
+
+        class Flat(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(12, 12)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x.reshape(-1, 12)).reshape(x.shape)  # type: ignore[no-any-return]
+
+        model, x = Flat(), torch.randn(3, 5, 12)
+        mux = lora_mux.attach(model)
+        mux.add_adapter("a", {"layer": (torch.ones(2, 12), torch.ones(12, 2))}, alpha=2)
+
+        def refused(*arguments: Any) -> None:
+            hook.remove()
+            for batch in (x, x[:2], x[0]):
+                with pytest.raises(RoutingBusyError):
+                    run_in_thread(lambda batch=batch: model(batch))
+
+        with torch.no_grad(), mux.route(["a", None, "a"]):
+            want = model(x)
+            hook = model.layer.register_forward_pre_hook(refused)
+            assert torch.equal(model(x), want)
 
     def test_loading_and_prefetching_during_a_forward_pass(self, stage: Stage) -> None:
         stage.mux.set_adapter("a")

@@ -1,0 +1,132 @@
+"""What adapters cost that are not all resident, against PEFT: python bench/residency.py
+
+A stack of linear layers on the CPU, adapters in PEFT folders (a few folders under many names), and
+pools that hold some of them. Registering; the first use of an adapter that is not resident, against
+a plain copy of as many bytes; routes that hit, and routes that evict each time. PEFT's load_adapter
+and set_adapter on the same files in the same run. Files are in the page cache.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import lora_mux
+from lora_mux.measure.provenance import ROOT, provenance
+from lora_mux.progress import shown
+
+
+def stack(layers: int, width: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).requires_grad_(False)
+
+
+def save_folders(base: nn.Sequential, rank: int, count: int, root: Path) -> list[Path]:
+    """PEFT's own checkpoints."""
+    names = [str(i) for i in range(len(base))]
+    config = peft.LoraConfig(r=rank, target_modules=names, init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    folders = [root / f"{i}" for i in range(count)]
+    for folder in folders:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.02)
+        model.save_pretrained(folder)
+    return folders
+
+
+def milliseconds(call: Callable[[], object], times: int) -> dict[str, float]:
+    """Minimum and median."""
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        took.append(1e3 * (time.perf_counter() - start))
+    took.sort()
+    return {"min": took[0], "p50": took[len(took) // 2]}
+
+
+def routed(mux: lora_mux.Mux, name: str) -> None:
+    with mux.route([name]):
+        pass
+
+
+def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
+    model = stack(args.layers, args.width)
+    row_bytes = args.layers * (2 * args.width * 4 + 1)
+    mux = lora_mux.attach(model, memory=args.resident * args.rank * row_bytes)
+    names = [f"a{i}" for i in range(args.adapters)]
+    start = time.perf_counter()
+    mux.load_many({name: folders[i % len(folders)] for i, name in enumerate(names)})
+    registered = time.perf_counter() - start
+    size = args.rank * row_bytes
+    source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
+    cold = itertools.cycle(names[: 2 * args.resident])  # twice as many as there is room for
+    first = milliseconds(lambda: routed(mux, next(cold)), args.resident)  # into free rows
+    evicting = milliseconds(lambda: routed(mux, next(cold)), 4 * args.resident)
+    hot = itertools.cycle([n for n, h in mux.memory().adapters.items() if h.resident][:8])
+    return {
+        "register all": 1e3 * registered,
+        "bytes of an adapter": size,
+        "copy of as many bytes": milliseconds(lambda: target.copy_(source), 50),
+        "first use": first,
+        "route, evicting each time": evicting,
+        "route, resident": milliseconds(lambda: routed(mux, next(hot)), 400),
+        "set_adapter, resident": milliseconds(lambda: mux.set_adapter(next(hot)), 400),
+    }
+
+
+def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
+    model: Any = peft.PeftModel.from_pretrained(
+        stack(args.layers, args.width), folders[0], adapter_name="a0"
+    )
+    numbers = iter(shown(range(1, args.peft), "PEFT"))
+
+    def load() -> None:
+        i = next(numbers)
+        model.load_adapter(folders[i % len(folders)], f"a{i}")
+
+    loaded = milliseconds(load, args.peft - 1)
+    hot = itertools.cycle([f"a{i}" for i in range(min(8, args.peft))])
+    return {
+        "load_adapter": loaded,
+        "set_adapter": milliseconds(lambda: model.set_adapter(next(hot)), 20),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
+    for name, default in (sizes | {"folders": 48, "peft": 48}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # PEFT looks for the base model's config
+        folders = save_folders(stack(args.layers, args.width), args.rank, args.folders, Path(root))
+        sizes = {key: getattr(args, key) for key in (*sizes, "folders", "peft")}
+        record = {
+            **provenance(torch.device("cpu")),
+            "sizes": sizes,
+            "milliseconds": {"lora_mux": ours(args, folders), "PEFT": theirs(args, folders)},
+        }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    for who, figures in record["milliseconds"].items():
+        for what, took in figures.items():
+            print(f"{who:9} {what:28} {took}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
