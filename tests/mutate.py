@@ -341,7 +341,7 @@ MUTATIONS = {
         "router.py", "last = None if leaving else self.route", "last = None", RESIDENCY
     ),
     "residency: what a block goes back to is evicted": Mutation(
-        "router.py", "_handles([*outer, *heir,", "_handles([*heir,", RESIDENCY
+        "router.py", "[*outer, *heir,", "[*heir,", RESIDENCY
     ),
     "residency: what a backward needs is evicted": Mutation(
         "router.py",
