@@ -345,8 +345,8 @@ MUTATIONS = {
     ),
     "residency: what a backward needs is evicted": Mutation(
         "router.py",
-        "*(past.route for past in self._awaited), last",
-        "last",
+        "*(past.route for past in self._awaited), self._served, last",
+        "self._served, last",
         RESIDENCY,
     ),
     "residency: a changed file is read": Mutation(
