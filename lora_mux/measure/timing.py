@@ -16,7 +16,7 @@ import torch
 SECONDS = 3.0
 
 Call = Callable[[int], object]  # does its work on the n-th set of buffers
-Times = dict[str, float]  # "min", "p20", "p50", "p80"
+Times = dict[str, float]  # "min", "p20", "p50", "p80", and "runs", how many they are of
 
 
 def microseconds(
@@ -95,4 +95,5 @@ def _while_seconds(seconds: float, at_least: int, at_most: int) -> Iterator[int]
 
 def _summary(values: Sequence[float]) -> Times:
     p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return {"min": min(values), "p20": p20, "p50": statistics.median(values), "p80": p80}
+    middle = statistics.median(values)
+    return {"min": min(values), "p20": p20, "p50": middle, "p80": p80, "runs": len(values)}
