@@ -186,8 +186,6 @@ def cpu(quick: bool = False) -> Iterator[Workload]:
     ):
         if adapters < J or (quick and (width > 1024 or tokens > 1)):
             continue
-        if dtype == "bfloat16" and width > 1024 and tokens > 1:
-            continue  # 2 to 10 seconds for each call where the CPU has no bf16
         yield Workload(
             *(f"{width}", width, width, 64, adapters),
             selections=J,

@@ -65,8 +65,6 @@ class Shown:
         self._places = PLACES  # of the widest route so far
         self._base = self.route = _base(self._rows, self._places, torch.device("cpu"))
 
-    # Normal tensors also inside inference_mode: graphs guard that as well.
-    @torch.inference_mode(False)
     def follow(self, route: Route | None, device: torch.device) -> None:
         """Show a route, on a device; None = the base model."""
         if torch.compiler.is_compiling():
@@ -89,6 +87,9 @@ class Shown:
             self._base = _base(self._rows, self._places, device)
         self.route = self._base
 
+    # Normal tensors also inside inference_mode: graphs guard that as well. Not around `follow`,
+    # which set_adapter calls: entering costs a third of it.
+    @torch.inference_mode(False)
     def _padded(self, route: Route, device: torch.device) -> Route:
         index, weight = route.routing.index, route.routing.weight
         if route.uniform:
@@ -102,5 +103,6 @@ class Shown:
         return Route(padded.to(device), route.per_token, route.uniform, route.expand)
 
 
+@torch.inference_mode(False)
 def _base(rows: int, places: int, device: torch.device) -> Route:
     return Route(Routing(torch.full((rows, places), NONE, device=device)), uniform=True)

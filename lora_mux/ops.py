@@ -218,7 +218,7 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
         if bool((resolved < 0).all()):
             return None
         if method.grouped:
-            return HostPlan(index.clone(), weight.clone(), resolved)
+            return HostPlan(weight.clone(), resolved)
         return reference.plan(resolved, weight)
     if capturing(index.device):
         slots.captured = True
@@ -244,6 +244,8 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tenso
     Args:
         owned: y's storage is nobody else's, so that it may be written to.
     """
+    if isinstance(plan, HostPlan) and y.ndim == 2 and not tracked(y, x, plan.weight):
+        return grouped.add_lora(y, x, pool, plan, owned)  # no views: 10 us where caches are cold
     y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     if isinstance(plan, HostPlan):
         if not tracked(y, x, plan.weight):

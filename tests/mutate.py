@@ -159,7 +159,7 @@ MUTATIONS = {
         "linear.py", "if ops.tracked(x, weight, bias):", "if False:", FUSED
     ),
     "fused: gradients of weights are lost": Mutation(
-        "linear.py", "if spread.weight.requires_grad:", "if False:", FUSED
+        "linear.py", "fusable and not spread.weight.requires_grad", "fusable", FUSED
     ),
     "fused: a wrapped weight": Mutation("linear.py", "type(weight) is nn.Parameter and", "", FUSED),
     "fused: rows that are no multiple of 16 bytes": Mutation(
@@ -169,28 +169,32 @@ MUTATIONS = {
         "ops.py", "tuned.fuses(launch", "not tuned.fuses(launch", ("tests/test_tuned.py",)
     ),
     "grouped: repeated rows are added": Mutation(
-        "grouped.py", "if group.real is not None:", "if False:", GROUPED
+        "grouped.py", "np.where(selects, strength[pairs], 0.0)", "strength[pairs]", GROUPED
     ),
     "grouped: every group is in order": Mutation(
-        "grouped.py", "all(real) and rows == list(range(M))", "all(real)", GROUPED
+        "grouped.py",
+        "if (np.diff(rows) == 1).all():",
+        "if len(np.unique(rows)) == len(rows):",
+        GROUPED,
     ),
-    "grouped: no scaling": Mutation(
-        "grouped.py", "* _scaling(spans, dtype)[:, None, None]", "* 1", GROUPED
+    "grouped: no scaling": Mutation("grouped.py", "[[[span.scaling for", "[[[1.0 for", GROUPED),
+    "grouped: the first strength for all": Mutation(
+        "grouped.py", "bool((wanted == wanted[0]).all())", "True", GROUPED
     ),
-    "grouped: no scaling where all are multiplied": Mutation(
-        "grouped.py", "* _scaling(spans, dtype)\n", "* 1\n", GROUPED
-    ),
-    "grouped: layers share a strength whatever their scaling": Mutation(
-        "grouped.py", "key = dtype, *(span.scaling for span in spans)", "key = dtype", GROUPED
+    "grouped: layers share a cut whatever they hold": Mutation(
+        "grouped.py",
+        "key = dtype, sizes, tuple(map(pool.spans.get, self.used))",
+        "key = dtype",
+        GROUPED,
     ),
     "grouped: a row gets all adapters": Mutation(
-        "grouped.py", "h.masked_fill_(others, 0.0)", "pass", GROUPED
+        "grouped.py", "h.view(bits.dtype).bitwise_and_(bits)", "pass", GROUPED
     ),
     "grouped: masked by multiplying": Mutation(
-        "grouped.py", "h.masked_fill_(others, 0.0)", "h *= ~others", GROUPED
+        "grouped.py", "h.view(bits.dtype).bitwise_and_(bits)", "h *= bits != 0", GROUPED
     ),
     "grouped: base rows are added to": Mutation(
-        "grouped.py", "if dense.rows is None:", "if True:", GROUPED
+        "grouped.py", "some = selects[0].any(1)", "some = selects[0].any(1) | True", GROUPED
     ),
     "grouped: base rows are rounded": Mutation(
         "grouped.py",
@@ -198,23 +202,26 @@ MUTATIONS = {
         "return rounded if True else",
         GROUPED,
     ),
+    "grouped: several products are summed in bf16": Mutation(
+        "grouped.py", "torch.float32) if repeated else dtype)", "dtype))", GROUPED
+    ),
     "grouped: no bias": Mutation(
-        "grouped.py", "h[[span.bias for span in spans[some]], :, -1] = 1.0", "pass", GROUPED
+        "grouped.py", "biases if constant.any()", "biases if False", GROUPED
     ),
     "grouped: the last weight of a slot that stands twice": Mutation(
-        "grouped.py", "weight[m][u] += strength", "weight[m][u] = strength", GROUPED
+        "grouped.py", "np.add.at(weight, wanted, strength)", "weight[wanted] = strength", GROUPED
     ),
     "grouped: another adapter's rank rows": Mutation(
-        "grouped.py", "if span.offset == end:", "if True:", GROUPED
+        "grouped.py", "_rows(rank_rows)", "_rows(rank_rows[0] + np.arange(len(rank_rows)))", GROUPED
     ),
     "grouped: writes to what is not ours": Mutation(
-        "grouped.py", "copy=not owned", "copy=False", GROUPED
+        "grouped.py", "if owned and y.dtype == sums", "if y.dtype == sums", GROUPED
     ),
     "linear: any routing is the last one": Mutation(
-        "linear.py", "if last.stands_for(spread.index, spread.weight):", "if True:", GROUPED
+        "linear.py", "and torch.equal(index, self.index)", "", GROUPED
     ),
     "linear: a removal is not seen": Mutation(
-        "linear.py", "if version == self.mux_slots.version and", "if", GROUPED
+        "linear.py", "and version == self.version", "", GROUPED
     ),
     "operators: the gradient of x keeps the bias": Mutation(
         "operators.py", "B_rows=rows.A_rows, constant=None)", "B_rows=rows.B_rows)", OPERATORS

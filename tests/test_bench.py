@@ -193,9 +193,10 @@ def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
 def test_timers_interleave() -> None:
     order: list[str] = []
     calls = {name: lambda n, name=name: order.append(name) for name in "ab"}
-    times = timing.microseconds(calls, 1, CPU, runs=4)
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert times.keys() == {"a", "b"}
+    times = timing.microseconds(calls, 1, CPU, runs=20)
+    rounds = {"".join(order[n : n + 2]) for n in range(0, 40, 2)}
+    assert len(order) == 40 and rounds == {"ab", "ba"}
+    assert times.keys() == {"a", "b"} and times["a"]["runs"] == 20
 
 
 def test_lora_mux_bench(capsys: pytest.CaptureFixture[str]) -> None:

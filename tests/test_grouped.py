@@ -23,29 +23,34 @@ def plan_of(bench: Bench, index: Tensor) -> grouped.HostPlan:
     return plan
 
 
-# Adapters, rows of each: what the plan should make of it.
+# Rows of each adapter: what the batch is cut into, as (slots, rows of each).
 CUTS = {
     "one for all": ([9], "dense"),
-    "two halves": ([8, 8], "dense"),
+    "four quarters": ([8] * 4, "dense"),
     "one each, in order": ([1] * 12, [(12, 1)]),
-    "twos, in order": ([2] * 8, [(8, 2)]),
-    "about as many": ([3, 4, 2, 3, 4, 3], [(6, 4)]),
-    "one popular": ([1, 1, 20, 1, 2, 1, 1], [(5, 1), (1, 20), (1, 2)]),
+    "twos, in order": ([2] * 17, [(17, 2)]),
+    "about as many": ([3, 4, 2, 3, 4, 3] * 3, [(18, 4)]),
+    "one popular": ([1] * 20 + [20, 1, 1, 2, 4, 4], [(22, 1), (3, 4), (1, 20)]),
+    "many for two": ([1, 40, 2, 33] + [1] * 20, [(1, 33), (1, 40), (21, 1), (1, 2)]),
+    "many in order": ([40] * 17, [(17, 40)]),
 }
 
 
+@pytest.mark.parametrize("bf16_is_fast", [False, True], ids=["", "bf16 instructions"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CUTS)
-def test_cuts(name: str, dtype: torch.dtype) -> None:
+def test_cuts(
+    name: str, dtype: torch.dtype, bf16_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "FEW", (0, 0))
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: bf16_is_fast)
     rows_of, cut = CUTS[name]
     bench = Bench(ranks=(6,) * len(rows_of), dtype=dtype)
     index = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))[:, None]
-    form = plan_of(bench, index).form
-    if isinstance(form, grouped.Dense):
-        assert cut == "dense"
-    else:
-        assert [tuple(group.weight.shape[:2]) for group in form] == cut
-        assert [group.in_order for group in form] == ["in order" in name] * len(form)
+    groups, repeated = plan_of(bench, index).groups(bf16=False)
+    shapes = [(len(group.slots), group.rows.shape[1]) for group in groups]
+    assert not repeated
+    assert shapes == ([(1, len(index))] if cut == "dense" else cut)
     with torch.no_grad():
         bench.check(bench.x(len(index)), index)
         shuffled = index[torch.randperm(len(index))]
@@ -53,6 +58,84 @@ def test_cuts(name: str, dtype: torch.dtype) -> None:
         some = torch.where(torch.rand(index.shape) < 0.3, -1, index)
         some[0] = index[0]
         bench.check(bench.x(len(index)), some)
+
+
+def test_few_products_are_made_at_once() -> None:
+    """And with bf16 instructions, more of them, for moving rows costs as much as before."""
+    bench = Bench(ranks=(2,) * 32)
+    groups = {}
+    for rows in (16, 32, 64):
+        plan = plan_of(bench, torch.arange(rows)[:, None] % 32)
+        groups[rows] = [len(plan.groups(bf16)[0][0].slots) for bf16 in (False, True)]
+    assert groups == {16: [1, 1], 32: [32, 1], 64: [32, 32]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_adapters_of_a_row_are_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from several products, whose sum is kept in fp32."""
+    monkeypatch.setattr(grouped, "FEW", (0, 0))
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: True)
+    bench = Bench(ranks=(4,) * 64, dtype=dtype)
+    index = torch.rand(30, 64).argsort(1)[:, :2]
+    index[3] = -1
+    index[5, 0] = -1
+    groups, repeated = plan_of(bench, index).groups(bf16=True)
+    assert repeated and len(groups[0].slots) > 1
+    with torch.no_grad():
+        bench.check(bench.x(30), index)
+        bench.check(bench.x(5, 6), index, torch.rand(index.shape))
+
+
+def test_adapters_that_cancel_leave_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of several products in bf16 would round what is 64 times as large."""
+    monkeypatch.setattr(grouped, "FEW", (0, 0))
+    monkeypatch.setattr(grouped, "MOVED", 1)  # what index_add_ gets at once it sums in fp32 itself
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: True)
+    bench = Bench(ranks=(4,) * 40, dtype=torch.bfloat16)
+    for a, twin in enumerate(bench.adapters):
+        bench.layer.add_adapter(f"twin{a}", twin.A, twin.B, scaling=-twin.scaling)
+    handles = torch.tensor(list(bench.layer.adapters.values())).view(2, 40).T
+    x = bench.x(40)
+    with torch.no_grad():
+        y = bench.layer(x, lora_mux.Routing(handles, torch.full((40, 2), 64.0)))
+        # In fp32 what is left of it is 1e-5; in bf16 it would be 2.
+        torch.testing.assert_close(y, bench.linear(x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_products_in_bf16_round_as_torch_does(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the norm at most what plain PyTorch in bf16 is off, which rounds h and delta, and y."""
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: True)
+    bench = Bench(ranks=(16,) * 24, size=(512, 512), dtype=torch.bfloat16, bias=False)
+    index = torch.arange(rows)[:, None] % 24
+    x = bench.x(rows)
+    with torch.no_grad():
+        y = bench.check(x, index)
+        plain, truth = bench.linear(x), bench.linear(x).double()
+        for a, adapter in enumerate(bench.adapters):
+            mine = index[:, 0] == a
+            plain[mine] += (x[mine] @ adapter.A.T) @ adapter.B.T * adapter.scaling
+            exact = (x[mine].double() @ adapter.A.double().T) @ adapter.B.double().T
+            truth[mine] += exact * adapter.scaling
+    assert (y.double() - truth).norm() <= (plain.double() - truth).norm()
+
+
+@pytest.mark.parametrize("moved", [1, 1000])
+def test_what_is_moved_at_once_is_bounded(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "FEW", (0, 0))
+    monkeypatch.setattr(grouped, "MOVED", moved)
+    bench = Bench(ranks=(4, 4, 7) * 6)
+    index = torch.randperm(18).repeat(2)[:, None]
+    with torch.no_grad():
+        bench.check(bench.x(36), index)
+        bench.check(bench.x(36), index, torch.randn(index.shape))
+    pool = bench.layer.mux_pool
+    parts = plan_of(bench, index).cut(pool, torch.float32).parts
+    width = pool.in_features + pool.out_features
+    assert all(part.size[0] == 1 or part.size[0] * part.size[1] * width <= moved for part in parts)
+    assert sum(part.size[0] for part in parts) == 18
 
 
 @given(data=st.data())
@@ -120,8 +203,12 @@ def test_rows_that_get_nothing_keep_minus_zero(others: list[str]) -> None:
     assert base.signbit().all()  # not owned, so not written to
 
 
-def test_base_rows_keep_the_bits_of_a_nan() -> None:
+@pytest.mark.parametrize("bf16_is_fast", [False, True])
+def test_base_rows_keep_the_bits_of_a_nan(
+    bf16_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the way to fp32 and back a NaN would lose its sign and payload."""
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: bf16_is_fast)
     bench = Bench(ranks=(2,), size=(16, 12), dtype=torch.bfloat16)
     y = torch.full((2, 12), -0x3E, dtype=torch.int16).view(torch.bfloat16)
     plan = plan_of(bench, torch.tensor([[-1], [0]]))
