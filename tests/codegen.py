@@ -108,7 +108,7 @@ def compile_kernel(
     }
     if kernel == "plan":
         constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16, "COUNTERS": 256}
-        warps, stages = 4, 3
+        warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
         constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
     if kernel == "shrink":

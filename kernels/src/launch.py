@@ -75,7 +75,7 @@ def plan(
         for nothing in (length, state, counters):
             nothing.zero_()
     else:
-        block_u = 16
+        block_u, block_j = 16, triton.next_power_of_2(J)
         plan_kernel[(T - 1, triton.cdiv(U, block_u))](
             index,
             weight,
@@ -95,9 +95,11 @@ def plan(
             stride_wm=weight.stride(0),
             stride_wj=weight.stride(1),
             BLOCK_M=block_m,
-            BLOCK_J=triton.next_power_of_2(J),
+            BLOCK_J=block_j,
             BLOCK_U=block_u,
             COUNTERS=counters.numel(),
+            # A sort of 4,096 numbers by four warps spills 104 bytes of registers.
+            num_warps=8 if block_m * block_j > 2048 else 4,
         )
     return slots, strength, union, length, place, state, counters
 
