@@ -145,10 +145,10 @@ def _files(root: Path) -> dict[str, Path]:
                     "PEFT and save_pretrained it as safetensors"
                 )
             raise CheckpointError(f"{root} must hold {name}, which it does not{hint}")
-    return {name: _inside(root, file) for name, file in files.items()}
+    return {name: inside(root, file) for name, file in files.items()}
 
 
-def _inside(root: Path, file: Path) -> Path:
+def inside(root: Path, file: Path) -> Path:
     """The path of a file, if no link leads out of the folder: to another tenant's, say.
 
     The hub's cache holds a repository's files beside its folders, and links to them.

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import DIFFUSERS, weights_from
+from .checkpoint import DIFFUSERS, inside, weights_from
 from .errors import CheckpointError
 from .peft_config import PeftConfig, parse_config
 from .pool import LoraWeights
+from .tensorfile import TensorFile
 
 METADATA = "lora_adapter_metadata"
 WAY_OUT = "load it with diffusers (pipe.load_lora_weights) and use attach_peft"
@@ -32,13 +32,14 @@ def read_diffusers(folder: Path, targets: Collection[str]) -> dict[str, LoraWeig
         CheckpointError: names the file and what in it is broken, in another of the many formats
             that diffusers reads, more than plain LoRA on linear layers, or of another model.
     """
-    file = folder / DIFFUSERS
+    file = inside(folder, folder / DIFFUSERS)
+    opened = TensorFile(file)
+    block = opened.read()
+    tensors = {key: block[key] for key in opened.entries}
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-            fields = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, OSError, ValueError, MemoryError, RecursionError) as error:
-        raise CheckpointError(f"{file} must be a whole safetensors file, got {error}") from None
+        fields = json.loads(opened.metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: `{METADATA}` must be JSON, got {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: `{METADATA}` must hold an object, got {fields!r:.80}")
     other = next((key for key in tensors if ".lora_A." not in key and ".lora_B." not in key), None)

@@ -97,6 +97,7 @@ class TensorFile:
             with safe_open(path, framework="pt") as tensors:
                 slices = {key: tensors.get_slice(key) for key in tensors.keys()}
                 self.entries = {key: self._entry(key, part) for key, part in slices.items()}
+                self.metadata: dict[str, str] = tensors.metadata() or {}
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise self._broken(error) from None
 

@@ -42,7 +42,7 @@ ALLOWED = {
     "tensorfile": {"errors"},
     "stored": {"pool", "tensorfile"},
     "checkpoint": {"errors", "peft_config", "pool", "stored", "tensorfile"},
-    "diffusers_file": {"checkpoint", "errors", "peft_config", "pool"},
+    "diffusers_file": {"checkpoint", "errors", "peft_config", "pool", "tensorfile"},
     "hub": {"checkpoint", "errors"},
     "live_peft": {"checkpoint", "errors", "peft_config", "pool", "targets"},
     "budget": {"errors", "pool"},
@@ -87,7 +87,7 @@ LIBRARIES = {
     "slots": {"torch", "numpy"},
     "grouped": {"torch", "numpy"},
     "ops": {"torch", "triton"},  # triton inside a function, to ask for its version
-    "diffusers_file": {"torch", "safetensors"},
+    "diffusers_file": {"torch"},
     "tensorfile": {"torch", "safetensors"},
     "progress": {"rich"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib

@@ -168,7 +168,7 @@ def test_refusals(what: str, tmp_path: Path) -> None:
 
 
 CONFIG_REFUSED: dict[str, tuple[str, str]] = {
-    "no JSON": ("{", "whole safetensors file"),
+    "no JSON": ("{", "must be JSON"),
     "a list": ("[1]", "must hold an object"),
     "DoRA": (
         json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", 1)]}),
@@ -191,6 +191,13 @@ def test_refused_metadata(what: str, tmp_path: Path) -> None:
 def test_a_broken_file(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\x00" * 20)
     refused(tmp_path, "whole safetensors file")
+
+
+def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    save_file(tensors(*PAIR), tmp_path / "another tenant's")
+    (tmp_path / "mine" / FILE).symlink_to(tmp_path / "another tenant's")
+    refused(tmp_path / "mine", "must lie in its folder, got a link to")
 
 
 def refused(folder: Path, message: str) -> None:
