@@ -59,7 +59,7 @@ def test_every_way_to_cut_it(how: dict[str, int]) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_drawn(data: st.DataObject) -> None:
     ranks = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=6))
     problem = FusedProblem(
@@ -119,7 +119,7 @@ class TestWaiting:
     """Programs of shrink are the first, and nobody goes on before the last of them is done."""
 
     ONES = (
-        FusedProblem(rows=40, K=48, N=100, ranks=(5, 40, 16), dtype=torch.bfloat16),
+        FusedProblem(rows=20, K=32, N=70, ranks=(5, 20, 16), dtype=torch.bfloat16),
         FusedProblem(rows=3, K=40, N=20, ranks=(20, 3, 1), J=2),
     )
 

@@ -128,9 +128,9 @@ def test_tune_fuses_where_it_was_faster(
     from lora_mux.measure import timing, tune
 
     monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
-    monkeypatch.setattr(tune, "FUSED_CHOICES", {"block_n": (64,)})
-    sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
+    monkeypatch.setattr(tune, "CHOICES", {})
+    monkeypatch.setattr(tune, "FUSED_CHOICES", {"stages": (2,)})
+    sizes = ["--in-features", "16", "--out-features", "24", "--rank", "16", "--adapters", "3"]
     assert main(["tune", "--device", "cpu", "--rows", "4", "190", *sizes]) == 0
     assert "in one launch" in capsys.readouterr().out
     content = json.loads(table.read_text())
@@ -150,7 +150,7 @@ def test_tune_fuses_where_it_was_faster(
             entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
         table.write_text(json.dumps(content))
         _forget()
-        bench = Bench(ranks=(16, 16, 16), backend="triton", dtype=torch.bfloat16)
+        bench = Bench((16, 16, 16), (16, 24), torch.bfloat16, backend="triton")
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
             bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
