@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .errors import BackendError
 
@@ -36,6 +36,10 @@ class Case(NamedTuple):
     rank: int  # the largest that the pool may hold
     selections: int
     itemsize: int  # of the products: 2, or 4 for fp32
+
+
+# A case, what is best for it, and the microseconds that were measured.
+Entry: TypeAlias = "tuple[Case, Config, Any]"
 
 
 def user_table() -> Path:
@@ -72,11 +76,11 @@ def _entries(device: str) -> tuple[tuple[Case, "Config"], ...]:
     found: list[tuple[Case, Config]] = []
     for path in [*sorted(SHIPPED.glob("*.json")), user_table()]:
         if path.is_file():
-            found += _read(path, device)
+            found += [(case, config) for case, config, _ in _read(path, device)]
     return tuple(found)
 
 
-def _read(path: Path, device: str) -> list[tuple[Case, "Config"]]:
+def _read(path: Path, device: str) -> list[Entry]:
     from .kernels.config import Config
 
     try:
@@ -84,7 +88,11 @@ def _read(path: Path, device: str) -> list[tuple[Case, "Config"]]:
         if table["record"]["device"] != device:
             return []
         return [
-            (Case(*(int(entry[name]) for name in Case._fields)), Config(**entry["config"]))
+            (
+                Case(*(int(entry[name]) for name in Case._fields)),
+                Config(**entry["config"]),
+                entry["microseconds"],
+            )
             for entry in table["entries"]
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -94,16 +102,14 @@ def _read(path: Path, device: str) -> list[tuple[Case, "Config"]]:
         ) from error
 
 
-def write(path: Path, record: dict[str, Any], entries: list[tuple[Case, "Config", Any]]) -> None:
+def write(path: Path, record: dict[str, Any], entries: list[Entry]) -> None:
     """A table file, whole or not at all; other cases of the same device that it held stay."""
+    cases = [case for case, *_ in entries]
+    old = _read(path, record["device"]) if path.is_file() else []
     made = [
         {**case._asdict(), "config": asdict(config), "microseconds": times}
-        for case, config, times in entries
+        for case, config, times in [*(entry for entry in old if entry[0] not in cases), *entries]
     ]
-    cases = [case for case, *_ in entries]
-    if path.is_file() and _read(path, record["device"]):
-        old = json.loads(path.read_text(encoding="utf-8"))["entries"]
-        made = [e for e in old if Case(*(e[n] for n in Case._fields)) not in cases] + made
     table = {"record": record, "entries": made}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
