@@ -265,7 +265,7 @@ class Last:
     """A routing and its plan: often the next one is the same."""
 
     shape: torch.Size  # of x
-    index: Tensor  # copies, so that writes are seen
+    handles: Tensor  # of the index; copies, so that writes are seen
     weight: Tensor
     version: int  # of the slots
     plan: ops.Plan | None
@@ -279,7 +279,7 @@ class Last:
             and x.is_cpu
             and index.is_cpu
             and not weight.requires_grad
-            and torch.equal(index, self.index)
+            and torch.equal(index, self.handles)
             and torch.equal(weight, self.weight)
         )
 

@@ -218,7 +218,7 @@ MUTATIONS = {
         "grouped.py", "if owned and y.dtype == sums", "if y.dtype == sums", GROUPED
     ),
     "linear: any routing is the last one": Mutation(
-        "linear.py", "and torch.equal(index, self.index)", "", GROUPED
+        "linear.py", "and torch.equal(index, self.handles)", "", GROUPED
     ),
     "linear: a removal is not seen": Mutation(
         "linear.py", "and version == self.version", "", GROUPED

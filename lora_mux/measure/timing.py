@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-# On a CPU the runs of all calls together end after so long, but not before the third.
-SECONDS = 3.0
+# On a CPU the runs of all calls together end after so long, but not before so many of each.
+SECONDS, LEAST = 3.0, 3
 
 Call = Callable[[int], object]  # does its work on the n-th set of buffers
 Times = dict[str, float]  # "min", "p20", "p50", "p80", and "runs", how many they are of
@@ -32,7 +32,7 @@ def microseconds(
     timers = {name: (graph if cuda else _wall)(call, sets) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
-    for _ in range(runs) if cuda else _while_seconds(SECONDS, at_least=3, at_most=runs):
+    for _ in range(runs) if cuda else _while_seconds(SECONDS, at_least=LEAST, at_most=runs):
         for name in shuffled.sample(list(timers), len(timers)):
             samples[name].append(timers[name]() / sets)
     return {name: _summary(values) for name, values in samples.items()}
