@@ -255,11 +255,14 @@ class TestLayer:
         assert names[-1] == "fused"
 
     @pytest.mark.parametrize(
-        "what", ["fp32", "odd", "parametrised", "patched", "subclass", "autocast"]
+        "what", ["fp32", "odd", "parametrised", "wrapped", "patched", "subclass", "autocast"]
     )
     def test_other_bases_are_computed_apart(
         self, what: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        class Wrapped(nn.Parameter):
+            """As a quantised weight, of which only its own forward knows what it means."""
+
         class Doubled(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x) * 2
@@ -269,6 +272,8 @@ class TestLayer:
         linear = (Doubled if what == "subclass" else nn.Linear)(16, N).to(dtype)
         if what == "parametrised":
             nn.utils.parametrizations.weight_norm(linear)
+        if what == "wrapped":
+            linear.weight = Wrapped(linear.weight.detach(), requires_grad=False)
         if what == "patched":
             own = linear.forward
             linear.forward = lambda x: own(x) * 2  # type: ignore[method-assign]
