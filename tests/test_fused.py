@@ -277,6 +277,8 @@ class TestLayer:
         if what == "patched":
             own = linear.forward
             linear.forward = lambda x: own(x) * 2  # type: ignore[method-assign]
+        # Of the pool, where the weight does not tell it: as in a model whose others are bf16.
+        monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
         layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
         a = layer.add_adapter("a", torch.randn(3, 16), torch.randn(N, 3), alpha=3)
         names = self.launches(monkeypatch)
