@@ -37,6 +37,8 @@ def attach(
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
             batch the row comes in; costs speed for many rows.
         fused: base and adapters in one launch, as in `MuxLinear`.
+        memory: how much the rank rows of all targets may take, in bytes or as "2GiB"; adapters
+            beyond it wait on the host. None: all that is loaded stays, and the pools grow.
 
     Raises:
         TargetError: nothing matches, a match can not carry adapters, or the model has a Mux.
