@@ -265,40 +265,19 @@ def _triton_linear(
     inputs = _row_major(_computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
         inputs = inputs.contiguous()
-    y = inputs.new_empty(x.shape[0], W.shape[0])
     (M, K), N = x.shape, W.shape[0]
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
     chosen = tuned.fused(launch.device_name(x.device), case, plan.place.shape[2])
     if chosen is None:
-        chosen = config.choose_fused(M, K, N, launch.architecture(x.device))
-    shrinks = config.SHRINKS_WITHIN >= M
-    before = None if shrinks else _config(inputs, y, A_rows, plan, how)
-    shape = launch.h_shape(plan.slots, how.max_rank, before or chosen)
-    h = x.new_empty(shape, dtype=torch.float32)
-    if before is not None:
-        launch.shrink(
-            inputs,
-            A_rows,
-            h,
-            plan.strength,
-            plan.union,
-            plan.length,
-            plan.place,
-            rows.offset,
-            rows.rank,
-            rows.scaling,
-            rows.constant,
-            before,
-        )
+        chosen = config.choose_fused(M, N, launch.architecture(x.device))
+    before = None if config.SHRINKS_WITHIN >= M else _config(inputs, W.T, A_rows, plan, how)
     assert rows.constant is not None
-    launch.fused(
+    y = launch.linear(
         inputs,
         W,
         bias,
         A_rows,
         B_rows,
-        h,
-        y,
         plan.strength,
         plan.union,
         plan.length,
@@ -309,8 +288,9 @@ def _triton_linear(
         rows.scaling,
         rows.constant,
         counter,
+        how.max_rank,
         chosen,
-        shrinks,
+        before,
     )
     return y.to(x.dtype)
 

@@ -243,7 +243,7 @@ def shipped_fused(architecture: str) -> list[Any]:
     return list(
         dict.fromkeys(
             (
-                config.choose_fused(rows, 4096, N, ARCHITECTURES[architecture]),
+                config.choose_fused(rows, N, ARCHITECTURES[architecture]),
                 rows <= config.SHRINKS_WITHIN,
             )
             for rows, N in grid

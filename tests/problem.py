@@ -200,27 +200,21 @@ class FusedProblem(Problem):
         from lora_mux.kernels import config, launch
 
         architecture = launch.architecture(self.x.device)
-        chosen = config.choose_fused(self.rows, self.K, self.N, architecture)
+        chosen = config.choose_fused(self.rows, self.N, architecture)
         chosen = dataclasses.replace(chosen, **replaced)
         plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
-        slots, strength, union, length, place, state, counters = plan
+        _, strength, union, length, place, state, counters = plan
         how = self.max_rank, launch.product_itemsize(self.x), architecture, chosen.block_m
         separate = config.choose(self.rows, self.K, self.N, how[0], self.J, *how[1:])
-        shape = launch.h_shape(slots, self.max_rank, chosen if shrinks else separate)
         tables = self.offset, self.rank, self.scaling, self.constant
-        ys = []
-        for _ in range(times):
-            h = self.x.new_empty(shape, dtype=torch.float32)
-            y = self.x.new_empty(self.rows, self.N)
-            if not shrinks:
-                launch.shrink(
-                    *(self.x, self.A_rows, h, strength, union, length, place, *tables, separate)
-                )
-            launch.fused(
-                *(self.x, self.W, self.b, self.A_rows, self.B_rows, h, y, strength, union, length),
-                *(place, state, *tables, launch.own_counter(counters), chosen, shrinks),
+        ys = [
+            launch.linear(
+                *(self.x, self.W, self.b, self.A_rows, self.B_rows, strength, union, length),
+                *(place, state, *tables, launch.own_counter(counters), self.max_rank, chosen),
+                None if shrinks else separate,
             )
-            ys.append(y)
+            for _ in range(times)
+        ]
         self.counters = counters
         for y in ys[1:]:
             torch.testing.assert_close(y, ys[0], rtol=0, atol=0, equal_nan=True)

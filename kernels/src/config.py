@@ -186,10 +186,8 @@ def fused_tile_rows(rows: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_fused(
-    rows: int, in_features: int, out_features: int, architecture: Architecture
-) -> FusedConfig:
-    """The FusedConfig for x [rows, in_features] and y [rows, out_features] in 16-bit types."""
+def choose_fused(rows: int, out_features: int, architecture: Architecture) -> FusedConfig:
+    """The FusedConfig for y [rows, out_features] in 16-bit types."""
     block_m = fused_tile_rows(rows)
     amd = architecture.name.startswith("gfx")
     old = architecture.name == "sm_80"  # no wgmma: both operands of a product fill registers

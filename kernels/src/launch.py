@@ -294,6 +294,44 @@ def fused(
     )
 
 
+def linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A_rows: Tensor,
+    B_rows: Tensor,
+    strength: Tensor,
+    union: Tensor,
+    length: Tensor,
+    place: Tensor,
+    state: Tensor,
+    offset: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    constant: Tensor,
+    counter: Tensor,
+    max_rank: int,
+    config: FusedConfig,
+    before: Config | None,
+) -> Tensor:
+    """A new y [M, N], by `fused`; the arguments are its own.
+
+    Args:
+        max_rank: at least every rank of the pool.
+        before: of a `shrink` that goes before; None: the fused launch shrinks as well.
+    """
+    y = x.new_empty(x.shape[0], W.shape[0])
+    h = x.new_empty(h_shape(strength, max_rank, before or config), dtype=torch.float32)
+    tables = offset, rank, scaling, constant
+    if before is not None:
+        shrink(x, A_rows, h, strength, union, length, place, *tables, before)
+    fused(
+        *(x, W, bias, A_rows, B_rows, h, y, strength, union, length, place, state),
+        *(*tables, counter, config, before is None),
+    )
+    return y
+
+
 _STREAMS: dict[int, int] = {}  # a stream's handle -> its place among the counters
 
 
@@ -308,11 +346,11 @@ def own_counter(counters: Tensor) -> Tensor | None:
 
 
 def h_shape(
-    slots: Tensor, max_rank: int, config: Config | FusedConfig
+    selected: Tensor, max_rank: int, config: Config | FusedConfig
 ) -> tuple[int, int, int, int]:
-    """[split_k, M, J, R]: R is `max_rank`, at least every rank of the pool, in whole blocks."""
+    """[split_k, M, J, R] of `selected` [M, J]; R is `max_rank`, at least every rank, in blocks."""
     blocks = max(1, triton.cdiv(max_rank, RANK_BLOCK.value))
-    return config.split_k, slots.shape[0], slots.shape[1], blocks * RANK_BLOCK.value
+    return config.split_k, selected.shape[0], selected.shape[1], blocks * RANK_BLOCK.value
 
 
 def product_itemsize(*tensors: Tensor) -> int:

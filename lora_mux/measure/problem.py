@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +40,7 @@ class Problem:
             like: dict[str, Any] = {"device": device, "dtype": dtype}
             table = [torch.arange(S) * R, torch.full((S,), R), torch.ones(S)]
             offset, rank, scaling = (t.to(device) for t in table)
+            constant = torch.zeros(S * R, dtype=torch.bool, device=device)
             self.buffers.append(
                 (
                     torch.randn(rows, K, **like),
@@ -48,22 +48,26 @@ class Problem:
                     torch.zeros(S * R, -(-N // 16) * 16, **like),  # y stays finite
                     torch.zeros(rows, N, **like),
                     plans,
-                    (offset.int(), rank.int(), scaling.float()),
+                    (offset.int(), rank.int(), scaling.float(), constant),
                     torch.randn(N, K, **like),
                 )
             )
 
     def chosen(self) -> "Config":
         """What is used as long as nothing was measured."""
+        return self._choose(None)
+
+    def _choose(self, block_m: int | None) -> "Config":
         from ..kernels import config
 
-        return config.choose(**self.case._asdict(), architecture=self.architecture)
+        case = self.case._asdict()
+        return config.choose(**case, architecture=self.architecture, block_m=block_m)
 
     def chosen_fused(self) -> "FusedConfig":
         """The same for the fused kernel."""
         from ..kernels import config
 
-        return config.choose_fused(*self.case[:3], self.architecture)
+        return config.choose_fused(self.case.rows, self.case.out_features, self.architecture)
 
     def pair(self, config: "Config", n: int) -> None:
         """One shrink and one expand."""
@@ -75,25 +79,17 @@ class Problem:
         x, A, B, _, (plan, _), tables, W = self.buffers[n]
         self._shrink_expand(x, A, B, nn.functional.linear(x, W), plan, tables, config)
 
-    def fused(self, config: "FusedConfig", n: int) -> None:
+    def fused(self, fused: "FusedConfig", n: int) -> None:
         """The same in one launch; shrink before it for many rows, as lora_mux.operators does."""
-        from ..kernels import launch
-        from ..kernels.config import SHRINKS_WITHIN
+        from ..kernels import config, launch
 
-        x, A, B, _, (_, plan), (offset, rank, scaling), W = self.buffers[n]
-        slots, strength, union, length, place, state, counters = plan
-        constant = torch.zeros(len(A), device=self.device, dtype=torch.bool)
-        shrinks = len(x) <= SHRINKS_WITHIN
-        before = replace(self.chosen(), block_m=config.block_m)
-        shape = launch.h_shape(slots, self.case.rank, config if shrinks else before)
-        h = torch.empty(shape, device=self.device, dtype=torch.float32)
-        tables = offset, rank, scaling, constant
-        if not shrinks:
-            launch.shrink(x, A, h, strength, union, length, place, *tables, before)
-        launch.fused(
-            *(x, W, None, A, B, h, x.new_empty(len(x), len(W))),
-            *(strength, union, length, place, state, *tables),
-            *(counters[0, :2], config, shrinks),
+        x, A, B, _, (_, plan), (offset, rank, scaling, constant), W = self.buffers[n]
+        _, strength, union, length, place, state, counters = plan
+        before = None if len(x) <= config.SHRINKS_WITHIN else self._choose(fused.block_m)
+        launch.linear(
+            *(x, W, None, A, B, strength, union, length, place, state),
+            *(offset, rank, scaling, constant, counters[0, :2]),
+            *(self.case.rank, fused, before),
         )
 
     def _shrink_expand(
@@ -102,7 +98,7 @@ class Problem:
         from ..kernels import launch
 
         slots, strength, union, length, place, state, _ = plan
-        offset, rank, scaling = tables
+        offset, rank, scaling, _ = tables
         shape = launch.h_shape(slots, self.case.rank, config)
         h = torch.empty(shape, device=self.device, dtype=torch.float32)
         launch.shrink(x, A, h, strength, union, length, place, offset, rank, scaling, None, config)
