@@ -4,10 +4,13 @@ import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+import lora_mux
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -167,3 +170,16 @@ def set_weights(model: Any, weights: Mapping[str, float]) -> None:
         if hasattr(module, "set_scale"):
             for name, weight in weights.items():
                 module.set_scale(name, weight)
+
+
+def attached_llama(folder: Path) -> SimpleNamespace:
+    """A plain model, PEFT's with three adapters, and ours with the same, which lie in folder."""
+    torch.manual_seed(0)
+    base = llama()
+    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
+    theirs = save_adapters(base, wanted, folder)
+    model = copy.deepcopy(base)
+    mux = lora_mux.attach(model)
+    for name in wanted:
+        mux.load(name, folder / name)
+    return SimpleNamespace(base=base, peft=theirs, model=model, mux=mux)

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 import lora_mux
 from lora_mux.continuous import route_of_tokens
 from lora_mux.errors import PoolCapacityError, UnknownAdapterError
-from peft_oracle import configs, llama, save_adapters, set_weights, transformers
+from peft_oracle import attached_llama, configs, save_adapters, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -25,20 +25,14 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    torch.manual_seed(0)
-    base = llama()
-    folder = tmp_path_factory.mktemp("adapters")
-    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
-    theirs = save_adapters(base, wanted, folder)
-    model = copy.deepcopy(base)
-    mux = lora_mux.attach(model)
-    for name in wanted:
-        mux.load(name, folder / name)
+    made = attached_llama(tmp_path_factory.mktemp("adapters"))
+    base, theirs = made.base, made.peft
     answers = [alone(base, theirs, *pair) for pair in zip(PROMPTS, ROWS, strict=True)]
     # What each prompt would be answered with without its adapters is something else.
     for prompt, row, answer in zip(PROMPTS, ROWS, answers, strict=True):
         assert row is None or answer != alone(base, theirs, prompt, None)
-    return SimpleNamespace(base=base, peft=theirs, model=model, mux=mux, answers=answers)
+    made.answers = answers
+    return made
 
 
 def alone(base: Any, theirs: Any, prompt: list[int], row: Any) -> list[int]:

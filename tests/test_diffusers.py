@@ -1,35 +1,18 @@
 """A diffusion transformer whose batch mixes styles per sample, against PEFT one by one."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusion import diffusers, flux
 from torch import Tensor
 
 import lora_mux
 from peft_oracle import peft, save_adapters, set_weights
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import diffusers
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
-
-
-def flux() -> Any:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
 
 
 def unet() -> Any:

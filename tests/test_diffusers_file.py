@@ -2,39 +2,22 @@
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusion import diffusers, flux
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_mux
 from peft_oracle import peft, transformers
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import diffusers
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
 FILE = "pytorch_lora_weights.safetensors"
 STYLES = ["to_q", "to_v", "to_out.0"]
-
-
-def transformer() -> Any:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
 
 
 def text_encoder() -> Any:
@@ -82,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_the_part_of_each_model(name: str, metadata: bool, tmp_path: Path) -> None:
     """One file for two models; without metadata its alphas are lost, for diffusers as well."""
-    base, encoder = transformer(), text_encoder()
+    base, encoder = flux(), text_encoder()
     state, configs = trained(base, STYLES, **CONFIGS[name])
     of_text, text_configs = trained(encoder, ["q_proj"], r=2, lora_alpha=8)
     known = {
@@ -122,7 +105,7 @@ def test_the_part_of_each_model(name: str, metadata: bool, tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_the_file_of_one_model(tmp_path: Path) -> None:
-    base = transformer()
+    base = flux()
     theirs = copy.deepcopy(base)
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=STYLES, init_lora_weights=False)
     theirs.add_adapter(config, "ink")

@@ -1,6 +1,5 @@
 """generate() and batches of other shapes, against PEFT with each adapter alone."""
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lora_mux
-from peft_oracle import configs, llama, save_adapters, set_weights, transformers
+from peft_oracle import attached_llama, llama, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -20,16 +19,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    torch.manual_seed(0)
-    base = llama()
-    folder = tmp_path_factory.mktemp("adapters")
-    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
-    theirs = save_adapters(base, wanted, folder)
-    model = copy.deepcopy(base)
-    mux = lora_mux.attach(model)
-    for name in wanted:
-        mux.load(name, folder / name)
-    return SimpleNamespace(base=base, peft=theirs, model=model, mux=mux)
+    return attached_llama(tmp_path_factory.mktemp("adapters"))
 
 
 def alone(stage: SimpleNamespace, entry: str | None) -> Any:
