@@ -160,12 +160,12 @@ def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provid
 
     def prepare(problem: Problem, base: Call) -> Call:
         layer, routing = mux_linear(problem, backend, batch_invariant)
-        x = problem.x
-        method = ops.method(layer.mux_settings, x, len(x), layer.mux_pool)
+        x, pool = problem.x, layer.mux_pool
+        method = ops.method(layer.mux_settings, x, len(x), pool)
         plan = ops.plan(routing, layer.mux_slots, method)
         if plan is None:
             return base
-        return lambda: ops.add_lora(base(), x, layer.mux_pool, plan, owned=True)
+        return lambda: ops.add_lora(base(), x, pool, plan, owned=True)
 
     return prepare
 
@@ -240,7 +240,8 @@ NO_ANSWERS = ("base", "lora_mux plan")  # timed without a gate
 WHOLE_LAYERS = ("base", "merged", "PEFT mixed", "lora_mux as a module", "lora_mux fused")
 CPU: dict[str, Provider] = {
     "base": base_alone,
-    "lora_mux": ours_as_a_module(),
+    "lora_mux": ours(),
+    "lora_mux as a module": ours_as_a_module(),
     "PEFT mixed": peft_mixed,
     "segments": segments,
     "masked": masked,

@@ -30,6 +30,7 @@ Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 Doubles: TypeAlias = NDArray[np.float64]
 Rows: TypeAlias = slice | Tensor  # of a tensor: those that follow each other, or int64 [n]
+Factors: TypeAlias = tuple[Tensor, Tensor]  # A^T [G, K, R] and B [G, R, N] of a Part
 
 # For products in fp32, and in bf16, whose instructions are many times as fast while moving rows
 # costs about the same: docs/benchmarks.md has the figures.
@@ -57,7 +58,7 @@ class Part(NamedTuple):
     """A Group in a layer, where its J slots have R rank rows; without a dimension G where G = 1."""
 
     size: tuple[int, int, int]  # G, m, R
-    rows: Rows  # [G * m] of x and y
+    rows: Rows | None  # [G * m] of x and y; None = all, in order
     rank_rows: Rows  # [G * R] of the pool
     constant: Tensor | None  # [G, 1, R] bool: the biases; None = none is
     alpha: float  # weight * scaling where it is the same for all
@@ -70,6 +71,19 @@ class Cut(NamedTuple):
 
     parts: list[Part]
     sums: torch.dtype  # of y while parts are added to it
+
+
+class Bound(NamedTuple):
+    """A plan in one pool: all that can be done before, for where the base layer has emptied the
+    caches every call from Python costs 2 to 10 us."""
+
+    plan: "HostPlan"
+    A_rows: Tensor  # the pool's; torch.func.functional_call puts others there
+    B_rows: Tensor
+    given: tuple[torch.dtype, torch.dtype]  # of x and y
+    dtype: torch.dtype  # of the products
+    sums: torch.dtype
+    parts: list[tuple[Part, Factors | None]]  # None = are copied for each call
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,8 @@ class HostPlan:
             spans = {slot: pool.spans[slot] for slot in self.used if slot in pool.spans}
             groups, repeated = self.groups(bf16=dtype == torch.bfloat16)
             parts = [p for group in groups for p in _parts(group, spans, dtype, sum(sizes))]
+            every = slice(0, len(self.slots))
+            parts = [p._replace(rows=None if p.rows == every else p.rows) for p in parts]
             # Each row is rounded once: bf16 can not hold the sum of several products.
             cut = Cut(parts, torch.promote_types(dtype, torch.float32) if repeated else dtype)
             self._cuts[key] = cut
@@ -227,35 +243,62 @@ def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: HostPlan, owned: bool) -> T
     Args:
         owned: y's storage is nobody else's, so that it may be written to.
     """
-    A, B = pool.A_rows, pool.B_rows
-    if x.dtype == y.dtype == A.dtype == torch.bfloat16 and bf16_is_fast():
-        dtype = x.dtype
-    else:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+    bound: Bound | None = pool.bound
+    buffers = pool._buffers  # past nn.Module's own look-up, which takes 10 us where caches are cold
+    if (
+        bound is None
+        or bound.plan is not plan
+        or bound.A_rows is not buffers["A_rows"]
+        or bound.B_rows is not buffers["B_rows"]
+        or bound.given != (x.dtype, y.dtype)
+    ):
+        bound = pool.bound = _bind(plan, pool, x.dtype, y.dtype)
+    given, dtype, sums = y.dtype, bound.dtype, bound.sums
+    if x.dtype != dtype:
         x = x.to(dtype)
-    parts, sums = plan.cut(pool, dtype)
-    # What is there already is asked first, for each call costs microseconds where caches are cold.
-    out = y if owned and y.dtype == sums else y.to(sums, copy=True)
-    for part in parts:
-        _add(out, x, A, B, part)
-    if sums == y.dtype:
+    out = y if owned and given == sums else y.to(sums, copy=True)
+    for part, factors in bound.parts:
+        _add(out, x, part, *(factors or _factors(pool, part, dtype)))
+    if sums == given:
         return out
-    rounded = out.to(y.dtype)
+    rounded = out.to(given)
     return rounded if plan.partly is None else torch.where(plan.partly, rounded, y)
 
 
-def _add(y: Tensor, x: Tensor, A_rows: Tensor, B_rows: Tensor, part: Part) -> None:
-    (G, m, R), rows, rank_rows, constant, alpha, strength, bits = part
-    K, N = x.shape[1], y.shape[1]
-    x, A, B = _taken(x, rows), _taken(A_rows, rank_rows), _taken(B_rows, rank_rows)
+def _bind(plan: HostPlan, pool: Pool, x: torch.dtype, y: torch.dtype) -> Bound:
+    A_rows, B_rows = pool.A_rows, pool.B_rows
+    fast = x == y == A_rows.dtype == torch.bfloat16 and bf16_is_fast()
+    dtype = x if fast else torch.promote_types(x, torch.float32)
+    parts, sums = plan.cut(pool, dtype)
+    views = A_rows.dtype == dtype
+    # Views are kept and copies are not; pool.bound ends when rank rows are written or moved.
+    bound = [
+        (part, _factors(pool, part, dtype) if views and isinstance(part.rank_rows, slice) else None)
+        for part in parts
+    ]
+    return Bound(plan, A_rows, B_rows, (x, y), dtype, sums, bound)
+
+
+def _factors(pool: Pool, part: Part, dtype: torch.dtype) -> Factors:
+    (G, _, R), rank_rows = part.size, part.rank_rows
+    A, B = _taken(pool.A_rows, rank_rows).to(dtype), _taken(pool.B_rows, rank_rows).to(dtype)
+    K, N = pool.in_features, pool.out_features
     if A.shape[1] != K or B.shape[1] != N:  # rounded up in the pool
         A, B = A[:, :K], B[:, :N]
-    if A.dtype != x.dtype:
-        A, B = A.to(x.dtype), B.to(x.dtype)
     if G > 1:
-        x, A, B = x.view(G, m, K), A.view(G, R, K), B.view(G, R, N)
+        A, B = A.view(G, R, K), B.view(G, R, N)
+    return A.mT, B
+
+
+def _add(y: Tensor, x: Tensor, part: Part, A: Tensor, B: Tensor) -> None:
+    """y += alpha * (x A, masked and scaled) B for the rows of a part."""
+    (G, m, _), rows, _, constant, alpha, strength, bits = part
+    if rows is not None:
+        x = _taken(x, rows)
+    if G > 1:
+        x = x.view(G, m, -1)
     product = torch.bmm if G > 1 else torch.mm
-    h = product(x, A.mT)
+    h = product(x, A)
     if constant is not None:
         h.masked_fill_(constant, 1.0)
     if strength is not None:
@@ -264,17 +307,18 @@ def _add(y: Tensor, x: Tensor, A_rows: Tensor, B_rows: Tensor, part: Part) -> No
         # Selected, not multiplied by 0: what a row did not ask for may be infinite. By bits, for
         # masked_fill_ is no vector code: 350 us against 40 for [1024, 256] in fp32.
         h.view(bits.dtype).bitwise_and_(bits)
-    if isinstance(rows, Tensor):
-        y.index_add_(0, rows, product(h, B).view(-1, N).to(y.dtype), alpha=alpha)
-    elif y.dtype != h.dtype:
-        y[rows].add_(product(h, B).view(-1, N), alpha=alpha)
+    if rows is not None:
+        if isinstance(rows, Tensor):
+            y.index_add_(0, rows, product(h, B).flatten(0, -2).to(y.dtype), alpha=alpha)
+            return
+        y = y[rows]
+    if y.dtype != h.dtype:
+        y.add_(product(h, B).flatten(0, -2), alpha=alpha)
     elif G > 1:
-        y[rows].view(G, m, N).baddbmm_(h, B, alpha=alpha)
+        y.view(G, m, -1).baddbmm_(h, B, alpha=alpha)
     else:
-        _taken(y, rows).addmm_(h, B, alpha=alpha)
+        y.addmm_(h, B, alpha=alpha)
 
 
 def _taken(table: Tensor, rows: Rows) -> Tensor:
-    if isinstance(rows, Tensor):
-        return table.index_select(0, rows)
-    return table if rows.stop - rows.start == len(table) else table[rows]
+    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)

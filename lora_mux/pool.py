@@ -7,7 +7,7 @@ the others; one that does not touch this layer has rank 0 and occupies none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class Pool(nn.Module):
         self.spans: dict[int, Span] = {}  # slot -> what it has here; none = rank 0
         self.runs = Runs()  # which rank rows are free
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
+        self.bound: Any = None  # what `grouped` made of the buffers; None once anything moves
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
@@ -168,6 +169,7 @@ class Pool(nn.Module):
             slots: how many there should be room for, more than `slot`.
         """
         assert slot not in self.spans
+        self.bound = None
         if weights is None:
             self.reserve(0, slots, 0)
             return
@@ -196,6 +198,7 @@ class Pool(nn.Module):
         """Free the rank rows of a slot, if it has any here; no tenant leaves values behind."""
         if slot not in self.spans:
             return
+        self.bound = None
         start, used, *_ = self.spans.pop(slot)
         self.rank[slot] = 0
         self.A_rows[start : start + used] = 0
@@ -212,6 +215,7 @@ class Pool(nn.Module):
         assert start is not None and start <= span.offset
         if start == span.offset:
             return
+        self.bound = None
         old, new = (slice(o, o + span.rows) for o in (span.offset, start))
         left = slice(max(span.offset, start + span.rows), span.offset + span.rows)
         for name in ("A_rows", "B_rows", "constant"):
@@ -240,12 +244,13 @@ class Pool(nn.Module):
             old: Tensor = getattr(self, name)
             grown[name] = old.new_zeros((capacity, *old.shape[1:]))
             grown[name][: old.shape[0]] = old
+        self.bound = None
         for name, new in grown.items():
             setattr(self, name, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
-        scaling = self.scaling
+        self.bound, scaling = None, self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:

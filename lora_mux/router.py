@@ -58,6 +58,8 @@ class Router:
         self._samples: int | None = None
         self._tokens = 0  # of each sample
         self._plans: list[Planned] = []
+        # The last plan of the host, and what for: the next pass may be alike, as in generate().
+        self._kept: tuple[object, ops.Plan | None] = None, None
         self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
         self._alive_at = -1  # slots.version when the host last looked at the route's handles
         self._captured: list[Captured] = []
@@ -241,13 +243,25 @@ class Router:
         for made in self._plans if shared else ():
             if made.rows == rows and (made.device, made.method) == (x.device, method):
                 return made.plan
-        routing = self._routing_on(now.route, x.device, method)
-        plan = ops.plan(
-            now.route.spread(routing, rows, samples, now.generating), self.slots, method
-        )
+        if shared and method.grouped:  # never while compiling, which would guard the version
+            case = now.route, rows, samples, now.generating, self.slots.version
+            kept, plan = self._kept
+            if kept != case:
+                plan = self._made(now, x, rows, samples, method)
+                self._kept = case, plan
+        else:
+            plan = self._made(now, x, rows, samples, method)
         if shared:
             self._plans.append(Planned(rows, x.device, method, plan))
         return plan
+
+    def _made(
+        self, now: Pass, x: Tensor, rows: int, samples: int | None, method: ops.Method
+    ) -> ops.Plan | None:
+        assert now.route is not None
+        routing = self._routing_on(now.route, x.device, method)
+        spread = now.route.spread(routing, rows, samples, now.generating)
+        return ops.plan(spread, self.slots, method)
 
     def _now(self) -> Pass:
         """What the layers that run at this moment are to be computed with."""

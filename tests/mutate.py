@@ -215,8 +215,33 @@ MUTATIONS = {
         "grouped.py", "_rows(rank_rows)", "_rows(rank_rows[0] + np.arange(len(rank_rows)))", GROUPED
     ),
     "grouped: writes to what is not ours": Mutation(
-        "grouped.py", "if owned and y.dtype == sums", "if y.dtype == sums", GROUPED
+        "grouped.py", "if owned and given == sums", "if given == sums", GROUPED
     ),
+    "grouped: bound to another plan": Mutation(
+        "grouped.py", "or bound.plan is not plan", "", GROUPED
+    ),
+    "grouped: bound to buffers that were replaced": Mutation(
+        "grouped.py", 'or bound.A_rows is not buffers["A_rows"]', "", GROUPED
+    ),
+    "grouped: bound for another dtype": Mutation(
+        "grouped.py", "or bound.given != (x.dtype, y.dtype)", "", GROUPED
+    ),
+    "pool: bound where rank rows were before": Mutation(
+        "pool.py", "self.bound = None\n        old, new", "old, new", GROUPED
+    ),
+    "pool: bound to what was written over": Mutation(
+        "pool.py", "self.bound = None\n        start, used", "start, used", GROUPED
+    ),
+    "pool: bound to buffers of before": Mutation(
+        "pool.py", "self.bound = None\n        for name, new", "for name, new", GROUPED
+    ),
+    "pool: bound to buffers elsewhere": Mutation(
+        "pool.py", "self.bound, scaling = None,", "scaling =", GROUPED
+    ),
+    "router: any pass is like the last": Mutation(
+        "router.py", "if kept != case:", "if kept is None:", GROUPED
+    ),
+    "router: a plan for each pass": Mutation("router.py", "if kept != case:", "if True:", GROUPED),
     "linear: any routing is the last one": Mutation(
         "linear.py", "and torch.equal(index, self.handles)", "", GROUPED
     ),

@@ -1,5 +1,7 @@
 """The CPU's fast form: every way of cutting a batch, against fp64 and against the reference."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import lora_mux
 from layer import Bench, check_relative_norm
 from lora_mux import grouped, ops
+from lora_mux.pool import LoraWeights
 from oracle import Adapter, assert_close, forward, make_adapter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -261,6 +264,107 @@ def test_a_remembered_plan_is_not_used_for_another_routing(change: str) -> None:
         else:
             index, weight, x = index[:1], weight[:1], x[:1]
         bench.check(x, index, weight)
+
+
+@pytest.mark.parametrize("change", ["slide", "write", "A_rows", "B_rows"])
+def test_a_remembered_plan_follows_the_rank_rows(change: str) -> None:
+    """It holds views of the pool between calls."""
+    bench = Bench(ranks=(4, 4, 4))
+    layer, index, x = bench.layer, torch.tensor([[1], [1]]), bench.x(2)
+    handles = torch.tensor(bench.handles)[index]
+    pool = layer.mux_pool
+    with torch.no_grad():
+        pool.erase(0)
+        bench.check(x, index)
+        plan = layer.mux_last.plan if layer.mux_last else None
+        if change == "slide":
+            pool.slide(1)
+        elif change == "write":
+            bench.adapters[1] = bench.adapters[2]
+            new = bench.adapters[2]
+            pool.erase(1)
+            pool.write(1, LoraWeights(new.A, new.B, new.scaling), slots=3)
+        else:
+            double = {f"mux_pool.{change}": 2 * getattr(pool, change)}
+            y = torch.func.functional_call(layer, double, (x, lora_mux.Routing(handles)))
+            base = bench.linear(x)
+            torch.testing.assert_close(y, base + 2 * (bench.check(x, index) - base))
+        bench.check(x, index)
+        assert layer.mux_last and layer.mux_last.plan is plan is not None
+
+
+@pytest.mark.parametrize("change", ["growth", "move", "erase"])
+def test_a_remembered_plan_keeps_no_buffer_alive(change: str) -> None:
+    bench = Bench(ranks=(4,))
+    layer = bench.layer
+    with torch.no_grad():
+        bench.check(bench.x(2), torch.tensor([[0], [-1]]))
+    before = weakref.ref(layer.mux_pool.A_rows)
+    if change == "growth":
+        layer.reserve(adapters=100, rank=16)
+    elif change == "move":
+        layer.to(torch.float64)
+    else:
+        layer.remove_adapter("a0")
+        layer.reserve(adapters=100, rank=16)
+    gc.collect()
+    assert before() is None
+
+
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[ops.Plan | None]:
+    """The plans that are made from now on."""
+    made: list[ops.Plan | None] = []
+    plan = ops.plan
+
+    def counted(*args: Any) -> ops.Plan | None:
+        made.append(plan(*args))
+        return made[-1]
+
+    monkeypatch.setattr(ops, "plan", counted)
+    return made
+
+
+def test_forward_passes_that_are_alike_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mux, _ = two_layers()
+    a, b = ([name] * 4 for name in ("a2", "a3"))
+    x = torch.randn(4, 24)
+    with torch.no_grad():
+        with mux.route(a):
+            want = model(x)
+            made = planned(monkeypatch)
+            assert torch.equal(model(x), want) and not made
+            mux.add_adapter("new", {"0": (torch.ones(2, 24), torch.ones(24, 2))}, alpha=2)
+            assert torch.equal(model(x), want) and not made
+            mux.remove("a5")
+            assert torch.equal(model(x), want) and len(made) == 1
+        with mux.route(b):
+            assert not torch.equal(model(x), want) and len(made) == 2
+        with mux.route(a):
+            assert torch.equal(model(x), want) and len(made) == 3
+
+
+@pytest.mark.parametrize("shapes", [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (2, 3))], ids=str)
+def test_forward_passes_of_other_batches_do_not(shapes: tuple[tuple[int, int], ...]) -> None:
+    """As many rows, that belong to samples in another order."""
+    model, mux, _ = two_layers()
+    with torch.no_grad(), mux.route(["a2", "a3"], expand="tile"):
+        for shape in shapes:
+            x = torch.randn(*shape, 24)
+            got = model(x)
+            with mux.route(["a2", "a3"] * (shape[0] // 2)):
+                assert torch.equal(model(x), got)
+
+
+def test_a_plan_of_inference_mode_serves_training() -> None:
+    model, mux, _ = two_layers()
+    x = torch.randn(2, 24)
+    with mux.route(["a2", "a3"]):
+        with torch.inference_mode():
+            want = model(x)
+        got = model(x.requires_grad_())
+        got.sum().backward()
+    assert_close(got.detach(), want.double())
+    assert x.grad is not None and x.grad.abs().sum() > 0
 
 
 def test_nothing_is_copied_per_row() -> None:
