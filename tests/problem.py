@@ -261,6 +261,8 @@ CASES = {
     "biased": Problem(ranks=(4, 17, 33), biased=(0, 1), J=2),
     "unweighted": Problem(weighted=False),
     "many places": Problem(rows=3, ranks=(2, 5, 1), J=32),
-    "union of two windows": Problem(rows=9, K=16, N=16, ranks=(1,) * 70, J=9),
+    "union of two windows": Problem(  # of 64 slots
+        rows=9, K=16, N=16, ranks=(1,) * 70, select=lambda p: torch.arange(81).view(9, 9) % 70
+    ),
     "blocks of all ranks": Problem(rows=16, ranks=(1, 15, 16, 17, 32, 0, 33, 64), J=8),
 }
