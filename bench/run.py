@@ -3,7 +3,7 @@
     python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
     python bench/run.py --headline    the questions of docs/benchmarks.md
     python bench/run.py --grid        everything, about an hour
-    python bench/run.py --cpu         the CPU's cells, 20 minutes; --quick: the smallest layer
+    python bench/run.py --cpu         the CPU's cells, 12 minutes; --quick: the smallest layer
 
 Every provider must first agree with the formula in fp64; only then it is timed, interleaved with
 the others. On a GPU also the machine's own limits: a launch, a copy, and the base layer by cuBLAS.
