@@ -98,7 +98,7 @@ class Shown:
         padded = unchecked(
             nn.functional.pad(index.long(), missing, value=NONE),
             nn.functional.pad(weight, missing),
-            route.routing.states,
+            route.routing.found,
         )
         return Route(padded.to(device), route.per_token, route.uniform, route.expand)
 

@@ -163,11 +163,10 @@ def _by_slot(row: Ints, slot: Ints, strength: Doubles) -> Iterator[Group]:
         members = np.flatnonzero(sizes == size)
         count = counts[members, None]
         place = np.arange(count.max())
-        # A slot with fewer rows repeats its last one, and adds 0 to it.
+        # A slot with fewer rows repeats its last one, which does not select it again.
         pairs = order[starts[members, None] + np.minimum(place, count - 1)]
-        selects = place < count
-        weight = np.where(selects, strength[pairs], 0.0)
-        yield Group(slots[members, None], row[pairs], weight[:, :, None], selects[:, :, None])
+        selects = (place < count)[:, :, None]
+        yield Group(slots[members, None], row[pairs], strength[pairs][:, :, None], selects)
 
 
 def _parts(

@@ -198,7 +198,6 @@ class Pool(nn.Module):
         """Free the rank rows of a slot, if it has any here; no tenant leaves values behind."""
         if slot not in self.spans:
             return
-        self.bound = None
         start, used, *_ = self.spans.pop(slot)
         self.rank[slot] = 0
         self.A_rows[start : start + used] = 0

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from .errors import RoutingError
-from .routing import NONE, Routing, Selection, from_names, readable, unchecked
+from .routing import NONE, Found, Routing, Selection, from_names, readable, unchecked
 from .slots import Slots
 
 Expand: TypeAlias = Literal["interleave", "tile"] | None  # how samples may be repeated
@@ -58,7 +58,7 @@ class Route:
         """The route with another adapter in the place of one."""
         given = self.routing
         index = given.index.where(given.index != old, new)
-        return replace(self, routing=unchecked(index, given.weight, []), shown=None)
+        return replace(self, routing=unchecked(index, given.weight, Found()), shown=None)
 
     def spread(self, routing: Routing, rows: int, samples: int | None, generating: bool) -> Routing:
         """`routing`, this route's own on some device, with one row for each of x's `rows`.

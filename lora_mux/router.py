@@ -20,7 +20,7 @@ from .graphs import Captured, Shown
 from .passes import Awaited, Pass
 from .pool import Pool
 from .route import Batch, Route, batch_of, tensors_of
-from .routing import Routing, readable, unchecked
+from .routing import Found, Routing, readable, unchecked
 from .slots import Slots
 
 # Guards the look at Router._owner and every change of what is in force; held for microseconds, so
@@ -278,8 +278,8 @@ class Router:
         """The route's own rows on a device; handles that the host knows are checked there."""
         given = route.routing
         if torch.compiler.is_compiling():
-            # Without the list of states: a graph would be made anew each time that it grows.
-            return unchecked(given.index, given.weight, []).to(device)
+            # What a trace finds are no values: they are not for the user's routing.
+            return unchecked(given.index, given.weight, Found()).to(device)
         if route is not self.in_force:
             return given.to(device)
         routing = self._on.get(device)

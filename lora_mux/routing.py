@@ -24,6 +24,13 @@ NONE = -1  # the index of a place that selects no adapter
 Selection: TypeAlias = str | None | Sequence[str] | Mapping[str, float]
 
 
+@dataclass(eq=False)
+class Found:
+    """What the operators found. Only written to while compiling: what is read there is guarded."""
+
+    state: Tensor | None = None  # [rows of x] int8, of the last forward pass: 2 = became NaN
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """The adapters of each row: y[m] += sum_j weight[m, j] * delta of adapter index[m, j].
@@ -48,9 +55,8 @@ class Routing:
     index: Tensor  # [rows, J]
     weight: Tensor = None  # type: ignore[assignment]  # [rows, J], filled in below when not given
 
-    # Of the last forward pass by the operators: 2 for a row of x that became NaN. The copies that
-    # are spread over rows or moved share the list.
-    states: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    # The copies that are spread over rows or moved share it.
+    found: Found = field(default_factory=Found, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_index(self.index)
@@ -74,14 +80,16 @@ class Routing:
         Raises:
             UnknownAdapterError: names the rows (of x, flattened).
         """
-        for state in self.states:
-            rows = (state == 2).nonzero().flatten().tolist()
-            if rows:
-                shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-                raise UnknownAdapterError(
-                    f"`index` must hold handles of loaded adapters or -1; in the last forward pass "
-                    f"{len(rows)} of {len(state)} rows did not, and are NaN: {shown}"
-                )
+        state = self.found.state
+        if state is None:
+            return
+        rows = (state == 2).nonzero().flatten().tolist()
+        if rows:
+            shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+            raise UnknownAdapterError(
+                f"`index` must hold handles of loaded adapters or -1; in the last forward pass "
+                f"{len(rows)} of {len(state)} rows did not, and are NaN: {shown}"
+            )
 
     def repeat_interleave(self, times: int | Tensor) -> "Routing":
         """Each row `times` times in a row: a, a, b, b. An int [rows] tensor: its own times."""
@@ -104,15 +112,15 @@ class Routing:
         return self._each(lambda t: t.to(device, copy=copy))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Routing":
-        return unchecked(change(self.index), change(self.weight), self.states)
+        return unchecked(change(self.index), change(self.weight), self.found)
 
 
-def unchecked(index: Tensor, weight: Tensor, states: list[Tensor]) -> Routing:
+def unchecked(index: Tensor, weight: Tensor, found: Found) -> Routing:
     """A Routing of tensors that were checked before."""
     made = object.__new__(Routing)
     object.__setattr__(made, "index", index)
     object.__setattr__(made, "weight", weight)
-    object.__setattr__(made, "states", states)
+    object.__setattr__(made, "found", found)
     return made
 
 
@@ -212,7 +220,7 @@ def from_names(
     return unchecked(
         torch.from_numpy(np.array(index, np.int64).reshape(shape)),
         torch.from_numpy(np.array(weight, np.float32).reshape(shape)),
-        [],
+        Found(),
     )
 
 

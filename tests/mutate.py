@@ -169,7 +169,7 @@ MUTATIONS = {
         "ops.py", "tuned.fuses(launch", "not tuned.fuses(launch", ("tests/test_tuned.py",)
     ),
     "grouped: repeated rows are added": Mutation(
-        "grouped.py", "np.where(selects, strength[pairs], 0.0)", "strength[pairs]", GROUPED
+        "grouped.py", "selects = (place < count)", "selects = (place <= count)", GROUPED
     ),
     "grouped: every group is in order": Mutation(
         "grouped.py",
@@ -230,7 +230,7 @@ MUTATIONS = {
         "pool.py", "self.bound = None\n        old, new", "old, new", GROUPED
     ),
     "pool: bound to what was written over": Mutation(
-        "pool.py", "self.bound = None\n        start, used", "start, used", GROUPED
+        "pool.py", "self.bound = None\n        if weights", "if weights", GROUPED
     ),
     "pool: bound to buffers of before": Mutation(
         "pool.py", "self.bound = None\n        for name, new", "for name, new", GROUPED
@@ -261,7 +261,7 @@ MUTATIONS = {
     "ops: gradients are lost": Mutation(
         "ops.py", "owned and not tracked(y, x, tensors.strength)", "owned", BACKEND
     ),
-    "ops: no flag on the routing": Mutation("ops.py", "routing.states[:] =", "_ =", BACKEND),
+    "ops: no flag on the routing": Mutation("ops.py", "routing.found.state =", "_ =", BACKEND),
     "pool: always fits": Mutation(
         "pool.py", "return all(n <= h", "return True or all(n <= h", BACKEND
     ),
@@ -287,8 +287,8 @@ MUTATIONS = {
     "graphs: set_adapter in a shape of its own": Mutation(
         "graphs.py", "expand(self._rows, -1)", "expand(1, -1)", COMPILE
     ),
-    "router: a graph for each list of states": Mutation(
-        "router.py", "given.weight, [])", "given.weight, given.states)", COMPILE
+    "router: a trace is reported": Mutation(
+        "router.py", "given.weight, Found())", "given.weight, given.found)", COMPILE
     ),
     "graphs: symbols outlive their trace": Mutation(
         "graphs.py", "if torch.compiler.is_compiling():", "if False:", COMPILE

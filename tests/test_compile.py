@@ -208,6 +208,23 @@ class Served(nn.Module):
 
 
 @torch.no_grad()
+def test_one_graph_for_every_routing_of_a_layer_by_itself() -> None:
+    layer = lora_mux.MuxLinear(nn.Linear(8, 4))
+    a, b = (layer.add_adapter(n, torch.randn(2, 8), torch.randn(4, 2), alpha=2) for n in "ab")
+    made, x = compiled(layer), torch.randn(3, 8)
+    indices = [[[a], [-1], [b]], [[b], [b], [a]]]
+    routings = [lora_mux.Routing(torch.tensor(index)) for index in indices]
+    for routing in routings * 2:
+        torch.testing.assert_close(made(x, routing), layer(x, routing))
+        routing.check()
+    layer.remove_adapter("a")
+    assert made(x, routings[0]).isnan().any(1).tolist() == [True, False, False]
+    assert graphs() == 1
+    with pytest.raises(lora_mux.LoraMuxError, match="1 of 3 rows .* NaN: 0"):
+        routings[0].check()
+
+
+@torch.no_grad()
 def test_export_with_the_routing_as_an_input() -> None:
     model, mux, handles = small()
     served, x = Served(model, mux), torch.randn(3, 8)
@@ -255,8 +272,9 @@ def test_export_with_sizes_that_change() -> None:
 def test_export_keeps_the_route_in_force(strict: bool) -> None:
     model, mux, _ = small()
     x = torch.randn(3, 8)
-    with mux.route(ROUTES["subsets"]):
+    with mux.route(ROUTES["subsets"]) as routing:
         want = model(x)
         program = torch.export.export(model, (x,), strict=strict).module()
+        routing.check()  # of the trace nothing is left to be looked at
     torch.testing.assert_close(program(x), want)
     assert not torch.equal(model(x), want)

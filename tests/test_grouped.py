@@ -293,6 +293,20 @@ def test_a_remembered_plan_follows_the_rank_rows(change: str) -> None:
         assert layer.mux_last and layer.mux_last.plan is plan is not None
 
 
+def test_a_remembered_plan_is_bound_for_other_dtypes_again(monkeypatch: Any) -> None:
+    """As under autocast: what is fp32 is not rounded to bf16 on the way."""
+    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: True)
+    bench = Bench(ranks=(8,), dtype=torch.bfloat16)
+    pool, plan, x = bench.layer.mux_pool, plan_of(bench, torch.zeros(4, 1, dtype=int)), bench.x(4)
+    adapter = bench.adapters[0]
+    want = x.double() @ adapter.A.double().T @ adapter.B.double().T * adapter.scaling
+    for dtype in (torch.bfloat16, torch.float32):
+        y = torch.zeros(4, 160, dtype=dtype)
+        got = grouped.add_lora(y, x.to(dtype), pool, plan, owned=True)
+        error = (got.double() - want).norm() / want.norm()
+        assert got.dtype == dtype and error < {2: 1e-2, 4: 1e-6}[dtype.itemsize]
+
+
 @pytest.mark.parametrize("change", ["growth", "move", "erase"])
 def test_a_remembered_plan_keeps_no_buffer_alive(change: str) -> None:
     bench = Bench(ranks=(4,))
