@@ -74,8 +74,10 @@ class Cut(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A plan in one pool: all that can be done before, for where the base layer has emptied the
-    caches every call from Python costs 2 to 10 us."""
+    """A plan in one pool, with all that can be done before a call.
+
+    Where the base layer has emptied the caches, each step from Python costs 2 to 10 us.
+    """
 
     plan: "HostPlan"
     A_rows: Tensor  # the pool's; torch.func.functional_call puts others there
@@ -295,7 +297,7 @@ def _add(y: Tensor, x: Tensor, part: Part, A: Tensor, B: Tensor) -> None:
     if rows is not None:
         x = _taken(x, rows)
     if G > 1:
-        x = x.view(G, m, -1)
+        x = x.view(G, m, x.shape[1])
     product = torch.bmm if G > 1 else torch.mm
     h = product(x, A)
     if constant is not None:
@@ -314,7 +316,7 @@ def _add(y: Tensor, x: Tensor, part: Part, A: Tensor, B: Tensor) -> None:
     if y.dtype != h.dtype:
         y.add_(product(h, B).flatten(0, -2), alpha=alpha)
     elif G > 1:
-        y.view(G, m, -1).baddbmm_(h, B, alpha=alpha)
+        y.view(G, m, y.shape[1]).baddbmm_(h, B, alpha=alpha)
     else:
         y.addmm_(h, B, alpha=alpha)
 
