@@ -218,8 +218,8 @@ def main() -> int:
     args = parser.parse_args()
     for path in args.records:
         records = read(path)
-        if not any("workload" in r for r in records):  # of bench/model.py and bench/residency.py
-            print(f"{path}: no layers, nothing to draw")
+        if not any("workload" in r and "microseconds" in r for r in records):
+            print(f"{path}: no times of layers, nothing to draw")
             continue
         if not all(r.get("speed") for r in records):
             print(

@@ -3,7 +3,8 @@
     python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
     python bench/run.py --headline    the questions of docs/benchmarks.md
     python bench/run.py --grid        everything, about an hour
-    python bench/run.py --cpu         the CPU's cells, 12 minutes; --quick: the smallest layer
+    python bench/run.py --cpu         the CPU's cells, 12 minutes; --quick: the smallest layer;
+                                      --count: FLOPs and allocated bytes, no times
 
 Every provider must first agree with the formula in fp64; only then it is timed, interleaved with
 the others. On a GPU also the machine's own limits: a launch, a copy, and the base layer by cuBLAS.
@@ -30,6 +31,7 @@ from lora_mux.measure import timing
 from lora_mux.measure.provenance import ROOT, provenance
 from lora_mux.measure.timing import Times, microseconds, sets_for_cold_l2
 from providers import CPU, CUDA, NO_ANSWERS, WHOLE_LAYERS, Call, NotApplicable, Provider
+from work import work
 from workloads import Problem, Workload
 
 # Of the norm, against fp64. In bf16 the others round h, x or both; a wrong adapter costs 1.
@@ -58,9 +60,16 @@ def adapters_only(problem: Problem) -> Call:
 
 
 def measured(
-    workload: Workload, providers: dict[str, Provider], device: torch.device, alone: bool
+    workload: Workload,
+    providers: dict[str, Provider],
+    device: torch.device,
+    alone: bool,
+    count: bool,
 ) -> Iterator[dict[str, Any]]:
-    """A record for each provider; `alone`: of the adapters without the base layer."""
+    """A record for each provider; `alone`: of the adapters without the base layer.
+
+    `count`: of what a call does instead of how long it takes.
+    """
     w = workload
     bytes_of_a_call = w.torch_dtype.itemsize * (w.K * w.N + w.rows * (w.K + w.N))
     sets = sets_for_cold_l2(bytes_of_a_call, device)
@@ -88,6 +97,9 @@ def measured(
             else:
                 gate = "none" if error is None else "passed"
                 yield {"provider": name, "gate": gate, "error": error}
+    if count:
+        yield from ({"provider": name, **work(made[0])} for name, made in ready.items())
+        return
     calls = {name: lambda n, made=made: made[n]() for name, made in ready.items()}
     runs = 100 if device.type == "cuda" else 1000  # there time is up before, except for small ones
     for name, times in microseconds(calls, sets, device, runs).items():
@@ -144,6 +156,9 @@ def show(workload: Workload, what: str, records: dict[str, dict[str, Any]], stat
         if name in times:
             ratio = f" {times[name][statistic] / base:6.3f} x base" if base else ""
             print(f"    {name:24} {times[name][statistic]:10.1f} us{ratio}")
+        elif "flops" in record:
+            megabytes = record["allocated_bytes"] / 1e6
+            print(f"    {name:24} {record['flops'] / 1e6:10.1f} MFLOP {megabytes:10.2f} MB")
         elif record["gate"] == "failed":
             print(f"    {name:24} WRONG by {record['error']:.1e} of the norm")
         else:
@@ -159,8 +174,11 @@ def main() -> int:
     for name in GRIDS:
         grids.add_argument(f"--{name}", dest="grid", action="store_const", const=name)
     parser.add_argument("--quick", action="store_true", help="with --cpu: the smallest layer only")
+    parser.add_argument("--count", action="store_true", help="with --cpu: FLOPs, bytes, no times")
     parser.add_argument("--out", type=Path, help="default: bench/results/<grid>-<time>.jsonl")
     args = parser.parse_args()
+    if (args.count or args.quick) and args.grid != "cpu":
+        parser.error("--count and --quick go with --cpu")
     on_cpu = args.grid == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
     if not on_cpu and not torch.cuda.is_available():
         print("bench: torch sees no GPU; --cpu needs none", file=sys.stderr)
@@ -182,7 +200,7 @@ def main() -> int:
             print(json.dumps({**common, "ceilings": ceilings(device)}), file=file, flush=True)
         for workload in grid:
             for what in ("layer",) if args.grid == "cpu" else ("layer", "adapters"):
-                found = measured(workload, providers, device, what == "adapters")
+                found = measured(workload, providers, device, what == "adapters", args.count)
                 records = merge(found)
                 for record in records.values():
                     failed += record["gate"] == "failed" and record["provider"].startswith("lora")

@@ -121,6 +121,25 @@ def test_tiny_writes_records_that_plot_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
+@torch.inference_mode()
+def test_work_is_counted() -> None:
+    """Of 64 rows and 16 adapters, which are multiplied all with all in fp32: one product each."""
+    from work import work
+
+    workload = workloads.Workload("256", 256, 128, 64, 16, dtype="float32", weighted=False)
+    problem = workloads.problem(workload, torch.device("cpu"))
+    base = lambda: torch.nn.functional.linear(problem.x, problem.W)  # noqa: E731
+    done = {name: work(provider(problem, base)) for name, provider in providers.CPU.items()}
+    flops, y = 2 * 64 * 256 * 128, 64 * 128 * 4
+    assert done["base"] == {"flops": flops, "allocated_bytes": y}
+    by_slot = 2 * 64 * (256 + 128) * 16
+    assert done["segments"]["flops"] == done["gather + bmm"]["flops"] == flops + by_slot
+    assert done["masked"] == {"flops": flops + 16 * by_slot, "allocated_bytes": y + 64 * 256 * 4}
+    assert done["lora_mux"] == done["lora_mux as a module"]
+    assert flops + by_slot <= done["lora_mux"]["flops"] <= done["masked"]["flops"]
+    assert work(ours := providers.CPU["lora_mux"](problem, base)) == work(ours)
+
+
 def test_without_a_gpu_it_says_so() -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = script("bench/run.py", "--smoke", **hidden)
