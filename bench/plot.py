@@ -186,12 +186,11 @@ CPU_CASES = ("1 / 1", "16 / 1", "64 / 1", "16 / 4", "64 / 4")  # adapters / thos
 
 def cpu_table(records: list[Record]) -> str:
     """Markdown: ours, ours as a module, the best form by hand, and PEFT, as shares of the base."""
-    shares: dict[str, dict[str, dict[str, float]]] = {}
+    shares: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for title, providers in panels(records).items():
-        cases = shares.setdefault(title, defaultdict(dict))
         for name, points in providers.items():
             for case, share in points:
-                cases[case][name] = share
+                shares[title][case][name] = share
     cells = [cell for cases in shares.values() for cell in cases.values()]
     for cell in cells:
         cell["by hand"] = min(cell[name] for name in BY_HAND if name in cell)
