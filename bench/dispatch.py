@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_mux import operators
+from lora_mux.ops import operators
 
 CALLS = 2000
 

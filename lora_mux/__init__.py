@@ -5,12 +5,12 @@ y[m] = W0 x[m] + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[
 
 from . import errors as errors
 from ._version import __version__ as __version__
-from .attach import attach as attach
-from .attach import attach_peft as attach_peft
+from .core import Routing as Routing
 from .errors import LoraMuxError as LoraMuxError
-from .linear import MuxLinear as MuxLinear
-from .mux import Mux as Mux
-from .routing import Routing as Routing
+from .layers import MuxLinear as MuxLinear
+from .model import Mux as Mux
+from .model import attach as attach
+from .model import attach_peft as attach_peft
 
 __all__ = [
     "LoraMuxError",

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__, demo, ops
 from .errors import LoraMuxError
-from .measure import cost, tune
+from .measure import bench, tune
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "peft")
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_arguments(
         commands.add_parser("demo", help="one batch of a real model, checked against PEFT")
     )
-    cost.add_arguments(commands.add_parser("bench", help="what adapters cost on a layer of yours"))
+    bench.add_arguments(commands.add_parser("bench", help="what adapters cost on a layer of yours"))
     tune.add_arguments(
         commands.add_parser("tune", help="find the kernels' best tiles for a GPU and a layer")
     )
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(info())
         return 0
     try:
-        return {"demo": demo.run, "bench": cost.run, "tune": tune.run}[args.command](args)
+        return {"demo": demo.run, "bench": bench.run, "tune": tune.run}[args.command](args)
     except LoraMuxError as error:
         print(f"lora-mux: {error}", file=sys.stderr)
         return 2

@@ -103,7 +103,7 @@ class TestHandles:
                 mux.remove_adapter(f"{i}")
 
     def test_a_slot_out_of_generations_is_given_up(self, monkeypatch: Any) -> None:
-        monkeypatch.setattr("lora_mux.slots.GENERATIONS", 2)
+        monkeypatch.setattr("lora_mux.core.slots.GENERATIONS", 2)
         mux = lora_mux.MuxLinear(nn.Linear(2, 2))
         handles = []
         for i in range(5):

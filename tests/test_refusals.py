@@ -81,7 +81,7 @@ def index(*rows: list[int]) -> Tensor:
 def without_gpu(act: Callable[[], object]) -> None:
     """As on a machine without a GPU, and without Triton's interpreter, which the tests set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_mux.ops._interpreted", lambda: False)
+        patch.setattr("lora_mux.ops.dispatch._interpreted", lambda: False)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         act()
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import tuned
-from .cost import DTYPES
+from ..ops import tuned
+from .bench import DTYPES
 from .timing import microseconds, sets_for_cold_l2
 
 if TYPE_CHECKING:

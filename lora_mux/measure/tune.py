@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .. import tuned
 from ..errors import BackendError
+from ..ops import tuned
 from ..progress import shown
-from .cost import add_sizes, positive
+from .bench import add_sizes, positive
 from .problem import Problem
 from .provenance import provenance
 

@@ -1,0 +1,85 @@
+"""A LoRA file of diffusers: adapters of one or more models of a pipeline, and maybe their configs.
+
+    <component>.<path>.lora_A.weight      of pipe.save_lora_weights (transformer, unet, ...)
+    <path>.lora_A.weight                  of model.save_lora_adapter
+
+A LoraConfig as JSON stands in the file's metadata, its fields named as the keys are. Where there is
+none, alpha = rank as in diffusers itself, so that scaling = 1.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..core import LoraWeights
+from ..errors import CheckpointError
+from .peft_config import PeftConfig, parse_config
+from .peft_folder import DIFFUSERS, inside, weights_from
+from .safetensors_file import TensorFile
+
+METADATA = "lora_adapter_metadata"
+WAY_OUT = "load it with diffusers (pipe.load_lora_weights) and use attach_peft"
+
+
+def read_diffusers(folder: Path, targets: Collection[str]) -> dict[str, LoraWeights]:
+    """path -> factors, of the component of the file whose modules are targets.
+
+    Raises:
+        CheckpointError: names the file and what in it is broken, in another of the many formats
+            that diffusers reads, more than plain LoRA on linear layers, or of another model.
+    """
+    file = inside(folder, folder / DIFFUSERS)
+    opened = TensorFile(file)
+    block = opened.read()
+    tensors = {key: block[key] for key in opened.entries}
+    try:
+        fields = json.loads(opened.metadata.get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: `{METADATA}` must be JSON, got {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: `{METADATA}` must hold an object, got {fields!r:.80}")
+    other = next((key for key in tensors if ".lora_A." not in key and ".lora_B." not in key), None)
+    if other is not None:
+        raise CheckpointError(f"{file}: key {other!r} is of another format; {WAY_OUT}")
+    prefix = _prefix(file, tensors, targets)
+    mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+    config = parse_config(own, str(file)) if own else _inferred(mine)
+    return weights_from(str(file), config, mine)
+
+
+def _prefix(file: Path, keys: Collection[str], targets: Collection[str]) -> str:
+    """What the keys of this model begin with: "" or a component and a dot."""
+    known = set(targets)
+    matches: Counter[str] = Counter(
+        prefix
+        for path in {re.split(r"\.lora_[AB]\.", key)[0] for key in keys}
+        for prefix in ("", path.partition(".")[0] + ".")
+        if path.removeprefix(prefix) in known
+    )
+    if len(matches) == 1:
+        return next(iter(matches))
+    components = sorted(matches or {key.partition(".")[0] for key in keys})
+    raise CheckpointError(
+        f"{file} must hold one component whose modules are targets of this model, got "
+        f"{'several' if matches else 'others'} ({', '.join(components[:5])}); "
+        f"{WAY_OUT if matches else 'attach with targets that cover it'}"
+    )
+
+
+def _inferred(tensors: Mapping[str, Tensor]) -> PeftConfig:
+    """The config that the shapes tell: alpha = rank everywhere."""
+    ranks = {
+        key.removesuffix(".lora_A.weight"): tensor.shape[0]
+        for key, tensor in tensors.items()
+        if key.endswith(".lora_A.weight") and tensor.ndim and len(tensor)
+    }
+    # The most common one, so that few paths are matched with patterns.
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    bias = any(key.endswith(".lora_B.bias") for key in tensors)
+    return PeftConfig(r, r, lora_bias=bias, rank_pattern=others, alpha_pattern=others)

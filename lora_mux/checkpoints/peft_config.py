@@ -1,0 +1,274 @@
+"""adapter_config.json: what PEFT's LoraConfig says of a saved adapter, field by field.
+
+Every field is honoured, ignored because it does not matter to a trained adapter's forward pass, or
+refused because it means another formula. An unknown field that says something is refused as well:
+it may be a variant that this version does not know.
+
+Source: peft 0.21, src/peft/tuners/lora/config.py and utils/other.py (get_pattern_key).
+"""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import CheckpointError
+
+HONOURED = frozenset(
+    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
+    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias".split()
+)
+# Training, initialisation, storage and metadata: the trained factors already say it all.
+IGNORED = frozenset(
+    "lora_dropout fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
+    "corda_config lora_ga_config ensure_weight_tying runtime_config task_type auto_mapping "
+    "base_model_name_or_path revision inference_mode peft_version megatron_core "
+    "qalora_group_size".split()
+)
+REFUSED = {
+    "modules_to_save": "it replaces whole modules, which is not a sum of adapters",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "use_dora": "DoRA rescales the base's own output",
+    "alora_invocation_tokens": "activated LoRA acts on some tokens only",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "arrow_config": "Arrow is a router over other adapters",
+    "kasa_config": "KaSA changes the base weights",
+    "target_parameters": "LoRA on parameters (fused experts) is not supported",
+    "layer_replication": "it changes the layers of the base model",
+    "megatron_config": "Megatron layers are not supported",
+}
+# These start from a shifted base, which PEFT changes on load; after conversion the field is true.
+SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
+
+MAX_CONFIG_BYTES = 1 << 20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of a LoraConfig that a loaded adapter depends on."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: Sequence[int] | None = None
+    layers_pattern: Sequence[str] | None = None
+
+    def rank(self, path: str) -> int:
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the path's own alpha and r."""
+        rank = self.rank(path)
+        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, path: str) -> bool:
+        """Whether the config means the module at `path`, by PEFT's rules."""
+        if self.exclude_modules and _names(self.exclude_modules, path):
+            return False
+        names = self.target_modules
+        if names is None or (isinstance(names, str) and names.lower() == "all-linear"):
+            return True  # PEFT's own choice for the model; the file's keys tell which it was
+        if not _names(names, path):
+            return False
+        if self.layers_to_transform is None or isinstance(names, str) or path in names:
+            return True
+        patterns = self.layers_pattern or [r"[^.]*"]
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path) for p in patterns)
+        layer = next((match for match in found if match), None)
+        return layer is not None and int(layer[1]) in self.layers_to_transform
+
+
+def read_config(file: Path) -> PeftConfig:
+    """The config in an adapter_config.json.
+
+    Raises:
+        CheckpointError: not JSON, a field with a wrong value, or one that means more than LoRA.
+    """
+    return parse_config(_read_json(file), str(file))
+
+
+def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
+    """The config in the fields of a LoraConfig; errors begin with `source`.
+
+    Raises:
+        CheckpointError: a field with a wrong value, or one that means more than LoRA.
+    """
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f'{source}: `peft_type` must be "LORA", got {values.get("peft_type")!r}'
+        )
+    _refuse_other_formulas(source, values)
+    _refuse_unknown_fields(source, values)
+    check = _Checker(source, values)
+    return PeftConfig(
+        r=check.rank("r", values.get("r", 8)),
+        lora_alpha=check.alpha("lora_alpha", values.get("lora_alpha", 8)),
+        use_rslora=check.flag("use_rslora"),
+        lora_bias=check.flag("lora_bias"),
+        rank_pattern=check.patterns("rank_pattern", check.rank),
+        alpha_pattern=check.patterns("alpha_pattern", check.alpha),
+        target_modules=check.modules("target_modules"),
+        exclude_modules=check.modules("exclude_modules"),
+        layers_to_transform=check.layers("layers_to_transform"),
+        layers_pattern=check.layer_names("layers_pattern"),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        size = file.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{file} must be at most {MAX_CONFIG_BYTES} bytes, got {size}")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} must be a readable JSON file, got {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _refuse_other_formulas(source: str, values: Mapping[str, Any]) -> None:
+    for name, reason in REFUSED.items():
+        if values.get(name):
+            raise CheckpointError(
+                f"{source}: `{name}` must be unset, got {_short(values[name])}: {reason}"
+            )
+    if values.get("bias", "none") != "none":
+        raise CheckpointError(
+            f'{source}: `bias` must be "none", got {_short(values["bias"])}: it changes the biases '
+            "of the base model, which all adapters share"
+        )
+    init = values.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in PLAIN_INITS:
+        shifted = init.startswith(SHIFTED_BASE)
+        raise CheckpointError(
+            f"{source}: `init_lora_weights` must be a plain initialisation, got {_short(init)}"
+            + (": it is relative to a changed base model; convert it with PEFT" if shifted else "")
+        )
+
+
+def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
+    for name in values.keys() - HONOURED - IGNORED - REFUSED.keys():
+        if values[name]:
+            raise CheckpointError(
+                f"{source}: `{_short(name)}` must be a field of LoraConfig that lora_mux knows, "
+                f"got {_short(values[name])}"
+            )
+        warnings.warn(f"{source}: ignored unknown field {_short(name)}", stacklevel=5)
+
+
+class _Checker:
+    """Typed access to the fields of one config."""
+
+    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
+        self._source = source
+        self._values = values
+
+    def rank(self, name: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._error(name, "an int of at least 1", value)
+        return value
+
+    def alpha(self, name: str, value: object) -> float:
+        # isinstance(True, int) holds, and int() of a huge literal would overflow a float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise self._error(name, "a finite number", value)
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self._values.get(name, False)
+        if value is not None and not isinstance(value, bool):
+            raise self._error(name, "true or false", value)
+        return bool(value)
+
+    def patterns(self, name: str, check: "Any") -> dict[str, Any]:
+        value = self._values.get(name) or {}
+        if not isinstance(value, dict):
+            raise self._error(name, "an object of pattern -> number", value)
+        return {
+            self._pattern(name, key): check(f"{name}[{_short(key)}]", v) for key, v in value.items()
+        }
+
+    def modules(self, name: str) -> str | list[str] | None:
+        value = self._values.get(name)
+        if isinstance(value, str):
+            return self._pattern(name, value)
+        return self._strings(name, value)
+
+    def layer_names(self, name: str) -> list[str] | None:
+        value = self._values.get(name)
+        strings = self._strings(name, [value] if isinstance(value, str) else value)
+        return strings and [self._pattern(name, pattern) for pattern in strings]
+
+    def layers(self, name: str) -> list[int] | None:
+        value = self._values.get(name)
+        numbers = [value] if isinstance(value, int) else value
+        if numbers is None:
+            return None
+        if not isinstance(numbers, list) or not all(isinstance(n, int) for n in numbers):
+            raise self._error(name, "an int or a list of ints", value)
+        return numbers
+
+    def _strings(self, name: str, value: object) -> list[str] | None:
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._error(name, "a string or a list of strings", value)
+        return value
+
+    def _pattern(self, name: str, pattern: str) -> str:
+        """A regular expression of a stranger's: valid, and unable to run for ever.
+
+        Backtracking explodes with repeated groups or with many unbounded repeats: five of them on
+        a path of 100 characters can take 10^8 steps.
+        """
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise self._error(name, f"a regular expression ({error})", pattern) from None
+        bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "c", pattern, flags=re.DOTALL)
+        if (
+            len(pattern) > 1000
+            or re.search(r"\)[*+{]", bare)
+            or len(re.findall(r"[*+{]", bare)) > 4
+        ):
+            raise self._error(
+                name, "a simple regular expression (no repeated groups, at most 4 repeats)", pattern
+            )
+        return pattern
+
+    def _error(self, name: str, expected: str, got: object) -> CheckpointError:
+        return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {_short(got)}")
+
+
+def _first_match(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """PEFT's rule: the first key that matches the path's end from a dot on."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _names(names: str | Sequence[str], path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    parts = path.split(".")
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(names)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

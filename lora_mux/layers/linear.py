@@ -1,0 +1,370 @@
+"""MuxLinear: a linear layer of any make whose rows choose their own adapters."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .. import ops
+from ..core import LoraWeights, Pool, Routing, Slots, slot_of
+from ..errors import ArgumentTypeError, InputError, RoutingError, TargetError
+from ..routes import Router
+from . import sharding
+from .sharding import Part
+from .storing import check_reservation, check_room, checked, scaling_from, store
+from .targets import Target, check_linear, device_of, dtype_of, features
+
+
+class MuxLinear(nn.Module):
+    """A linear layer with a pool of LoRA adapters; every row of a batch selects its own subset.
+
+        y[m] = base(x[m]) + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
+
+    `MuxLinear(linear)` is a new module of the linear's own class and of this one. It shares the
+    linear's parameters, which stay as they are, and calls the linear's own forward, so that any
+    layer that maps [..., in_features] to [..., out_features] works, quantised ones included.
+    A batch that selects no adapter gets the base's tensor untouched; rows that select none keep
+    every bit in a mixed batch.
+
+    Args:
+        linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features.
+        backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
+            elsewhere), "triton" or "reference".
+        batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
+            batch the row comes in; costs speed for many rows.
+        fused: on NVIDIA GPUs, for a 16-bit nn.Linear of sizes that are multiples of 8, without
+            gradients, base and adapters in one launch: True wherever that can be, False nowhere,
+            "auto" where a table of measurements says that it is faster (none is shipped yet). The
+            base's part of a mixed batch is then that kernel's, rounded like any other order of
+            summing.
+
+    Raises:
+        TargetError: not a linear layer, or one that is split in a way that is not supported.
+        BackendError: a backend that does not exist or cannot run.
+
+    Example:
+        >>> import torch, lora_mux
+        >>> layer = lora_mux.MuxLinear(torch.nn.Linear(8, 4))
+        >>> sql = layer.add_adapter("sql", A=torch.ones(2, 8), B=torch.ones(4, 2), alpha=2)
+        >>> y = layer(torch.ones(3, 8), lora_mux.Routing(torch.tensor([[sql], [-1], [sql]])))
+        >>> (y - layer(torch.ones(3, 8)))[:, 0].tolist()
+        [16.0, 0.0, 16.0]
+    """
+
+    weight: Tensor  # of nn.Linear; other bases may have none, or one of another kind
+    bias: Tensor | None
+    mux_pool: Pool
+    mux_slots: Slots
+    mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
+    mux_settings: ops.Settings
+    mux_last: "Last | None"  # of the routings handed in on the CPU
+    mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
+    mux_base: Callable[..., Tensor] | None = None  # that forward, where it computes the base part
+    mux_part: Part | None  # of a layer that tensor parallelism has split
+    mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
+
+    def __new__(
+        cls,
+        linear: nn.Module | None = None,
+        *,
+        backend: ops.Backend = "auto",
+        batch_invariant: bool = False,
+        fused: ops.Fused = "auto",
+    ) -> "MuxLinear":
+        if linear is None:  # DataParallel and the strict export of torch 2.6 ask for a bare module
+            return object.__new__(cls)
+        check_linear(linear, "linear")
+        twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
+        # The registries are copied, so that a buffer or hook of one is not one of the other.
+        twin.__dict__.update(
+            {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(linear).items()}
+        )
+        return twin
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        *,
+        backend: ops.Backend = "auto",
+        batch_invariant: bool = False,
+        fused: ops.Fused = "auto",
+    ) -> None:
+        settings = ops.Settings(backend, batch_invariant, fused)
+        target = check_linear(linear, "linear")
+        equip(self, target, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
+
+    def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
+        """y [..., out_features] for x [..., in_features].
+
+        Args:
+            x: [..., in_features].
+            routing: one row per row of x (x.shape[:-1] flattened), or per sample (x.shape[0], for
+                x of at least three dimensions). None: the route of the attached model, else base.
+
+        Raises:
+            InputError: x does not end in in_features.
+            RoutingError: the routing's rows fit neither the rows nor the samples of x.
+            UnknownAdapterError: the index holds a handle whose adapter is not there. On a GPU the
+                row's output becomes NaN instead, and routing.check() raises.
+            BackendError: Triton was asked for by name, and can not run on x.
+        """
+        part = self.mux_part
+        held = x if part is None else sharding.local(x, part)
+        plan = self._plan(held, routing, fusable=not kwargs)
+        if isinstance(plan, ops.TiledPlan) and plan.method.fused:
+            return ops.linear(x, self.weight, self.bias, self.mux_pool, plan)
+        y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
+        if plan is None:
+            return y
+        if part is None:
+            # nn.Module's own look-up takes 10 us where the base has emptied the caches.
+            pool: Any = self._modules["mux_pool"]
+            return ops.add_lora(y, x, pool, plan, self.mux_owns_output)
+        here = sharding.sum_gradients(plan, self._parameters["weight"])
+        return sharding.add_to(
+            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, here, owned=False)
+        )
+
+    def _plain_weight(self, x: Tensor) -> Tensor | None:
+        """The weight where the base is x W^T + bias, and nothing else has a hand in it.
+
+        Not of a forward that is not nn.Linear's own, a parametrised or quantised weight, a part of
+        a split layer, or what autograd follows.
+        """
+        settings = self.mux_settings
+        if settings.fused is False or not (x.is_cuda or settings.backend == "triton"):
+            return None
+        if not self.mux_owns_output or self.mux_part is not None:
+            return None
+        weight, bias = self.weight, self.bias
+        plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+        if not plain or weight.device != x.device or weight.stride(1) != 1:
+            return None
+        if ops.tracked(x, weight, bias):
+            return None
+        return weight
+
+    def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.Plan | None:
+        router = self.mux_router
+        if routing is None:
+            if router is None or not router.active:
+                return None
+            self._check_input(x)
+            return router.plan(x, self.mux_pool, self._plain_weight(x) if fusable else None)
+        if not isinstance(routing, Routing):
+            raise ArgumentTypeError(
+                f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
+            )
+        if router is not None and router.disabled:
+            return None
+        # Looked at first, for it vouches for the rest: 10 us less where caches are cold.
+        if not is_compiling() and self.mux_last is not None:
+            if self.mux_last.serves(x, routing, self.mux_slots.version):
+                return self.mux_last.plan
+        self._check_input(x)
+        spread = _spread(routing, x)
+        fusable = fusable and not spread.weight.requires_grad
+        weight = self._plain_weight(x) if fusable else None
+        method = ops.method(self.mux_settings, x, spread.rows, self.mux_pool, weight)
+        if spread.index.device != x.device:
+            self.mux_slots.resolve(routing.index)  # on the host, where it raises
+            spread = spread.to(x.device)
+        made = ops.plan(spread, self.mux_slots, method)
+        # A plan that autograd follows is not kept alive.
+        if method.grouped and not routing.weight.requires_grad:
+            index, weight = routing.index.clone(), routing.weight.clone()
+            self.mux_last = Last(x.shape, index, weight, self.mux_slots.version, made)
+        return made
+
+    def _check_input(self, x: Tensor) -> None:
+        width = self.mux_pool.in_features
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """The loaded adapters: name -> handle."""
+        return self.mux_slots.handles
+
+    def add_adapter(
+        self,
+        name: str,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
+
+        Args:
+            name: any new str other than "__base__".
+            A: [r, in_features], any floating dtype; stored in the layer's own.
+            B: [out_features, r].
+            alpha: scaling = alpha / r. Give alpha or scaling, not both.
+            scaling: the factor itself.
+            bias: [out_features], a bias on B (PEFT's lora_bias), scaled like the rest.
+
+        Raises:
+            AdapterError: a name in use, shapes that do not fit, values that are not finite.
+            ArgumentTypeError: something of the wrong type.
+        """
+        self._refuse_attached("add_adapter")
+        self.mux_slots.check_new(name)
+        follow_materialised(self)
+        factor = scaling_from(alpha, scaling, A)
+        given = LoraWeights(A, B, factor, bias)
+        weights = checked(self.mux_pool, self.mux_part, given, "adapter")
+        check_room(self.mux_slots, self.mux_pool, weights, "adapter")
+        handle = store(self.mux_slots, [(self.mux_pool, weights)])
+        self.mux_slots.bind(name, handle)
+        return handle
+
+    def reserve(self, adapters: int, rank: int) -> None:
+        """Make room for that many adapters of up to that rank, so that buffers stay in place.
+
+        What a captured CUDA graph reads can not grow: reserve before capturing. A bias counts as
+        one more rank.
+        """
+        self._refuse_attached("reserve")
+        check_reservation(self.mux_slots, adapters, rank)
+        follow_materialised(self)
+        self.mux_slots.capacity = max(self.mux_slots.capacity, adapters)
+        self.mux_pool.reserve(adapters * rank, self.mux_slots.capacity, rank)
+
+    def remove_adapter(self, name: str) -> None:
+        """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
+        self._refuse_attached("remove_adapter")
+        handle = self.mux_slots.unbind(name)
+        self.mux_pool.erase(slot_of(handle))
+        self.mux_slots.free(handle)
+
+    def _refuse_attached(self, method: str) -> None:
+        if self.mux_router is not None:
+            raise TargetError(
+                f"`{method}`: this layer belongs to an attached model, whose adapters span all "
+                f"its layers; use the Mux that attach() returned"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and deepcopy rebuild it from the linear's.
+        return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+@dataclass(frozen=True)
+class Last:
+    """A routing and its plan: often the next one is the same."""
+
+    shape: torch.Size  # of x
+    handles: Tensor  # of the index; copies, so that writes are seen
+    weight: Tensor
+    version: int  # of the slots
+    plan: ops.Plan | None
+
+    def serves(self, x: Tensor, routing: Routing, version: int) -> bool:
+        """Whether the plan is that of x and routing; their values are compared."""
+        index, weight = routing.index, routing.weight
+        return (
+            x.shape == self.shape
+            and version == self.version
+            and x.is_cpu
+            and index.is_cpu
+            and not weight.requires_grad
+            and torch.equal(index, self.handles)
+            and torch.equal(weight, self.weight)
+        )
+
+
+def _rebuild(linear_class: type[nn.Module]) -> MuxLinear:
+    return object.__new__(mux_class(linear_class))  # type: ignore[arg-type]
+
+
+@functools.cache
+def mux_class(linear_class: Any) -> type[MuxLinear]:
+    """The class of MuxLinears over `linear_class`: both, with MuxLinear's forward in front."""
+    name = f"Mux{linear_class.__name__}"
+    # F.linear's result is new; what another forward returns may be anybody's.
+    owns = linear_class.forward is nn.Linear.forward
+    return type(name, (MuxLinear, linear_class), {"__module__": __name__, "mux_owns_output": owns})
+
+
+def equip(
+    layer: MuxLinear,
+    target: Target,
+    slots: Slots,
+    router: Router | None,
+    settings: ops.Settings,
+    dtype: torch.dtype,
+) -> None:
+    """Give a layer whose class is a MuxLinear its empty pool."""
+    part = layer.mux_part = target.part
+    patched = vars(layer).pop("forward", None)
+    if patched is not None:  # it would hide the class's forward, and the adapters with it
+        # Past nn.Module's own setattr, which would register a forward that is a module.
+        vars(layer)["mux_patched"] = patched
+        if part is None:
+            vars(layer).update(mux_base=patched, mux_owns_output=False)
+        else:
+            sharding.reinstall(layer, patched)
+    sizes = features(layer) if part is None else part.sizes
+    layer.mux_pool = Pool(*sizes, dtype, device_of(layer))
+    layer.mux_slots = slots
+    layer.mux_router = router
+    layer.mux_settings = settings
+    layer.mux_last = None
+
+
+def swap_in(target: Target, router: Router, dtype: torch.dtype) -> MuxLinear:
+    """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
+    linear = target.linear
+    linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
+    assert isinstance(linear, MuxLinear)
+    equip(linear, target, router.slots, router, router.settings, dtype)
+    router.anchor = router.anchor or linear.mux_pool
+    return linear
+
+
+def swap_out(layer: MuxLinear) -> None:
+    """The linear layer as it was before swap_in."""
+    patched = layer.mux_patched
+    for name in [name for name in vars(layer) if name.startswith("mux_")]:
+        del vars(layer)[name]
+    del layer.mux_pool
+    if patched is not None:
+        vars(layer)["forward"] = patched
+    layer.__class__ = type(layer).__bases__[1]
+
+
+def follow_materialised(layer: MuxLinear) -> None:
+    """Take the pool off the meta device once the layer has left it.
+
+    to_empty() moves both; load_state_dict(assign=True) only what is in the state_dict.
+    """
+    pool = layer.mux_pool
+    if pool.A_rows.is_meta:
+        device = device_of(layer)
+        if device.type == "meta":
+            return
+        pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+    if pool.fixed is not None and not pool.runs.capacity:
+        pool.fix(pool.fixed)
+
+
+def _spread(routing: Routing, x: Tensor) -> Routing:
+    """The routing with one row per row of x. Equality decides, never divisibility."""
+    rows = prod(x.shape[:-1])
+    if routing.rows == rows:
+        return routing
+    if x.ndim >= 3 and routing.rows == x.shape[0]:
+        return routing.repeat_interleave(rows // routing.rows)
+    samples = f" or {x.shape[0]} (its samples)" if x.ndim >= 3 else ""
+    raise RoutingError(
+        f"`routing` must have {rows} rows (the rows of x {list(x.shape)}){samples}, "
+        f"got {routing.rows}"
+    )

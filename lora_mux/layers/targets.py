@@ -1,0 +1,164 @@
+"""Targets: which layers of a model can carry adapters, and which of them are meant."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentTypeError, TargetError
+from .sharding import Part, is_dtensor, part_of
+
+# The head of transformers' sequence classifiers, which PEFT's "all-linear" leaves out as well.
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer; (0, 0) for any other module."""
+    if type(module).__name__ in ("Conv1D", "MuxConv1D") and hasattr(module, "nx"):
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]  # transformers' name for it
+    sizes = getattr(module, "in_features", 0), getattr(module, "out_features", 0)
+    ints = all(isinstance(size, int) and size > 0 for size in sizes)
+    return (sizes[0], sizes[1]) if ints else (0, 0)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return features(module) != (0, 0)
+
+
+class Target(NamedTuple):
+    """A linear layer that can carry adapters."""
+
+    linear: nn.Module
+    part: Part | None = None  # of it that this process holds; None = all
+
+
+def check_linear(module: object, argument: str, gathered: bool = False) -> Target:
+    """The layer as a target, or an error that says what a MuxLinear can not stand on.
+
+    Args:
+        gathered: FSDP2 puts the layer's weight together before it calls it.
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentTypeError(f"`{argument}` must be a linear layer, got {type(module).__name__}")
+    if hasattr(module, "mux_pool"):
+        raise TargetError(f"`{argument}` must be a plain linear layer, got a MuxLinear already")
+    if type(module).__module__.startswith("peft."):
+        raise TargetError(
+            f"`{argument}` must be a plain linear layer, got PEFT's {type(module).__name__}; "
+            "attach to the base model, without a PeftModel around it, or use attach_peft"
+        )
+    if not is_linear(module):
+        raise TargetError(
+            f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
+            f"out_features), got {type(module).__name__}"
+        )
+    return Target(module, None if gathered else part_of(module, argument))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the layer computes; its weight may have any type, not exist, or be elsewhere."""
+    # accelerate keeps weights on the meta device or the CPU between calls.
+    offloaded = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if offloaded is not None:
+        return torch.device(offloaded)
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The compute dtype of a plain layer; `default` for a quantised one, which does not tell."""
+    # Asked of the registry: a quantised layer's `weight` may be a property that unpacks it.
+    weight = module._parameters.get("weight")
+    # torchao's tensors report float32 as well: only a true Parameter says what it is computed in,
+    # or the parts of one.
+    if not isinstance(weight, nn.Parameter):
+        return default
+    plain = type(weight) is nn.Parameter or is_dtensor(weight)
+    if plain and weight.is_floating_point() and weight.element_size() > 1:
+        return weight.dtype
+    return default
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Target]:
+    """The layers meant by `targets`, by path; see `lora_mux.attach` for its three forms.
+
+    Raises:
+        TargetError: nothing matches, or something that matches can not carry adapters.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    skipped = _bypassed(modules)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        skipped |= _heads(model, modules)
+        found = {p: m for p, m in modules.items() if p not in skipped and is_linear(m)}
+    else:
+        matches = _matcher(targets)
+        found = {p: m for p, m in modules.items() if matches(p)}
+        hidden = sorted(skipped & found.keys())
+        if hidden:
+            raise TargetError(
+                f"`targets` matches {hidden[0]!r}, but its parent reads the weight without calling "
+                "its forward, which would silently hide the adapters"
+            )
+    if not found:
+        examples = [p for p, m in modules.items() if is_linear(m)][:3]
+        raise TargetError(
+            f"`targets` must match at least one linear layer of the model, got {targets!r}; "
+            f"its linear layers: {', '.join(examples) or 'none'}{', ...' if examples else ''}"
+        )
+    gathering = [p for p, m in [("", model), *modules.items()] if _is_fsdp(m)]
+
+    def gathered(path: str) -> bool:
+        return any(not p or f"{path}.".startswith(f"{p}.") for p in gathering)
+
+    return {p: check_linear(m, f"targets: {p}", gathered(p)) for p, m in found.items()}
+
+
+def _matcher(targets: object) -> Callable[[str], bool]:
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TargetError(
+                f"`targets` must be a regular expression, got {targets!r}: {error}"
+            ) from None
+        return lambda path: pattern.fullmatch(path) is not None
+    if not isinstance(targets, Sequence | set | frozenset) or not all(
+        isinstance(target, str) for target in targets
+    ):
+        raise ArgumentTypeError(
+            f"`targets` must be 'all-linear', a regular expression or a list of path suffixes, "
+            f"got {targets!r}"
+        )
+    suffixes = tuple(f".{target}" for target in targets)
+    return lambda path: f".{path}".endswith(suffixes)
+
+
+def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The output head, which "all-linear" leaves out, as PEFT does."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is not None:
+        return {path for path, module in modules.items() if module is head}
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return {path for path in CLASSIFIER_HEADS if path in modules}
+    return set()
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to it, which changes its class."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
+    """Layers that torch's own attention and fast path read without calling their forward."""
+    return {
+        f"{path}.{child}"
+        for path, module in modules.items()
+        for child in ("out_proj", "linear1", "linear2")
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        and hasattr(module, child)
+    }

@@ -1,0 +1,77 @@
+"""The definition of correctness: the formula as einsums over the rank rows in use.
+
+    y[m] += sum_j weight[m, j] * scaling[slot[m, j]] * B[slot[m, j]] (A[slot[m, j]] x[m])
+
+Differentiable in x, y, weight and the pool; any floating dtype; accumulates in at least fp32 and
+rounds once. Weights are read once per distinct adapter of the batch, never copied per row. It
+shares nothing with the kernels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import RankRows
+
+
+class Plan(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    slots: Tensor  # [U] the distinct slots that the rows select
+    selects: Tensor  # [M, U] bool: row m selects slot u
+    strength: Tensor  # [M, U] the sum of row m's weights for slot u
+
+
+def plan(slots: Tensor, weight: Tensor) -> Plan:
+    """The distinct slots of `slots` [M, J] (-1 = none), and each row's strength [M, J] of them."""
+    used = torch.unique(slots[slots >= 0])
+    places = slots[:, :, None] == used  # [M, J, U]
+    # Selected, not multiplied: the weight of a place that selects nothing may be anything.
+    strength = torch.where(places, weight[:, :, None], 0.0).sum(1)
+    return Plan(used, places.any(1), strength)
+
+
+def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
+    """y [M, N] plus what x [M, K] gets from its adapters; rows that select none keep every bit."""
+    row, owner = _rows_in_use(rows, plan.slots)
+    if not len(row):
+        return y
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    A = rows.A_rows[row, : x.shape[1]].to(dtype)
+    B = rows.B_rows[row, : y.shape[1]].to(dtype)
+    selects = plan.selects[:, owner]  # [M, R]
+    strength = (plan.strength.to(dtype) * rows.scaling[plan.slots].to(dtype))[:, owner]  # [M, R]
+
+    h = torch.einsum("mk,rk->mr", x.to(dtype), A)
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
+    h = torch.where(selects, strength * h, 0.0)
+    delta = torch.einsum("mr,rn->mn", h, B)
+    return torch.where(selects.any(1, keepdim=True), (y.to(dtype) + delta).to(y.dtype), y)
+
+
+def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) -> Tensor:
+    """scaling[i] * <B[i]^T grad[m], A[i] x[m]> for i = slots[m, j]: the gradient of strength[m, j].
+
+    [M, J] for grad [M, N], x [M, K] and slots [M, J]; 0 where slots is -1.
+    """
+    used, place = torch.unique(slots, return_inverse=True)  # place [M, J] -> 0..U
+    row, owner = _rows_in_use(rows, used.clamp(min=0))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = torch.einsum("mk,rk->mr", x.to(dtype), rows.A_rows[row, : x.shape[1]].to(dtype))
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
+    g = torch.einsum("mn,rn->mr", grad.to(dtype), rows.B_rows[row, : grad.shape[1]].to(dtype))
+    of_slot = h.new_zeros(len(h), len(used)).index_add(1, owner, h * g)
+    of_slot = of_slot * rows.scaling[used.clamp(min=0)].to(dtype)
+    return torch.where(slots >= 0, of_slot.gather(1, place), 0.0)
+
+
+def _rows_in_use(rows: RankRows, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank rows [R] of slots [U], one adapter after the other, and whose each is, in 0..U."""
+    ranks = rows.rank[slots].to(torch.int64)
+    owner = torch.arange(len(ranks), device=slots.device).repeat_interleave(ranks)
+    first = ranks.cumsum(0) - ranks
+    within = torch.arange(len(owner), device=slots.device) - first[owner]
+    return rows.offset[slots][owner] + within, owner

@@ -1,0 +1,167 @@
+"""Tables of measured Configs, which go before the reasoned choice of `lora_mux.kernels.config`.
+
+A table is a file of JSON, made by `lora-mux tune` for one GPU:
+
+    {"record": {"device": ..., "commit": ..., ...},
+     "entries": [{"rows": 32, "in_features": 4096, "out_features": 4096, "rank": 16,
+                  "selections": 1, "itemsize": 2, "config": {...}, "microseconds": {...}}, ...],
+     "fused": [{..., "config": {...}, "microseconds": {"separate": ..., "fused": ...}}, ...]}
+
+Looked for in the package (tables that it ships) and then in the file that the environment variable
+LORA_MUX_TUNED names, else ~/.cache/lora-mux/tuned.json; later ones win. An entry serves its own
+sizes, and rows and ranks within a factor of two. "fused" decides as well where the whole layer is
+one launch: nowhere without an entry.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from math import log2
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from ..errors import BackendError
+
+if TYPE_CHECKING:
+    from ..kernels.config import Config, FusedConfig
+
+C = TypeVar("C")
+
+SHIPPED = Path(__file__).parent / "tables"
+
+
+class Case(NamedTuple):
+    """What a Config is chosen for."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int  # the largest that the pool may hold
+    selections: int
+    itemsize: int  # of the products: 2, or 4 for fp32
+
+
+def user_table() -> Path:
+    """Where `lora-mux tune` writes, and where the package looks last."""
+    named = os.environ.get("LORA_MUX_TUNED")
+    return Path(named) if named else Path.home() / ".cache" / "lora-mux" / "tuned.json"
+
+
+class Tables(NamedTuple):
+    """What the tables hold for one device."""
+
+    entries: "tuple[tuple[Case, Config], ...]"  # of shrink and expand
+    fused: "tuple[tuple[Case, FusedConfig | None], ...]"  # None = slower than separate launches
+
+
+@lru_cache(maxsize=4096)
+def find(device: str, case: Case, block_m: int) -> "Config | None":
+    """The measured Config of the nearest entry, or None; tables are read once in a process.
+
+    Raises:
+        BackendError: a table that is no such JSON; it names the file.
+    """
+    tables = _tables(device)
+    return _nearest([e for e in tables.entries if e[1].block_m == block_m], case)
+
+
+@lru_cache(maxsize=4096)
+def fused(device: str, case: Case, block_m: int) -> "FusedConfig | None":
+    """The measured FusedConfig of the nearest entry where fusing was faster, or None."""
+    faster = [e for e in _tables(device).fused if e[1] is not None and e[1].block_m == block_m]
+    return _nearest(faster, case)
+
+
+@lru_cache(maxsize=4096)
+def fuses(device: str, case: Case) -> bool:
+    """Whether the nearest entry says that one launch is faster; without one, not."""
+    return _nearest(_tables(device).fused, case) is not None
+
+
+def _nearest(entries: "Iterable[tuple[Case, C]]", case: Case) -> "C | None":
+    """Of the same layer, and rows and ranks within a factor of two."""
+    best, distance = None, 1.0
+    for entry, value in entries:
+        same = (entry.in_features, entry.out_features, entry.itemsize) == (
+            case.in_features,
+            case.out_features,
+            case.itemsize,
+        )
+        wide, ours = entry.rank * entry.selections, case.rank * case.selections
+        far = max(abs(log2(entry.rows / case.rows)), abs(log2(wide / ours)))
+        if same and far <= distance:
+            best, distance = value, far
+    return best
+
+
+@lru_cache(maxsize=8)
+def _tables(device: str) -> Tables:
+    found = Tables((), ())
+    for path in [*sorted(SHIPPED.glob("*.json")), user_table()]:
+        if path.is_file():
+            read = _read(path, device)
+            found = Tables(found.entries + read.entries, found.fused + read.fused)
+    return found
+
+
+def _read(path: Path, device: str) -> Tables:
+    from ..kernels.config import Config, FusedConfig
+
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["record"]["device"] != device:
+            return Tables((), ())
+        return Tables(
+            tuple((_case(entry), Config(**entry["config"])) for entry in table["entries"]),
+            tuple(
+                (_case(entry), FusedConfig(**entry["config"]) if _faster(entry) else None)
+                for entry in table.get("fused", ())
+            ),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BackendError(
+            f"{path} must be a table that `lora-mux tune` wrote, got {type(error).__name__}: "
+            f"{error}; delete it, or name another one in LORA_MUX_TUNED"
+        ) from error
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    return Case(*(int(entry[name]) for name in Case._fields))
+
+
+def _faster(entry: dict[str, Any]) -> bool:
+    times = entry["microseconds"]
+    return float(times["fused"]) < float(times["separate"])
+
+
+def write(
+    path: Path,
+    record: dict[str, Any],
+    entries: "Sequence[tuple[Case, Config, Any]]",
+    fused: "Sequence[tuple[Case, FusedConfig, Any]]" = (),
+) -> None:
+    """A table file, whole or not at all; other cases of the same device that it held stay."""
+    held = _held(path, record["device"])
+    table: dict[str, Any] = {"record": record}
+    for key, made in (("entries", entries), ("fused", fused)):
+        cases = [case for case, *_ in made]
+        table[key] = [entry for entry in held.get(key, ()) if _case(entry) not in cases]
+        table[key] += [
+            {**case._asdict(), "config": asdict(config), "microseconds": times}
+            for case, config, times in made
+        ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _held(path: Path, device: str) -> dict[str, Any]:
+    """A table file as it is; nothing where it is for another device or not there."""
+    if not path.is_file():
+        return {}
+    _read(path, device)  # refuses what is no table
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return held if held["record"]["device"] == device else {}

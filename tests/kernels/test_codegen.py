@@ -1,0 +1,126 @@
+"""The machine code of every shipped config, compiled without a GPU: see codegen.py."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paths import SUPPORT
+
+CODEGEN = SUPPORT / "codegen.py"
+# Bytes of shared memory that a program may have; the compiler does not always complain.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def reports(*arguments: str, python: str = sys.executable) -> list[dict[str, Any]]:
+    """What codegen.py prints: half of the architectures in a process of its own each."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = [
+        subprocess.Popen(
+            [python, str(CODEGEN), *arguments, *names],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for names in (("sm_80", "sm_90"), ("sm_100", "gfx942"))
+    ]
+    lines = []
+    for process in running:
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        lines += out.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check(found: dict[str, Any]) -> None:
+    """No spills, within shared memory, on tensor cores, by wide loads, without atomics."""
+    kernel, architecture, config = found["kernel"], found["architecture"], found["config"]
+    assert found["spills"] == 0
+    assert found["shared"] <= SHARED[architecture]
+    assert not found["compare_and_swap"] and not found["float_atomics"]
+    if kernel == "plan":
+        return
+    amd = architecture == "gfx942"
+    if found["dtype"] == "fp32":
+        # Full precision: TF32 would cost 3e-4 of relative error, and is what these would be.
+        assert amd or not found["mma"] + found["wgmma"] + found["tcgen05"]
+        return
+    if amd:
+        assert found["mma"]
+        assert kernel == "expand" or found["loads_of_16_bytes"]
+        return
+    assert found["mma"] + found["wgmma"] + found["tcgen05"]
+    # triton #9433: ptxas before 13.3 miscompiles wgmma whose left operand is in registers.
+    assert not found["wgmma_from_registers"]
+    if kernel == "fused":
+        # A tile of less than 64 columns fills no wgmma.
+        assert found["wgmma"] or architecture != "sm_90" or config["block_n"] < 64
+        to_shared = [load for load in found["loads"] if load.startswith("LDGSTS")]
+        assert any(".128" in load for load in to_shared)
+        return
+    if architecture == "sm_90" and config["block_m"] == 64:
+        assert found["wgmma"] and not found["mma"]
+    if found["unit"] < 8:
+        return  # rows that are read by the element
+    to_shared = [load for load in found["loads"] if load.startswith("LDGSTS")]
+    if kernel == "shrink":
+        assert to_shared and all(".128" in load for load in to_shared)
+    elif config["block_n"] * config["expand_group"] >= 64:  # else B has less than 16 bytes a thread
+        assert any(".128" in load for load in found["loads"])
+
+
+def check_all(found: list[dict[str, Any]]) -> None:
+    seen = {(f["kernel"], f["architecture"]) for f in found}
+    assert len(seen) == 4 * len(SHARED)
+    tiles = {(f["architecture"], f["dtype"], f["config"]["block_m"]) for f in found}
+    assert {(a, "bf16", m) for a in SHARED for m in (16, 32, 64)} <= tiles
+    failed = []
+    for one in found:
+        try:
+            check(one)
+        except AssertionError as error:
+            failed.append((error, one))
+    assert not failed, f"{len(failed)} of {len(found)}: {failed[:3]}"
+
+
+def test_both_ends_of_every_tile_size() -> None:
+    check_all(reports())
+
+
+@pytest.mark.slow
+def test_every_shipped_config() -> None:
+    check_all(reports("--all"))
+
+
+@pytest.mark.slow
+def test_the_triton_of_the_gpu_machine(tmp_path: Path) -> None:
+    """Triton 3.6.0, alone in an environment: the kernel files import nothing but triton."""
+    venv.create(tmp_path, with_pip=True)
+    python = str(tmp_path / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "triton==3.6.0"], check=True)
+    check_all(reports(python=python))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("spills", 8), ("shared", 1 << 20), ("wgmma", 0), ("wgmma_from_registers", 1)),
+        *(("loads", ["LDGSTS.E.64"]), ("float_atomics", ["RED.E.ADD.F32"])),
+    ],
+)
+def test_the_check_can_fail(field: str, value: Any) -> None:
+    good = {
+        **{"kernel": "shrink", "dtype": "bf16", "architecture": "sm_90", "spills": 0},
+        **{"config": {"block_m": 64}, "shared": 4096, "mma": 0, "wgmma": 4, "tcgen05": 0},
+        **{"wgmma_from_registers": 0, "loads": ["LDGSTS.E.BYPASS.128"]},
+        **{"compare_and_swap": [], "float_atomics": [], "unit": 16},
+    }
+    check(good)
+    with pytest.raises(AssertionError):
+        check(good | {field: value})

@@ -1,0 +1,302 @@
+"""plan, shrink and expand in Triton's interpreter: values against fp64, and every memory access."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from interpreter import Memory
+from problem import CASES, Problem, each
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("mended", "quiet", "poisoned")]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# The dtype does not matter to how windows and places are walked, and these take seconds each.
+LONG = {"union of two windows", "many places", "rank 512"}
+CASES_BY_DTYPE = [(n, d) for n in CASES for d in DTYPES if n not in LONG or d == torch.float32]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES_BY_DTYPE, ids=str)
+def test_values(name: str, dtype: torch.dtype) -> None:
+    problem = dataclasses.replace(CASES[name], dtype=dtype)
+    problem.check(problem.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("split_k", [1, 2, 8])
+def test_every_tile_size_and_split(block_m: int, split_k: int, dtype: torch.dtype) -> None:
+    if block_m == 64 and dtype == torch.float32:
+        block_m = 32  # fp32 has no tiles of 64 rows
+    problem = Problem(rows=20, K=150, N=50, ranks=(5, 40, 16), dtype=dtype)
+    problem.check(problem.run(block_m, split_k=split_k, block_k=16))
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_drawn(data: st.DataObject) -> None:
+    ranks = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=6))
+    problem = Problem(
+        rows=data.draw(st.integers(0, 20)),
+        K=data.draw(st.integers(1, 150)),
+        N=data.draw(st.integers(1, 100)),
+        ranks=ranks,
+        J=data.draw(st.integers(1, 5)),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        biased=[slot for slot, rank in enumerate(ranks) if rank and data.draw(st.booleans())],
+        seed=data.draw(st.integers(0, 10**6)),
+    )
+    problem.check(problem.run())
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=1500, deadline=None)
+def test_many_drawn(data: st.DataObject) -> None:
+    test_drawn.hypothesis.inner_test(data)  # type: ignore[attr-defined]
+
+
+class TestViews:
+    """Strides that callers may have."""
+
+    def test_rows_of_x_with_a_stride(self) -> None:
+        problem = Problem(rows=6)
+        problem.x = torch.randn(12, 50)[::2, 5:38]
+        problem.check(problem.run())
+
+    def test_y_inside_a_wider_tensor_stays_inside(self) -> None:
+        problem = Problem(rows=6)
+        wide = torch.full((6, 60), 7.0)
+        wide[:, 9:50] = problem.y
+        before, problem.y = problem.y, wide[:, 9:50]
+        clone = Tensor.clone
+        problem.y.clone = lambda: problem.y  # type: ignore[method-assign]  # run() adds in place
+        got = clone(problem.run())
+        assert (wide[:, :9] == 7).all() and (wide[:, 50:] == 7).all()
+        problem.y = before
+        problem.check(got)
+
+    def test_expanded_index_and_weight(self) -> None:
+        """set_adapter's single row, for every row of the batch, without a copy."""
+        problem = Problem(rows=6, select=lambda p: torch.tensor([[2, 4]]).repeat(6, 1))
+        problem.weight = torch.tensor([[0.5, -2.0]]).expand(6, 2)
+        problem.index = problem.index[:1].expand(6, 2)
+        problem.check(problem.run())
+
+    def test_transposed_index_of_int32(self) -> None:
+        problem = Problem(rows=6)
+        problem.index = problem.index.int().T.contiguous().T
+        problem.check(problem.run())
+
+    def test_half_weights(self) -> None:
+        problem = Problem()
+        problem.weight = problem.weight.half()
+        problem.check(problem.run())
+
+
+class TestIsolation:
+    """A row depends on its own x, adapters and weights, and on nothing else."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_neighbours_inputs(self, value: float, dtype: torch.dtype) -> None:
+        problem = Problem(rows=6, dtype=dtype, ranks=(4, 20, 3))
+        clean = problem.run()
+        for row in (0, 3):
+            poisoned = dataclasses.replace(problem)
+            poisoned.x[row] = value
+            got = poisoned.run()
+            rest = [m for m in range(6) if m != row]
+            assert torch.equal(got[rest], clean[rest])
+
+    def test_neighbours_weights(self) -> None:
+        problem = Problem(rows=4, select=each([[0, 1]] * 4))
+        clean = problem.run()
+        problem.weight[1] = float("inf")
+        got = problem.run()
+        assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])
+
+    def test_weights_of_places_that_select_nothing(self) -> None:
+        problem = Problem(rows=2, select=each([[1, -1], [-1, 2]]))
+        clean = problem.run()
+        problem.weight[0, 1] = problem.weight[1, 0] = float("nan")
+        assert torch.equal(problem.run(), clean)
+
+    def test_another_rows_adapter_that_overflows(self) -> None:
+        problem = Problem(rows=3, ranks=(2, 3), select=each([[0], [1], [-1]]))
+        clean = problem.run()
+        problem.A_rows[problem.offset[1] : problem.offset[1] + 3] = 3e38
+        problem.A_rows[:, problem.K :] = 0
+        got = problem.run()
+        assert torch.equal(got[[0, 2]], clean[[0, 2]]) and not got[1].isfinite().any()
+
+    @pytest.mark.parametrize(
+        ("dtype", "weight"),
+        [(torch.bfloat16, 3e38), (torch.float16, 3e38), (torch.float16, 1e4)],  # 1e4: only in fp16
+        ids=str,
+    )
+    def test_an_h_that_overflows_is_infinite_not_nan(
+        self, dtype: torch.dtype, weight: float
+    ) -> None:
+        problem = Problem(rows=1, ranks=(1,), K=16, N=16, select=each([[0]]), dtype=dtype)
+        problem.weight[:] = weight
+        problem.x[:], problem.A_rows[1], problem.B_rows[1] = 3.0, 3.0, 1.0
+        assert problem.run().isinf().all()
+
+    @pytest.mark.parametrize(
+        "handle", [5, 1 << 16, 65535, 1 << 20, 2**31 - 1, -2, -(2**31), 2**62, 2**32]
+    )
+    def test_handles_that_are_not_alive(self, handle: int) -> None:
+        problem = Problem(rows=4, select=each([[0, 1], [2, -1], [-1, -1], [4, 2]]))
+        clean = problem.run()
+        problem.index[1, 1] = handle
+        got = problem.run()
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])
+
+    def test_a_freed_handle(self) -> None:
+        problem = Problem(rows=2, select=each([[0, 1], [2, -1]]))
+        problem.live[2] += 1 << 16  # the slot's next tenant
+        got = problem.run()
+        assert got[1].isnan().all() and got[0].isfinite().all()
+
+    def test_a_dead_handle_where_no_adapter_is(self) -> None:
+        problem = Problem(rows=3, ranks=(0,), select=each([[-1], [-1], [0]]))
+        problem.index[1] = 77
+        got = problem.run()
+        assert got[1].isnan().all() and torch.equal(got[[0, 2]], problem.y[[0, 2]])
+
+    def test_base_rows_keep_minus_zero(self) -> None:
+        problem = Problem(rows=3, select=each([[1, 2], [-1, -1], [3, -1]]))
+        problem.y[:] = -0.0
+        got = problem.run()
+        assert got[1].signbit().all() and got[2].signbit().all()
+
+
+class TestBatchInvariance:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_row_has_the_same_bits_in_any_batch(self, dtype: torch.dtype) -> None:
+        big = Problem(rows=34, K=150, N=40, ranks=(5, 40, 16), dtype=dtype)
+        whole = big.run(batch_invariant=True)
+        for rows in ([0], [33], [3, 30], list(range(33, 5, -1))):
+            part = dataclasses.replace(big, rows=len(rows))
+            part.x, part.y = big.x[rows], big.y[rows]
+            part.index, part.weight = big.index[rows], big.weight[rows]
+            assert torch.equal(part.run(batch_invariant=True), whole[rows])
+
+    def test_its_config_does_not_know_the_rows(self) -> None:
+        from lora_mux.kernels.config import Architecture, choose
+
+        machine = Architecture("sm_90", 132)
+        chosen = {
+            choose(m, 4096, 1024, 16, 4, 2, machine, batch_invariant=True) for m in (1, 64, 9999)
+        }
+        assert len(chosen) == 1
+
+
+def plan_of(problem: Problem, block_m: int) -> tuple[Tensor, ...]:
+    from lora_mux.kernels import launch
+
+    return launch.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m)
+
+
+@pytest.mark.parametrize(
+    ("name", "block_m"), [(n, b) for n in CASES for b in (16, 64) if n not in LONG or b == 16]
+)
+def test_plan_is_that_of_torch(name: str, block_m: int) -> None:
+    """The kernel against sets and loops, and against lora_mux.tiles, which other devices use."""
+    from lora_mux.ops import plan_in_torch as tiles
+
+    problem = CASES[name]
+    slots, strength, union, length, place, state, counters = plan_of(problem, block_m)
+    others = tiles.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m)
+    want = torch.where(problem.index < 0, -1, problem.index & 0xFFFF)
+    assert torch.equal(slots.long(), want) and torch.equal(others[0], slots)
+    assert torch.equal(others[5], state)
+    assert torch.equal(others[6], counters) and not counters.any()
+    for t in range(-(-len(want) // block_m)):
+        rows = want[t * block_m : (t + 1) * block_m]
+        chosen = sorted(set(rows[rows >= 0].tolist()))
+        U = len(chosen)
+        assert union[t, : length[t]].tolist() == chosen == others[2][t, : others[3][t]].tolist()
+        assert torch.equal(place[t, :U], others[4][t, :U])
+        for m, row in enumerate(rows.tolist() + [[]] * (block_m - len(rows))):
+            firsts = [row.index(slot) if slot in row else -1 for slot in chosen]
+            assert place[t, :U, m].tolist() == firsts
+            for slot, first in zip(chosen, firsts, strict=True):
+                if first >= 0:
+                    weights = problem.weight[t * block_m + m].tolist()
+                    total = sum(w for w, s in zip(weights, row, strict=True) if s == slot)
+                    for made in (strength, others[1]):
+                        assert abs(float(made[t * block_m + m, first]) - total) < 1e-5
+
+
+class TestMemory:
+    """Every address that the kernels touch, and how many bytes that is."""
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_no_access_outside_no_race(self, name: str) -> None:
+        dtype = torch.float32 if name in LONG else torch.bfloat16
+        problem = dataclasses.replace(CASES[name], dtype=dtype)
+        _, memory = self.watched(problem, split_k=2)
+        assert not memory.errors
+
+    def test_handles_that_are_not_alive_reach_nothing(self) -> None:
+        problem = Problem(rows=4, select=each([[0, 1], [2, -1], [-1, -1], [4, 2]]), J=2)
+        problem.index[:, 1] = torch.tensor([1 << 16, 65535, -(2**40), 2**62])
+        _, memory = self.watched(problem, judged=False)
+        assert not memory.errors
+
+    def test_traffic_is_exact(self) -> None:
+        """A and B: the selected adapters' own rank rows, once for each tile; y: once."""
+        rows, K, N, block_m = 40, 96, 64, 16
+        ranks = (5, 16, 40, 8)
+        problem = Problem(rows=rows, K=K, N=N, ranks=ranks, J=2, select=self.skewed)
+        chosen, memory = self.watched(problem)
+        slots = torch.where(problem.index < 0, -1, problem.index & 0xFFFF)
+        tiles = [set(t[t >= 0].tolist()) for t in slots.split(block_m)]
+        union_ranks = [sum(ranks[s] for s in tile) for tile in tiles]
+        blocks = [sum(-(-ranks[s] // 16) for s in tile) for tile in tiles]
+        groups = [-(-b // chosen.shrink_group) for b in blocks]
+        assert memory.bytes["load", "A_rows"] == sum(union_ranks) * K * 4
+        assert memory.bytes["load", "B_rows"] == sum(union_ranks) * N * 4
+        row_counts = [min(block_m, rows - t * block_m) for t in range(len(tiles))]
+        x_rows = sum(g * m for g, m in zip(groups, row_counts, strict=True))
+        assert memory.bytes["load", "x"] == x_rows * K * 4
+        selecting = int((slots >= 0).any(1).sum())
+        assert memory.bytes["load", "y"] == memory.bytes["store", "y"] == selecting * N * 4
+
+    @staticmethod
+    def skewed(problem: Problem) -> Tensor:
+        """The first tile selects all, the second one adapter, the third nothing but one row."""
+        slots = torch.full((40, 2), -1)
+        slots[:16] = torch.tensor([[0, 2], [1, 3], [3, -1], [-1, -1]]).repeat(4, 1)
+        slots[16:32, 0] = 1
+        slots[39, 1] = 2
+        return slots
+
+    @staticmethod
+    def watched(problem: Problem, judged: bool = True, **replaced: Any) -> tuple[Any, Memory]:
+        """problem.run() with every kernel watched; (config, memory)."""
+        from lora_mux.kernels import launch
+
+        seen: dict[str, Any] = {}
+        memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        expand = launch.expand
+
+        def remember(*arguments: Any) -> None:
+            seen["config"] = arguments[-1]
+            expand(*arguments)
+
+        with memory.of_launches(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "expand", remember)
+            got = problem.run(**replaced)
+        assert not any(kind == "atomic" for kind, _ in memory.bytes)
+        if judged:
+            problem.check(got)
+        return seen.get("config"), memory

@@ -1,0 +1,113 @@
+"""The launchers on Triton's real path, without a GPU: see launches.py and fake_driver.py."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from paths import SUPPORT
+
+SCRIPT = SUPPORT / "launches.py"
+KERNELS = ["plan_kernel", "shrink_kernel", "expand_kernel"]
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_every_architecture_computes_right(report: dict[str, Any]) -> None:
+    """Problem.check has judged the values; here are what was launched, and how often."""
+    assert {name.split()[0] for name in report["values"]} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for launches in report["values"].values():
+        assert [one["name"] for one in launches] == KERNELS
+
+
+def test_grids(report: dict[str, Any]) -> None:
+    plan, shrink, expand = report["values"]["sm_90 many rows"]
+    assert plan["grid"] == [3, 1, 1]  # 70 rows in tiles of 32
+    assert shrink["grid"][0] == 3 and shrink["grid"][2] == 1
+    assert expand["grid"] == [3, 2, 1]  # 80 columns in blocks of 64
+
+
+@pytest.mark.parametrize("case", ["sm_80 aligned", "sm_90 aligned", "sm_100 aligned", "sm_90 fp32"])
+def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> None:
+    """Without it loads are of 2 bytes instead of 16."""
+    _, shrink, expand = report["values"][case]
+    for launch, names in (
+        (shrink, ("x_ptr", "A_ptr", "h_ptr", "R", "stride_ac", "X_UNIT")),
+        (expand, ("h_ptr", "B_ptr", "y_ptr", "R", "stride_bc", "Y_UNIT")),
+    ):
+        found = {name: launch["specialised"].get(name) for name in names}
+        assert found == dict.fromkeys(names, "16")
+
+
+def test_odd_sizes_keep_the_pools_alignment(report: dict[str, Any]) -> None:
+    _, shrink, expand = report["values"]["sm_90 odd"]
+    assert shrink["specialised"]["stride_ac"] == expand["specialised"]["stride_bc"] == "16"
+    assert shrink["specialised"]["X_UNIT"] == expand["specialised"]["Y_UNIT"] == "1"
+
+
+def test_the_fused_launch(report: dict[str, Any]) -> None:
+    """Three base tiles of 32 columns; 2 slots of two blocks each, with K in two parts."""
+    few, many = report["fused"]["5 rows"], report["fused"]["200 rows"]
+    assert [one["name"] for one in few] == ["plan_kernel", "fused_kernel"]
+    assert few[1]["grid"] == [4 * 2 + 3, 1, 1]
+    assert [one["name"] for one in many] == ["plan_kernel", "shrink_kernel", "fused_kernel"]
+    assert many[2]["grid"] == [2 * 3, 1, 1]
+    names = "x_ptr W_ptr A_ptr B_ptr y_ptr h_ptr R stride_ac stride_bc X_UNIT Y_UNIT counter_ptr"
+    for launches in (few, many):
+        assert all(launches[-1]["specialised"][name] == "16" for name in names.split())
+
+
+def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
+    """Its table of argument types is the launchers'."""
+    code = "import codegen, json; print(json.dumps(codegen.signatures('bf16')))"
+    tables = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=SCRIPT.parent,
+    )
+    table = json.loads(tables.stdout)
+    for launch in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
+        given = {k: v for k, v in launch["signature"].items() if v != "constexpr"}
+        known = table[launch["name"].removesuffix("_kernel")]
+        assert given == {k: v for k, v in known.items() if k in given}
+        assert {k for k in known if k not in given} <= {"stride_ij", "stride_wj"}  # 1: compiled in
+
+
+def test_rows_routing_and_adapters_do_not_recompile(report: dict[str, Any]) -> None:
+    # Two of plan: a tile of the fused kernel has other rows.
+    assert report["variants"] == {"plan": 2, "shrink": 1, "expand": 1, "fused": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "budget"),
+    [("graph", KERNELS, 8), ("fused graph", ["plan_kernel", "fused_kernel"], 1)],
+)
+def test_a_captured_graph_replays_right(
+    name: str, launches: list[str], budget: int, report: dict[str, Any]
+) -> None:
+    graph = report[name]
+    assert graph["launches"] == launches
+    assert len(graph["errors"]) == 8
+    assert all(error <= budget for error in graph["errors"].values()), graph["errors"]
+
+
+def test_launchers_need_no_values(report: dict[str, Any]) -> None:
+    """On fake tensors a sync raises; sizes pass 2^31 elements."""
+    names = [one["name"] for one in report["fake"]]
+    more = ["shrink_kernel", "shrink_kernel", "plan_kernel", "shrink_kernel", "fused_kernel"]
+    assert names == [*KERNELS, *more]
+    assert report["fake"][2]["grid"] == [1094, 625, 1]
+    assert report["fake"][-1]["grid"] == [547 * 313, 1, 1]

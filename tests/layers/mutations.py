@@ -1,0 +1,44 @@
+"""One line of this room, broken: each must turn one of the named tests red."""
+
+from mutation import Mutation
+
+LINEAR = "layers/linear.py"
+SHARDING = "layers/sharding.py"
+TEST_FUSED = ("kernels/test_fused.py",)
+TEST_MODULE = ("layers/test_module.py",)
+TEST_SHARDED = ("layers/test_sharded.py",)
+TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
+MUTATIONS = {
+    "fused: whatever the base": Mutation(LINEAR, "not self.mux_owns_output or", "", TEST_FUSED),
+    "fused: gradients are lost": Mutation(
+        LINEAR, "if ops.tracked(x, weight, bias):", "if False:", TEST_FUSED
+    ),
+    "fused: gradients of weights are lost": Mutation(
+        LINEAR, "fusable and not spread.weight.requires_grad", "fusable", TEST_FUSED
+    ),
+    "fused: a wrapped weight": Mutation(LINEAR, "type(weight) is nn.Parameter and", "", TEST_FUSED),
+    "linear: any routing is the last one": Mutation(
+        LINEAR, "and torch.equal(index, self.handles)", "", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "linear: a removal is not seen": Mutation(
+        LINEAR, "and version == self.version", "", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "linear: a patched forward hides the adapters": Mutation(
+        LINEAR, 'vars(layer).pop("forward", None)', "None", TEST_MODULE
+    ),
+    "linear: what a patched forward returns is written to": Mutation(
+        LINEAR, ", mux_owns_output=False", "", TEST_MODULE
+    ),
+    "linear: pools stay on the meta device": Mutation(
+        LINEAR, "pool.to_empty(device=device)", "pass", TEST_MODULE
+    ),
+    "sharding: a bias of each process": Mutation(
+        SHARDING, "bias is not None and self.place", "False", TEST_SHARDED
+    ),
+    "sharding: a delta over the old closure": Mutation(
+        SHARDING, 'held["self"].install_forward', "(lambda *a: 0)", TEST_SHARDED
+    ),
+    "sharding: a part of the gradient": Mutation(
+        SHARDING, "whole.to_local(grad_placements=[Partial()])", "whole.to_local()", TEST_SHARDED
+    ),
+}

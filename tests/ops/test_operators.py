@@ -1,0 +1,230 @@
+"""The torch operators: their contract with autograd, torch.compile and torch.export."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_mux
+from layer import Bench
+from lora_mux import ops
+from lora_mux.core.pool import RankRows
+from lora_mux.ops import plan_in_torch as tiles
+from lora_mux.ops import reference
+from problem import Problem
+
+OPS: Any = torch.ops.lora_mux
+
+
+def plan_of(problem: Problem, block_m: int = 16) -> tuple[Tensor, ...]:
+    return tuple(OPS.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m))
+
+
+def finite(problem: Problem) -> Problem:
+    """Without the NaN between adapters, which tells on kernels but not in a real pool."""
+    problem.A_rows.nan_to_num_(0.0)
+    problem.B_rows.nan_to_num_(0.0)
+    return problem
+
+
+PROBLEMS = {
+    "mixed": Problem(),
+    "biased": Problem(ranks=(4, 17), biased=(0,), J=2),
+    "zero rows": Problem(rows=0),
+    "one place": Problem(J=1),
+    "half": Problem(dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+class TestContract:
+    """opcheck: schema, fakes, autograd and AOT dispatch of each operator."""
+
+    def check(self, operator: Any, *arguments: Any) -> None:
+        results = torch.library.opcheck(operator, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+    def test_plan(self, name: str) -> None:
+        problem = PROBLEMS[name]
+        arguments = problem.index, problem.weight, problem.live, len(problem.rank), 16
+        self.check(OPS.plan.default, *arguments)
+
+    def test_add_lora(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        slots, strength, *rest = plan_of(problem)
+        for grad in (False, True):
+            y, x, s = (t.clone().requires_grad_(grad) for t in (problem.y, problem.x, strength))
+            self.check(OPS.add_lora.default, y, x, *problem.pool, slots, s, *rest, 24)
+
+    def test_linear(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        W = torch.randn(problem.N, problem.K).to(problem.dtype)
+        for bias in (None, W[:, 0].clone()):
+            arguments = *problem.pool, *plan_of(problem), 24
+            self.check(OPS.linear.default, problem.x, W, bias, *arguments)
+
+    def test_add_lora_in_place(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        y = problem.y.clone()
+        self.check(OPS.add_lora_.default, y, problem.x, *problem.pool, *plan_of(problem), 24)
+
+    def test_strength_gradient(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        arguments = problem.y, problem.x, *problem.pool, *plan_of(problem), 24
+        self.check(OPS.strength_gradient.default, *arguments)
+
+
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "half"])
+def test_values_of_either_implementation(name: str, triton: bool) -> None:
+    problem = finite(PROBLEMS[name])
+    plan = OPS.plan(problem.index, problem.weight, problem.live, len(problem.rank), 16, triton)
+    arguments = *problem.pool, *plan, problem.max_rank, False, triton
+    problem.check(OPS.add_lora(problem.y, problem.x, *arguments))
+    y = problem.y.clone()
+    OPS.add_lora_(y, problem.x, *arguments)
+    problem.check(y)
+
+
+def test_fp64_gradients_numerically() -> None:
+    problem = finite(Problem(rows=4, K=5, N=6, ranks=(2, 3), J=2))
+    slots, strength, *rest = plan_of(problem)
+    pool = [t.double() if t.is_floating_point() else t for t in problem.pool]
+
+    def run(y: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        made: Tensor = OPS.add_lora(y, x, *pool, slots, s, *rest, 3)
+        return made
+
+    inputs = [t.double().requires_grad_() for t in (problem.y, problem.x, strength)]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_dead_handles_are_nan_without_kernels_too() -> None:
+    problem = finite(Problem(rows=3))
+    problem.index[1, 0] = 12345
+    y = OPS.add_lora(problem.y, problem.x, *problem.pool, *plan_of(problem), problem.max_rank)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_reference_and_operators_agree_on_strength() -> None:
+    slots = torch.tensor([[1, 1, 0], [-1, 2, 2], [0, 1, 0]])
+    weight = torch.tensor([[1.0, 2.0, 4.0], [float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0]])
+    want = [[3.0, 0.0, 4.0], [0.0, 3.0, 0.0], [4.0, 2.0, 0.0]]
+    assert tiles.strength_of(slots, weight).tolist() == want
+
+
+def counted(compiled_frames: list[Any]) -> Callable[..., Any]:
+    """A backend that counts the graphs it is given."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled_frames.append(graph)
+        return graph.forward
+
+    return backend
+
+
+class TestCompile:
+    """fullgraph, and no new graph when routing, weights or adapters change."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> None:
+        torch._dynamo.reset()
+
+    def bench(self) -> Bench:
+        bench = Bench(ranks=(4, 9, 2), size=(24, 40))
+        bench.layer.reserve(adapters=6, rank=9)
+        return bench
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_one_graph_for_every_routing_and_adapter(self, grad: bool) -> None:
+        bench, graphs = self.bench(), []
+        compiled = torch.compile(bench.layer, fullgraph=True, backend=counted(graphs))
+        handles = torch.tensor([*bench.handles, -1])
+        with torch.set_grad_enabled(grad):
+            for step in range(6):
+                x, index = bench.x(5), handles[torch.randint(0, len(handles), (5, 2))]
+                routing = lora_mux.Routing(index, torch.randn(5, 2))
+                torch.testing.assert_close(compiled(x, routing), bench.layer(x, routing))
+                if step == 2:
+                    bench.layer.remove_adapter("a1")
+                    new = bench.layer.add_adapter(
+                        "n", torch.randn(7, 24), torch.randn(40, 7), alpha=3
+                    )
+                    handles = torch.tensor([bench.handles[0], new, bench.handles[2], -1])
+        assert len(graphs) == 1
+
+    def test_row_counts_share_a_dynamic_graph(self) -> None:
+        bench, graphs = self.bench(), []
+        compiled = torch.compile(bench.layer, fullgraph=True, dynamic=True, backend=counted(graphs))
+        for rows in (5, 8, 3, 20):
+            x = bench.x(rows)
+            routing = lora_mux.Routing(torch.tensor(bench.handles)[torch.arange(rows) % 3][:, None])
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, routing), bench.layer(x, routing))
+        assert len(graphs) == 1
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+    def test_inductor_forward_and_backward(self) -> None:
+        bench = self.bench()
+        compiled = torch.compile(bench.layer, fullgraph=True)
+        index = torch.tensor(bench.handles)[torch.tensor([[0, 1], [2, 2], [1, 0]])]
+        found = []
+        x0, w0 = bench.x(3), torch.randn(3, 2)
+        for layer in (compiled, bench.layer):
+            x, weight = x0.clone().requires_grad_(), w0.clone().requires_grad_()
+            y = layer(x, lora_mux.Routing(index, weight))
+            y.square().sum().backward()
+            found.append((y.detach(), x.grad, weight.grad))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_a_dead_handle_is_nan_and_flagged(self) -> None:
+        bench = self.bench()
+        compiled = torch.compile(bench.layer, fullgraph=True, backend="aot_eager")
+        routing = lora_mux.Routing(torch.tensor([[bench.handles[0]], [99]]))
+        with torch.no_grad():
+            y = compiled(bench.x(2), routing)
+        assert y[1].isnan().all() and y[0].isfinite().all()
+        with pytest.raises(lora_mux.LoraMuxError, match="NaN: 1"):
+            routing.check()
+
+
+class Exported(nn.Module):
+    """A pool and what a serving loop would export around it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        for name, tensor in zip(RankRows._fields, problem.pool, strict=True):
+            self.register_buffer(name, tensor)
+        self.register_buffer("live", problem.live)
+        self.max_rank = problem.max_rank
+
+    def forward(self, y: Tensor, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        plan = OPS.plan(index, weight, self.live, self.rank.shape[0], 16)
+        pool = (getattr(self, name) for name in RankRows._fields)
+        added: Tensor = OPS.add_lora(y, x, *pool, *plan, self.max_rank)
+        return added
+
+
+def test_export() -> None:
+    problem = finite(Problem(rows=6))
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    arguments = problem.y, problem.x, problem.index, problem.weight
+    program = torch.export.export(
+        Exported(problem), arguments, dynamic_shapes=[{0: rows}] * len(arguments)
+    )
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {"lora_mux.plan.default", "lora_mux.add_lora.default"} <= targets
+    for rows_now in (6, 11):
+        other = finite(Problem(rows=rows_now, seed=0))
+        other.x, other.y = torch.randn(rows_now, 33), torch.randn(rows_now, 41)
+        got = program.module()(other.y, other.x, other.index, other.weight)
+        other.check(got)
+
+
+def test_settings_are_kept_by_copies() -> None:
+    layer = lora_mux.MuxLinear(nn.Linear(2, 2), backend="reference", batch_invariant=True)
+    assert layer.mux_settings == ops.Settings("reference", True)
+    assert reference.Plan._fields == ("slots", "selects", "strength")

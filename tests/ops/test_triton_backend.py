@@ -1,0 +1,450 @@
+"""backend="triton" from the outside: MuxLinear and Mux, in Triton's interpreter."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_mux
+from layer import ROUTINGS, Bench, check_relative_norm
+from lora_mux import Routing, ops
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_values(name: str, dtype: torch.dtype) -> None:
+    bench = Bench(dtype=dtype, backend="triton")
+    with torch.no_grad():
+        bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_drawn_cases(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES))
+    size = data.draw(st.integers(1, 130)), data.draw(st.integers(1, 130))
+    ranks = tuple(data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6)))
+    rows, J = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 5))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    bench = Bench(ranks, size, dtype, bias=data.draw(st.booleans()), backend="triton")
+    index = torch.randint(-1, len(ranks), (rows, J))
+    check_relative_norm(bench, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_many_drawn_cases(data: st.DataObject) -> None:
+    test_drawn_cases.hypothesis.inner_test(data)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0)], ids=str)
+def test_shapes_of_x(shape: tuple[int, ...]) -> None:
+    bench = Bench(backend="triton")
+    x = bench.x(*shape)
+    with torch.no_grad():
+        y = bench.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
+    assert y.shape == (*shape, 160)
+
+
+def test_one_routing_row_per_sample() -> None:
+    bench = Bench(backend="triton")
+    x, index = bench.x(2, 3), torch.tensor([[0, 1], [2, -1]])
+    with torch.no_grad():
+        by_sample = bench.layer(x, Routing(torch.tensor([*bench.handles, -1])[index]))
+        by_row = bench.check(x, index.repeat_interleave(3, 0))
+    assert torch.equal(by_sample, by_row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_the_references(dtype: torch.dtype) -> None:
+    """To x, y and weight, of duplicates and biases too, where the reference is autograd's."""
+    bench = Bench(ranks=(3, 20, 1), size=(24, 40), dtype=dtype, backend="triton")
+    bias = torch.randn(40)
+    A, B = torch.randn(5, 24), torch.randn(40, 5)
+    handles = [*bench.handles, bench.layer.add_adapter("b", A, B, alpha=5, bias=bias), -1]
+    index = torch.tensor(handles)[torch.tensor([[0, 1], [1, 1], [-1, -1], [3, 0], [2, 4]])]
+    twin = lora_mux.MuxLinear(bench.linear, backend="reference")
+    for i, adapter in enumerate(bench.adapters):
+        twin.add_adapter(f"a{i}", adapter.A, adapter.B, scaling=adapter.scaling)
+    twin.add_adapter("b", A, B, alpha=5, bias=bias)
+    x, weight, upstream = bench.x(5), torch.randn(5, 2), torch.randn(5, 40).to(dtype)
+    found = []
+    for layer in (bench.layer, twin):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = layer(inputs[0], Routing(index, inputs[1]))
+        y.backward(upstream)
+        found.append((*(t.grad for t in inputs), layer.weight.grad.clone()))  # type: ignore[union-attr]
+        layer.weight.grad = None
+    for got, want in zip(*found, strict=True):
+        scale = float(want.float().norm())
+        units = 8 if dtype == torch.float32 else 2
+        assert float((got - want).float().norm()) <= units * torch.finfo(dtype).eps * scale
+
+
+def test_second_gradients_reach_the_input() -> None:
+    bench = Bench(ranks=(3,), size=(8, 6), backend="triton")
+    x = bench.x(2).requires_grad_()
+    upstream = torch.randn(2, 6, requires_grad=True)
+    y = bench.layer(x, Routing(torch.tensor([[bench.handles[0]], [-1]])))
+    (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), upstream)
+    jacobian = bench.linear.weight.detach().repeat(2, 1, 1)
+    jacobian[0] += bench.adapters[0].scaling * bench.adapters[0].B @ bench.adapters[0].A
+    want = torch.einsum("mnk,mk->mn", jacobian, 2 * torch.einsum("mnk,mn->mk", jacobian, upstream))
+    torch.testing.assert_close(second, want)
+
+
+class Shared(nn.Module):
+    """A linear of somebody else's make, which keeps what it returns."""
+
+    in_features, out_features = 8, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept
+
+
+def test_a_foreign_bases_tensor_is_not_written_to() -> None:
+    base = Shared()
+    layer = lora_mux.MuxLinear(base, backend="triton")
+    a = layer.add_adapter("a", torch.ones(1, 8), torch.ones(4, 1), alpha=1)
+    with torch.no_grad():
+        y = layer(torch.ones(3, 8), Routing(torch.tensor([[a], [-1], [a]])))
+    assert y[:, 0].tolist() == [8.0, 0.0, 8.0] and not base.kept.any()
+
+
+def test_base_rows_keep_every_bit() -> None:
+    bench = Bench(backend="triton", dtype=torch.bfloat16)
+    x = bench.x(5)
+    index = torch.tensor([[0], [-1], [2], [-1], [-1]])
+    with torch.no_grad():
+        y = bench.check(x, index)
+        assert torch.equal(y[[1, 3, 4]], bench.linear(x)[[1, 3, 4]])
+        nothing = bench.layer(x, Routing(torch.full((5, 2), -1)))
+        assert torch.equal(nothing, bench.linear(x))
+
+
+class TestHandles:
+    """The index is read by the kernel: it raises nothing, and answers nothing wrong either."""
+
+    @pytest.mark.parametrize("handle", [3, 77, 65535, 1 << 16, 2**31 - 1, 2**62])
+    def test_never_given_out(self, handle: int) -> None:
+        bench = Bench(ranks=(2, 3, 4), backend="triton")
+        x = bench.x(3)
+        routing = Routing(
+            torch.tensor([[bench.handles[0], -1], [bench.handles[1], handle], [-1] * 2])
+        )
+        with torch.no_grad():
+            y = bench.layer(x, routing)
+        assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+        with pytest.raises(lora_mux.errors.UnknownAdapterError, match=r"1 of 3 rows.*NaN: 1$"):
+            routing.check()
+
+    @pytest.mark.parametrize("tenant", [False, True])
+    def test_freed(self, tenant: bool) -> None:
+        bench = Bench(ranks=(2, 3, 4), backend="triton")
+        x, index = bench.x(2), torch.tensor([[bench.handles[1]], [bench.handles[0]]])
+        routing = Routing(index)
+        with torch.no_grad():
+            before = bench.layer(x, routing)
+            routing.check()
+            bench.layer.remove_adapter("a1")
+            if tenant:
+                bench.layer.add_adapter("t", torch.ones(3, 96), torch.ones(160, 3), alpha=1)
+            after = bench.layer(x, routing)
+        assert after[0].isnan().all() and torch.equal(after[1], before[1])
+        with pytest.raises(lora_mux.LoraMuxError, match=r"NaN: 0$"):
+            routing.check()
+
+    def test_in_a_layer_without_adapters(self) -> None:
+        layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
+        with torch.no_grad():
+            y = layer(torch.ones(2, 4), Routing(torch.tensor([[5], [-1]])))
+        assert y[0].isnan().all() and y[1].isfinite().all()
+
+    def test_many_samples_are_named_in_short(self) -> None:
+        layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
+        routing = Routing(torch.tensor([[5]]))
+        layer(torch.ones(1, 12, 4), routing)
+        with pytest.raises(lora_mux.LoraMuxError, match=r"12 of 12 rows.*: 0, 1, .*, 9, \.\.\.$"):
+            routing.check()
+
+
+class TestRefusals:
+    def test_dtype(self) -> None:
+        layer = lora_mux.MuxLinear(nn.Linear(4, 3).double(), backend="triton")
+        a = layer.add_adapter("a", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
+        with pytest.raises(lora_mux.errors.BackendError, match=r"`backend`.*float64"):
+            layer(torch.ones(1, 4).double(), Routing(torch.tensor([[a]])))
+
+    def test_where_no_kernel_can_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
+        a = layer.add_adapter("a", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
+        monkeypatch.setattr(ops, "_interpreted", lambda: False)
+        with pytest.raises(lora_mux.errors.BackendError, match=r"CUDA and ROCm, got x on cpu"):
+            layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
+
+    def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ops._triton_problem.cache_clear()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        says = "needs triton 3.6 or newer, which is not installed"
+        with pytest.raises(lora_mux.errors.BackendError, match=says):
+            lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
+        assert "which is not installed" in ops.backend_reason()
+        ops._triton_problem.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10", True)]
+    )
+    def test_an_old_triton(self, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        ops._triton_problem.cache_clear()
+        monkeypatch.setattr("triton.__version__", version)
+        assert ops._triton_problem() == ("" if fits else f"got {version}")
+        ops._triton_problem.cache_clear()
+
+    def test_auto_is_the_reference_on_the_cpu(self) -> None:
+        bench = Bench(backend="auto")
+        with pytest.raises(lora_mux.LoraMuxError, match="never given out"):
+            bench.layer(bench.x(1), Routing(torch.tensor([[99]])))
+
+
+def blocks(**how: Any) -> tuple[nn.Module, lora_mux.Mux]:
+    """Two layers, the second of which adapter "a" leaves alone."""
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    mux = lora_mux.attach(model, backend="triton", **how)
+    first, second = ((torch.randn(3, k), torch.randn(n, 3)) for k, n in ((16, 24), (24, 8)))
+    mux.add_adapter("a", {"0": first}, alpha=3)
+    mux.add_adapter("b", {"0": first, "2": second}, scaling=0.7)
+    return model, mux
+
+
+def as_reference(model: nn.Module) -> nn.Module:
+    """A copy with the same adapters and route, computed by the reference."""
+    twin = copy.deepcopy(model)
+    settings = ops.Settings("reference")
+    for module in twin.modules():
+        if isinstance(module, lora_mux.MuxLinear):
+            module.mux_settings = settings
+            assert module.mux_router is not None
+            module.mux_router.settings = settings
+    return twin
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+ROWS = ["a", None, ("a", "b"), {"a": 0.4, "b": -1.0}]
+
+
+@pytest.mark.usefixtures("inference")
+class TestModel:
+    def test_routes(self) -> None:
+        model, mux = blocks()
+        x = torch.randn(4, 16)
+        with mux.route(ROWS):
+            torch.testing.assert_close(model(x), as_reference(model)(x))
+        tokens = torch.randn(4, 5, 16)
+        with mux.route(ROWS):
+            torch.testing.assert_close(model(tokens), as_reference(model)(tokens))
+        mux.set_adapter({"b": 2.0})
+        torch.testing.assert_close(model(x), as_reference(model)(x))
+        with mux.disable_adapter():
+            base = model(x)
+        mux.set_adapter(None)
+        assert torch.equal(model(x), base)
+
+    def test_one_plan_for_a_forward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, mux = blocks()
+        calls = []
+        plan = ops.plan
+        monkeypatch.setattr(ops, "plan", lambda *a: calls.append(a) or plan(*a))
+        with mux.route(ROWS):
+            for _ in range(2):
+                model(torch.randn(4, 16))
+        assert len(calls) == 2
+
+    def test_batch_invariant(self) -> None:
+        model, mux = blocks(batch_invariant=True)
+        x = torch.randn(4, 16)
+        # The base layers are torch's, whose bits may depend on the batch: none here.
+        for layer in (model[0], model[2]):
+            layer.weight.zero_()
+        with mux.route(ROWS):
+            whole = model(x)
+        for row, entry in enumerate(ROWS):
+            with mux.route([entry]):
+                assert torch.equal(model(x[row : row + 1])[0], whole[row])
+
+    def test_names_outlived_by_their_adapter_raise_on_the_host(self) -> None:
+        model, mux = blocks()
+        x = torch.randn(1, 16)
+        mux.set_adapter("a")
+        model(x)
+        mux.remove("a")
+        with pytest.raises(lora_mux.LoraMuxError, match="removed"):
+            model(x)
+        mux.set_adapter("b")
+        model(x)
+
+    def test_an_index_tensor_with_check(self) -> None:
+        model, mux = blocks()
+        index = torch.tensor([[mux.adapters["a"]], [-1]])
+        with mux.route(index) as routing:
+            model(torch.randn(2, 16))
+            routing.check()
+
+    def test_adapters_that_come_and_go(self) -> None:
+        """Slots and rank rows are used again; the answers stay those of the reference."""
+        model, mux = blocks()
+        x = torch.randn(2, 16)
+        for step in range(6):
+            rank = 1 + 7 * step
+            weights = {"2": (torch.randn(rank, 24), torch.randn(8, rank))}
+            mux.add_adapter(f"n{step}", weights, scaling=1.0)
+            with mux.route([f"n{step}", ("b", f"n{step}")]):
+                torch.testing.assert_close(model(x), as_reference(model)(x), rtol=1e-4, atol=1e-4)
+            if step % 2:
+                mux.remove(f"n{step - 1}")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_against_peft(name: str, tmp_path: Path) -> None:
+    """A whole model in one mixed batch, each row against PEFT with its adapter alone."""
+    peft_oracle = pytest.importorskip("peft_oracle")
+    base = peft_oracle.MODELS[name]()
+    known = peft_oracle.configs(name)
+    wanted = {n: known[n] for n in ("plain", "rslora", "biased", "patterns")}
+    oracle = peft_oracle.save_adapters(base, wanted, tmp_path)
+    mux = lora_mux.attach(base, backend="triton")
+    for adapter in wanted:
+        mux.load(adapter, tmp_path / adapter)
+    ids = torch.randint(1, 255, (len(wanted) + 1, 3))
+    with torch.no_grad(), mux.route([*wanted, None]):
+        got = base(input_ids=ids).logits
+    for row, adapter in enumerate(wanted):
+        oracle.base_model.set_adapter(adapter)
+        with torch.no_grad():
+            want = oracle(input_ids=ids[row : row + 1]).logits[0]
+        assert (got[row] - want).abs().max() < 2e-4
+    with torch.no_grad(), oracle.disable_adapter():
+        want = oracle(input_ids=ids[-1:]).logits[0]
+    assert (got[-1] - want).abs().max() < 2e-4
+
+
+@pytest.mark.usefixtures("inference")
+class TestGraphs:
+    """What a CUDA graph needs of the host: here capturing is only said, and replaying is looking.
+
+    tests/support/launches.py replays recorded launches, tests/kernels/test_gpu.py real graphs.
+    """
+
+    @pytest.fixture
+    def captured(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """capture(model, x) -> the routing that the graph would read."""
+
+        def capture(model: nn.Module, mux: lora_mux.Mux, x: Tensor) -> Routing:
+            model(x)
+            monkeypatch.setattr(ops, "capturing", lambda device: True)
+            model(x)
+            monkeypatch.setattr(ops, "capturing", lambda device: False)
+            return mux._router._captured[-1].routing
+
+        return capture
+
+    def test_its_routing_follows_the_route_in_force(self, captured: Any) -> None:
+        model, mux = blocks()
+        x = torch.randn(2, 16)
+        a, b = mux.adapters.values()
+        mux.set_route([{"a": 0.5, "b": 2.0}, None])
+        graph = captured(model, mux, x)
+        assert graph.index.tolist() == [[a, b], [-1, -1]]
+        address = graph.index.data_ptr(), graph.weight.data_ptr()
+        mux.set_route(["b", "a"])
+        assert graph.index.tolist() == [[b, -1], [a, -1]]
+        assert graph.weight[:, 0].tolist() == [1.0, 1.0]
+        with mux.disable_adapter():
+            assert (graph.index == -1).all()
+        assert graph.index.tolist() == [[b, -1], [a, -1]]
+        mux.set_adapter("b")  # for the whole batch
+        assert graph.index.tolist() == [[b, -1], [b, -1]]
+        mux.set_adapter(None)
+        assert (graph.index == -1).all()
+        assert address == (graph.index.data_ptr(), graph.weight.data_ptr())
+
+    @pytest.mark.parametrize(
+        "route",
+        [
+            lambda mux: mux.route(["a"]),
+            lambda mux: mux.route(["a", "b", None]),
+            lambda mux: mux.route([("a", "b"), None]),
+            lambda mux: mux.route_tokens(["a", "b"]),
+        ],
+        ids=["fewer rows", "more rows", "more places", "other rows"],
+    )
+    def test_a_route_that_does_not_fit_is_not_answered(self, route: Any, captured: Any) -> None:
+        model, mux = blocks()
+        x = torch.randn(2, 16)
+        mux.set_route(["a", "b"])
+        graph = captured(model, mux, x)
+        with route(mux):
+            assert not set(graph.index.flatten().tolist()) & {-1, *mux.adapters.values()}
+            assert model[0](x, graph).isnan().all()
+        assert graph.index.tolist() == [[h] for h in mux.adapters.values()]
+
+    def test_its_pool_stays_in_place(self, captured: Any) -> None:
+        model, mux = blocks()
+        mux.reserve(adapters=4, rank=5)
+        mux.set_route(["a", "b"])
+        captured(model, mux, torch.randn(2, 16))
+        before = [buffer.data_ptr() for buffer in model.buffers()]
+
+        def add(name: str, rank: int) -> None:
+            mux.add_adapter(name, {"0": (torch.ones(rank, 16), torch.ones(24, rank))}, alpha=1)
+
+        add("c", 5)
+        mux.remove("a")
+        add("d", 4)
+        add("e", 5)
+        names = list(mux.adapters)
+        for name, rank, says in (("f", 5, "4 adapters in 20 rank rows"), ("g", 6, "rank 5")):
+            with pytest.raises(lora_mux.errors.PoolCapacityError, match=says):
+                add(name, rank)
+            assert list(mux.adapters) == names
+        with pytest.raises(lora_mux.errors.PoolCapacityError, match="before capturing"):
+            mux.reserve(adapters=100, rank=5)
+        assert before == [buffer.data_ptr() for buffer in model.buffers()]
+
+    def test_a_layers_pool_stays_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
+        layer.reserve(adapters=2, rank=2)
+        a = layer.add_adapter("a", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
+        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
+        monkeypatch.undo()
+        layer.add_adapter("b", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
+        with pytest.raises(lora_mux.errors.PoolCapacityError, match="rank 1 beside 2 adapters"):
+            layer.add_adapter("c", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
+
+    def test_capturing_wants_a_run_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, mux = blocks()
+        mux.set_route(["a", "b"])
+        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        with pytest.raises(lora_mux.errors.RoutingError, match="once under this route before"):
+            model(torch.randn(2, 16))

@@ -1,0 +1,304 @@
+"""Compile the kernels ahead of time, without a GPU and without torch, and read what came out.
+
+    python tests/support/codegen.py sm_90 gfx942        the ordinary sweep, a line for each kernel
+    python tests/support/codegen.py --all sm_90 gfx942  every config of `choose`, all dtypes
+
+Without a name, for all architectures. Uses only triton and the tools in its wheel, so that it also
+runs in an environment that holds nothing but the version of triton that a GPU machine has.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# The package without its __init__, whose launchers need torch.
+_package = types.ModuleType("kernels_src")
+_package.__path__ = [str(Path(__file__).parents[2] / "kernels" / "src")]
+sys.modules["kernels_src"] = _package
+config = importlib.import_module("kernels_src.config")
+plan_kernel = importlib.import_module("kernels_src.plan").plan_kernel
+shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
+expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
+fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = {
+    "sm_80": config.Architecture("sm_80", 108),
+    "sm_90": config.Architecture("sm_90", 132),
+    "sm_100": config.Architecture("sm_100", 148),
+    "gfx942": config.Architecture("gfx942", 304),
+}
+# Bytes of shared memory that a program may have.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+PLAN = {"union_ptr": "*i32", "length_ptr": "*i32", "place_ptr": "*i16"}
+TABLES = {"offset_ptr": "*i32", "rank_ptr": "*i32"}
+
+
+def signatures(dtype: str) -> dict[str, dict[str, str]]:
+    """The arguments of each kernel that are no constexpr, as the launchers pass them."""
+    x = f"*{dtype}"
+    ints = {
+        "plan": "M J U stride_im stride_ij stride_wm stride_wj",
+        "shrink": "M K J R U stride_xm stride_ac",
+        "expand": "M N J R U stride_bc stride_ym",
+        "fused": "M K N J R U groups stride_xm stride_wn stride_ac stride_bc stride_ym",
+    }
+    pointers = {
+        "plan": {
+            **{"index_ptr": "*i64", "weight_ptr": "*fp32", "live_ptr": "*i32"},
+            **{"slots_ptr": "*i32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8"},
+            "counters_ptr": "*i32",
+        },
+        "shrink": {
+            **{"x_ptr": x, "A_ptr": x, "h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN},
+            **{**TABLES, "scaling_ptr": "*fp32", "constant_ptr": "*u1"},
+        },
+        "expand": {"h_ptr": "*fp32", "B_ptr": x, "y_ptr": x, **PLAN, "state_ptr": "*i8", **TABLES},
+        "fused": {
+            **dict.fromkeys("x_ptr W_ptr bias_ptr A_ptr B_ptr y_ptr".split(), x),
+            **{"h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8", **TABLES},
+            **{"scaling_ptr": "*fp32", "constant_ptr": "*u1", "counter_ptr": "*i32"},
+        },
+    }
+    return {
+        kernel: {**pointers[kernel], **dict.fromkeys(names.split(), "i32")}
+        for kernel, names in ints.items()
+    }
+
+
+# The launchers see to it. K, N and their strides are given in units of 16 when they can be.
+DIVISIBLE = {"R", "stride_ac", "stride_bc"}
+
+
+def compile_kernel(
+    kernel: str,
+    dtype: str,
+    architecture: str,
+    chosen: Any,
+    window: int,
+    unit: int = 16,
+    shrinks: bool = True,
+) -> Any:
+    """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan)."""
+    functions = {
+        "plan": plan_kernel,
+        "shrink": shrink_kernel,
+        "expand": expand_kernel,
+        "fused": fused_kernel,
+    }
+    if kernel == "plan":
+        constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16, "COUNTERS": 256}
+        warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
+    else:
+        constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
+    if kernel == "shrink":
+        constants |= {"HAS_STRENGTH": True, "HAS_CONSTANT": True, "X_UNIT": unit}
+        constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
+        warps, stages = chosen.shrink_warps, chosen.shrink_stages
+    if kernel == "expand":
+        constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
+        warps, stages = chosen.expand_warps, chosen.expand_stages
+    if kernel == "fused":
+        constants |= {"SHRINKS": shrinks, "HAS_BIAS": True, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
+        constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
+        constants["SWIZZLE"] = chosen.swizzle
+        warps, stages = chosen.warps, chosen.stages
+    constants["BLOCK_M"] = chosen.block_m
+    fn, given = functions[kernel], signatures(dtype)[kernel]
+    names = fn.arg_names
+    source = ASTSource(
+        fn=fn,
+        signature={name: given.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in given
+            if name.endswith("_ptr") or name in DIVISIBLE
+        },
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture[3:]), 32)
+        if kernel != "plan" and chosen.registers is not None:
+            options["maxnreg"] = chosen.registers if unit >= 8 else 255
+    else:
+        target = GPUTarget("hip", architecture, 64)
+    return triton.compile(source, target=target, options=options)
+
+
+def report(
+    kernel: str,
+    dtype: str,
+    architecture: str,
+    chosen: Any,
+    window: int,
+    unit: int = 16,
+    shrinks: bool = True,
+) -> dict[str, Any]:
+    """What the machine code of a kernel needs and uses."""
+    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit, shrinks)
+    found = {
+        "kernel": kernel,
+        "dtype": dtype,
+        "architecture": architecture,
+        "window": window,
+        "unit": unit,
+        "shrinks": shrinks,
+        "config": dataclasses.asdict(chosen),
+        "shared": compiled.metadata.shared,
+    }
+    if architecture.startswith("gfx"):
+        return found | _amd(compiled.asm["amdgcn"])
+    return found | _nvidia(compiled)
+
+
+def _nvidia(compiled: Any) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("cuobjdump", "-sass", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass)
+    wgmma = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
+    return {
+        "registers": int(registers),
+        "spills": int(stack),
+        "mma": ptx.count("mma.sync"),
+        "wgmma": len(wgmma),
+        # Accumulators stand in braces; a second pair is a left operand in registers.
+        "wgmma_from_registers": sum(len(re.findall(r"\{", line)) > 1 for line in wgmma),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "loads": sorted({o for o in operations if o.startswith("LDG")}),
+        "compare_and_swap": [o for o in operations if ".CAS" in o],
+        "float_atomics": [o for o in operations if o.startswith(("RED", "ATOM")) and "F" in o],
+    }
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "mma": len(re.findall("v_mfma", assembly)),
+        "loads_of_16_bytes": len(re.findall("(?:global|buffer)_load_dwordx4", assembly)),
+        "compare_and_swap": re.findall(r"\w*cmpswap\w*", assembly),
+        "float_atomics": re.findall(r"\w*atomic\w*add_f\w*", assembly),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def shipped(architecture: str, itemsize: int) -> list[Any]:
+    """Every Config that `choose` returns for the architecture, over rows, sizes and ranks."""
+    grid = itertools.product(
+        (1, 16, 17, 64, 65, 128, 512, 513, 1024, 4096, 16384, 65536),  # rows
+        (64, 512, 1024, 4096, 14336),  # in_features
+        (64, 1024, 4096, 28672),  # out_features
+        (8, 64),  # rank
+        (1, 4),  # selections
+        (False, True),  # batch_invariant
+    )
+    return list(
+        dict.fromkeys(
+            config.choose(*sizes, itemsize, ARCHITECTURES[architecture], None, invariant)
+            for *sizes, invariant in grid
+        )
+    )
+
+
+def shipped_fused(architecture: str) -> list[Any]:
+    """Every (FusedConfig, whether it shrinks) that ships for the architecture."""
+    grid = itertools.product(
+        (1, 17, 33, 65, config.SHRINKS_WITHIN, config.SHRINKS_WITHIN + 1),  # rows
+        (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672),  # out_features
+    )
+    return list(
+        dict.fromkeys(
+            (
+                config.choose_fused(rows, N, ARCHITECTURES[architecture]),
+                rows <= config.SHRINKS_WITHIN,
+            )
+            for rows, N in grid
+        )
+    )
+
+
+def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
+    """The reports of the fused kernel: all, or those of the fewest and of the most rows."""
+    pairs = shipped_fused(architecture)
+    if everything:
+        for (chosen, shrinks), window, unit in itertools.product(pairs, (16, 64), (16, 8)):
+            for dtype in ("fp16", "bf16") if unit == 16 else ("bf16",):
+                yield report("fused", dtype, architecture, chosen, window, unit, shrinks)
+        return
+    wide = {chosen.block_m: (chosen, shrinks) for chosen, shrinks in pairs}
+    ends = wide.values() if architecture == "sm_90" else (pairs[0], pairs[-1])
+    for chosen, shrinks in ends:
+        yield report("fused", "bf16", architecture, chosen, 16, 16, shrinks)
+
+
+def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]]:
+    """The reports: of every config, or of the two ends (K splits, window) of each tile size.
+
+    And, of one end, with rows of sizes that are not multiples of 16.
+    """
+    for architecture in architectures or ARCHITECTURES:
+        for dtype in DTYPES if everything else ("fp32", "bf16"):
+            configs = shipped(architecture, ITEMSIZE[dtype])
+            for block_m in sorted({c.block_m for c in configs}):
+                of_tile = [c for c in configs if c.block_m == block_m]
+                ends = sorted(of_tile, key=lambda c: (c.split_k, c.expand_group, c.block_n))
+                for kernel in ("shrink", "expand"):
+                    if everything:
+                        pairs = list(itertools.product(of_tile, (16, 32, 64)))
+                    else:
+                        pairs = [(ends[0], 16), (ends[-1], 64)]
+                    seen = set()
+                    for chosen, window in pairs:
+                        ignored = "expand" if kernel == "shrink" else "shrink"
+                        fields = dataclasses.asdict(chosen).items()
+                        key = (window, *(v for k, v in fields if not k.startswith(ignored)))
+                        if key not in seen:
+                            seen.add(key)
+                            yield report(kernel, dtype, architecture, chosen, window)
+                    if dtype == "bf16" and (everything or architecture == "sm_90"):
+                        for unit in (8, 1):
+                            yield report(kernel, dtype, architecture, ends[-1], 64, unit)
+        yield from sweep_fused(architecture, everything)
+        for block_m, places in ((16, 1), (64, 8), (128, 32)):
+            chosen = dataclasses.replace(configs[0], block_m=block_m)
+            yield report("plan", "fp32", architecture, chosen, places)
+
+
+if __name__ == "__main__":
+    everything = "--all" in sys.argv
+    for line in sweep([name for name in sys.argv[1:] if name != "--all"], everything):
+        print(json.dumps(line), flush=True)
