@@ -44,7 +44,7 @@ def attach(
         BackendError: a backend that does not exist or cannot run.
         PoolCapacityError: memory for less than one rank row in each target.
 
-    Example:
+    Examples:
         >>> import torch, lora_mux
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
         >>> mux = lora_mux.attach(model)

@@ -98,7 +98,7 @@ class Mux:
         adapter is brought in for the first time.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             folder: holds adapter_config.json and adapter_model.safetensors, or diffusers'
                 pytorch_lora_weights.safetensors, of which this model's part is read. Or user/name,
                 a repository of the Hugging Face hub, where huggingface_hub is installed.
@@ -134,7 +134,7 @@ class Mux:
             name -> handle.
 
         Raises:
-            As `load`; nothing is loaded then.
+            LoraMuxError: as `load`; then nothing is loaded.
         """
         self._check_attached()
         if not isinstance(folders, Mapping):
@@ -165,7 +165,7 @@ class Mux:
         """Copy an adapter from tensors; returns its handle.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             weights: path of a target -> (A [r, in_features], B [out_features, r]). Targets that
                 are left out keep the base's answer for this adapter.
             alpha: scaling = alpha / r, with each layer's own r. Give alpha or scaling, not both.
@@ -229,7 +229,7 @@ class Mux:
     def memory(self) -> Memory:
         """What the adapters take: capacity, used and free, of all targets and of each.
 
-        Example:
+        Examples:
             >>> import torch, lora_mux
             >>> mux = lora_mux.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), memory="4KiB")
             >>> _ = mux.add_adapter("a", {"0": (torch.ones(2, 16), torch.ones(16, 2))}, alpha=2)
@@ -253,7 +253,7 @@ class Mux:
         For transformers' continuous batching, each request that is added in the block, in order.
 
         Args:
-            rows: one entry per sample: None or "__base__" (the base model), a name, a sequence of
+            rows: one entry per sample: None or `"__base__"` (the base model), a name, a sequence of
                 names (summed), or a mapping name -> weight. Or an int tensor [samples, J] of
                 handles, -1 = none.
             weights: floating [samples, J], only with an index tensor.
