@@ -47,7 +47,7 @@ class MuxLinear(nn.Module):
         TargetError: not a linear layer, or one that is split in a way that is not supported.
         BackendError: a backend that does not exist or cannot run.
 
-    Example:
+    Examples:
         >>> import torch, lora_mux
         >>> layer = lora_mux.MuxLinear(torch.nn.Linear(8, 4))
         >>> sql = layer.add_adapter("sql", A=torch.ones(2, 8), B=torch.ones(4, 2), alpha=2)
@@ -204,7 +204,7 @@ class MuxLinear(nn.Module):
         """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             A: [r, in_features], any floating dtype; stored in the layer's own.
             B: [out_features, r].
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
