@@ -210,8 +210,8 @@ class BoundedAdapters(Adapters):
         """Each pool, and what it is to hold of an adapter that was brought to the devices."""
         for path, layer in self._layers.items():
             weights = there[layer.mux_pool.A_rows.device].get(path)
-            if weights is not None and layer.mux_part is not None:
-                weights = layer.mux_part.cut(weights, path)
+            if weights is not None and layer.mux_shard is not None:
+                weights = layer.mux_shard.cut(weights, path)
             yield layer.mux_pool, weights
 
     def _put_out(self, handles: Iterable[int]) -> None:

@@ -160,7 +160,7 @@ class Adapters:
         shapes = stored.shapes()
         return {
             path: check_fit(
-                layer.mux_pool, layer.mux_part, shapes[path], f"{stored.source}[{path!r}]"
+                layer.mux_pool, layer.mux_shard, shapes[path], f"{stored.source}[{path!r}]"
             )
             for path, layer in self._parts(shapes, stored.source).items()
         }
@@ -168,7 +168,7 @@ class Adapters:
     def _checked(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, LoraWeights]:
         """path -> what the pool is to hold."""
         return {
-            path: checked(layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]")
+            path: checked(layer.mux_pool, layer.mux_shard, weights[path], f"{source}[{path!r}]")
             for path, layer in self._parts(weights, source).items()
         }
 

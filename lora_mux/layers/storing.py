@@ -6,25 +6,25 @@ from torch import Tensor
 
 from ..core import LoraWeights, Pool, Slots, number, slot_of
 from ..errors import AdapterError, ArgumentTypeError, PoolCapacityError
-from .sharding import Part
+from .sharding import Shard
 
 
-def checked(pool: Pool, part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
+def checked(pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeights:
     """What a pool is to hold of an adapter's factors, or an error that names them."""
-    return pool.check(_cut(part, weights, argument), argument)
+    return pool.check(_cut(shard, weights, argument), argument)
 
 
-def check_fit(pool: Pool, part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
+def check_fit(pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeights:
     """The same of factors without values, of which the shapes are checked."""
-    cut = _cut(part, weights, argument)
+    cut = _cut(shard, weights, argument)
     pool.check_fit(cut, argument)
     return cut
 
 
-def _cut(part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
+def _cut(shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeights:
     tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
-    if part is not None and tensors:  # else the pool says what they should be
-        return part.cut(weights, argument)
+    if shard is not None and tensors:  # else the pool says what they should be
+        return shard.cut(weights, argument)
     return weights
 
 

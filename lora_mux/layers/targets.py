@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentTypeError, TargetError
-from .sharding import Part, is_dtensor, part_of
+from .sharding import Shard, is_dtensor, shard_of
 
 # The head of transformers' sequence classifiers, which PEFT's "all-linear" leaves out as well.
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """A linear layer that can carry adapters."""
 
     linear: nn.Module
-    part: Part | None = None  # of it that this process holds; None = all
+    shard: Shard | None = None  # of it that this process holds; None = all
 
 
 def check_linear(module: object, argument: str, gathered: bool = False) -> Target:
@@ -54,7 +54,7 @@ def check_linear(module: object, argument: str, gathered: bool = False) -> Targe
             f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
             f"out_features), got {type(module).__name__}"
         )
-    return Target(module, None if gathered else part_of(module, argument))
+    return Target(module, None if gathered else shard_of(module, argument))
 
 
 def device_of(module: nn.Module) -> torch.device:
