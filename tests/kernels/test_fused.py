@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import lora_mux
 from interpreter import Memory, waiting_first
 from layer import ROUTINGS, Bench
-from lora_mux import Routing, ops
+from lora_mux import Routing
 from lora_mux.errors import BackendError
+from lora_mux.ops import dispatch
 from problem import CASES, FusedProblem, each
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("mended", "quiet", "poisoned")]
@@ -366,6 +367,6 @@ class TestLayer:
             lora_mux.MuxLinear(nn.Linear(4, 4), backend="triton", fused=True)
 
     def test_without_triton_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ops, "_triton_problem", lambda: "got 3.1")
+        monkeypatch.setattr(dispatch, "_triton_problem", lambda: "got 3.1")
         with pytest.raises(BackendError, match=r"`fused` True needs triton .* got 3.1"):
             lora_mux.MuxLinear(nn.Linear(4, 4), fused=True)

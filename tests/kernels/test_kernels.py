@@ -209,12 +209,14 @@ def plan_of(problem: Problem, block_m: int) -> tuple[Tensor, ...]:
     ("name", "block_m"), [(n, b) for n in CASES for b in (16, 64) if n not in LONG or b == 16]
 )
 def test_plan_is_that_of_torch(name: str, block_m: int) -> None:
-    """The kernel against sets and loops, and against lora_mux.tiles, which other devices use."""
-    from lora_mux.ops import plan_in_torch as tiles
+    """The kernel against sets and loops, and against plan_in_torch, which other devices use."""
+    from lora_mux.ops import plan_in_torch
 
     problem = CASES[name]
     slots, strength, union, length, place, state, counters = plan_of(problem, block_m)
-    others = tiles.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m)
+    others = plan_in_torch.plan(
+        problem.index, problem.weight, problem.live, len(problem.rank), block_m
+    )
     want = torch.where(problem.index < 0, -1, problem.index & 0xFFFF)
     assert torch.equal(slots.long(), want) and torch.equal(others[0], slots)
     assert torch.equal(others[5], state)

@@ -263,7 +263,9 @@ def test_export_with_sizes_that_change() -> None:
     program = torch.export.export(served, batch(4, 3), strict=False, dynamic_shapes=dynamic)
     for inputs in (batch(4, 3), batch(2, 50), batch(20, 7)):
         torch.testing.assert_close(program.module()(*inputs), served(*inputs))
-    assert all(isinstance(size, int) for size in mux._router._shown.route.routing.index.shape)
+    assert all(
+        isinstance(size, int) for size in mux._router._compiled_view.route.routing.index.shape
+    )
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")

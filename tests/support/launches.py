@@ -108,7 +108,7 @@ def _hashes(name: str) -> list[str]:
 def graph(fused: bool) -> dict[str, Any]:
     """Launches of one forward pass, replayed after all that may change between replays."""
     on("sm_90")
-    ops._interpreted = lambda: True  # on the CPU, please
+    ops.dispatch._interpreted = lambda: True  # on the CPU, please
     torch.manual_seed(0)
     dtype = torch.bfloat16 if fused else torch.float32
     linear = nn.Linear(40, 24, dtype=dtype)
