@@ -60,8 +60,10 @@ class Product(NamedTuple):
     def factors(self, pool: Pool, dtype: torch.dtype) -> Factors:
         """A^T and B; views of the pool where dtype and the order of rank rows allow it."""
         (G, _, R), K, N = self.shape, pool.in_features, pool.out_features
-        A, B = (_taken(t, self.rank_rows).to(dtype) for t in (pool.A_rows, pool.B_rows))
-        A, B = A[:, :K], B[:, :N]  # rounded up in the pool
+        A = _taken(pool.A_rows, self.rank_rows).to(dtype)
+        B = _taken(pool.B_rows, self.rank_rows).to(dtype)
+        if A.shape[1] != K or B.shape[1] != N:  # rounded up in the pool
+            A, B = A[:, :K], B[:, :N]
         return (A.view(G, R, K).mT, B.view(G, R, N)) if G > 1 else (A.mT, B)
 
     def add_to(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:

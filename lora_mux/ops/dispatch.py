@@ -24,6 +24,7 @@ Backend: TypeAlias = Literal["auto", "triton", "reference"]
 Fused: TypeAlias = Literal["auto"] | bool
 AnyPlan: TypeAlias = Plan | FusedPlan
 
+CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
 OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -141,8 +142,10 @@ def method(
     """
     triton = _runs_triton(settings.backend, x, pool)
     form = choose_form(settings.backend, x.device.type, triton, torch.compiler.is_compiling())
-    if form in ("cpu", "reference"):
-        return Method(form)
+    if form == "cpu":
+        return CPU
+    if form == "reference":
+        return REFERENCE
     from ..kernels.config import fused_tile_rows, tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32.
