@@ -16,7 +16,7 @@ from ..errors import ArgumentTypeError, InputError, RoutingError, TargetError
 from ..routes import Router
 from . import sharding
 from .sharding import Part
-from .storing import check_reservation, check_room, checked, scaling_from, store
+from .storing import check_reservation, check_room, cut_and_check, scaling_from, store
 from .targets import Target, check_linear, device_of, dtype_of, features
 
 
@@ -47,7 +47,7 @@ class MuxLinear(nn.Module):
         TargetError: not a linear layer, or one that is split in a way that is not supported.
         BackendError: a backend that does not exist or cannot run.
 
-    Example:
+    Examples:
         >>> import torch, lora_mux
         >>> layer = lora_mux.MuxLinear(torch.nn.Linear(8, 4))
         >>> sql = layer.add_adapter("sql", A=torch.ones(2, 8), B=torch.ones(4, 2), alpha=2)
@@ -164,7 +164,7 @@ class MuxLinear(nn.Module):
             return None
         # Looked at first, for it vouches for the rest: 10 us less where caches are cold.
         if not is_compiling() and self.mux_last is not None:
-            if self.mux_last.serves(x, routing, self.mux_slots.version):
+            if self.mux_last.serves(x, routing, self.mux_slots.suspensions):
                 return self.mux_last.plan
         self._check_input(x)
         spread = _spread(routing, x)
@@ -178,7 +178,7 @@ class MuxLinear(nn.Module):
         # A plan that autograd follows is not kept alive.
         if method.grouped and not routing.weight.requires_grad:
             index, weight = routing.index.clone(), routing.weight.clone()
-            self.mux_last = Last(x.shape, index, weight, self.mux_slots.version, made)
+            self.mux_last = Last(x.shape, index, weight, self.mux_slots.suspensions, made)
         return made
 
     def _check_input(self, x: Tensor) -> None:
@@ -204,7 +204,7 @@ class MuxLinear(nn.Module):
         """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             A: [r, in_features], any floating dtype; stored in the layer's own.
             B: [out_features, r].
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
@@ -220,7 +220,7 @@ class MuxLinear(nn.Module):
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
-        weights = checked(self.mux_pool, self.mux_part, given, "adapter")
+        weights = cut_and_check(self.mux_pool, self.mux_part, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = store(self.mux_slots, [(self.mux_pool, weights)])
         self.mux_slots.bind(name, handle)

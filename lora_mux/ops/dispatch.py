@@ -234,7 +234,7 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
         strength = tiles.strength_of(selected, weight.to(strength.dtype))
     # Made once: torch.compile of torch 2.6 can not look into _replace, nor cut a NamedTuple.
     tensors = operators.Plan(selected, strength, *rest)
-    routing.found.state = tensors.state
+    routing.last_pass.row_states = tensors.state
     return TiledPlan(tensors, method)
 
 

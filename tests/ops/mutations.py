@@ -105,6 +105,6 @@ MUTATIONS = {
         DISPATCH, "owned and not tracked(y, x, tensors.strength)", "owned", TEST_TRITON_BACKEND
     ),
     "ops: no flag on the routing": Mutation(
-        DISPATCH, "routing.found.state =", "_ =", TEST_TRITON_BACKEND
+        DISPATCH, "routing.last_pass.row_states =", "_ =", TEST_TRITON_BACKEND
     ),
 }
