@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,9 @@ def test_a_config_that_is_none_is_refused(table: Path) -> None:
 def test_tune_fuses_where_it_was_faster(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {})
     monkeypatch.setattr(tune, "FUSED_CHOICES", {"stages": (2,)})
     sizes = ["--in-features", "16", "--out-features", "24", "--rank", "16", "--adapters", "3"]
@@ -154,9 +155,9 @@ def test_tune_fuses_where_it_was_faster(
 def test_tune_writes_a_table_that_layers_then_use(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
     sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
     assert main(["tune", "--device", "cpu", "--rows", "4", "--dtype", "fp32", *sizes]) == 0
