@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ArgumentTypeError
-from .free_runs import Runs
+from .free_runs import FreeRuns
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Pool(nn.Module):
         self.out_features = out_features
         self.max_rank = 0  # at least every rank here; bounds what the kernels put in between
         self.spans: dict[int, Span] = {}  # slot -> what it has here; none = rank 0
-        self.runs = Runs()  # which rank rows are free
+        self.runs = FreeRuns()  # which rank rows are free
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
         self.version = Version()  # another one whenever rank rows are written or moved
 

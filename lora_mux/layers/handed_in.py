@@ -21,20 +21,22 @@ class LastPlan:
     shape: torch.Size  # of x
     index: Tensor  # copies, so that what is written to the routing is seen
     weight: Tensor
-    version: int  # of the slots
+    suspensions: int  # of the slots' handles, which end plans
     plan: ops.AnyPlan | None
 
     @classmethod
-    def of(cls, x: Tensor, routing: Routing, version: int, plan: ops.AnyPlan | None) -> "LastPlan":
+    def of(
+        cls, x: Tensor, routing: Routing, suspensions: int, plan: ops.AnyPlan | None
+    ) -> "LastPlan":
         """The plan that was made for x and routing."""
-        return cls(x.shape, routing.index.clone(), routing.weight.clone(), version, plan)
+        return cls(x.shape, routing.index.clone(), routing.weight.clone(), suspensions, plan)
 
-    def serves(self, x: Tensor, routing: Routing, version: int) -> bool:
+    def serves(self, x: Tensor, routing: Routing, suspensions: int) -> bool:
         """Whether the plan is that of x and routing; their values are compared."""
         index, weight = routing.index, routing.weight
         return (
             x.shape == self.shape
-            and version == self.version
+            and suspensions == self.suspensions
             and x.is_cpu
             and index.is_cpu
             and not weight.requires_grad

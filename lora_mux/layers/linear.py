@@ -15,7 +15,7 @@ from ..routes import Router
 from . import sharding
 from .handed_in import LastPlan, spread
 from .sharding import Shard
-from .storing import check_reservation, check_room, checked, scaling_from, store
+from .storing import check_reservation, check_room, cut_and_check, scaling_from, store
 from .targets import check_linear, device_of, dtype_of, features
 
 
@@ -46,7 +46,7 @@ class MuxLinear(nn.Module):
         TargetError: not a linear layer, or one that is split in a way that is not supported.
         BackendError: a backend that does not exist or cannot run.
 
-    Example:
+    Examples:
         >>> import torch, lora_mux
         >>> layer = lora_mux.MuxLinear(torch.nn.Linear(8, 4))
         >>> sql = layer.add_adapter("sql", A=torch.ones(2, 8), B=torch.ones(4, 2), alpha=2)
@@ -176,7 +176,7 @@ class MuxLinear(nn.Module):
             return None
         slots = self.mux_slots
         last = None if is_compiling() else self.mux_last
-        if last is not None and last.serves(x, routing, slots.version):
+        if last is not None and last.serves(x, routing, slots.suspensions):
             return last.plan  # for which x and routing were checked
         self._check_input(x)
         each = spread(routing, x)
@@ -188,7 +188,7 @@ class MuxLinear(nn.Module):
             each = each.to(x.device)
         plan = ops.plan(each, slots, method)
         if method.form == "cpu" and not trained:  # a plan that autograd follows is not kept alive
-            self.mux_last = LastPlan.of(x, routing, slots.version, plan)
+            self.mux_last = LastPlan.of(x, routing, slots.suspensions, plan)
         return plan
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
@@ -236,7 +236,7 @@ class MuxLinear(nn.Module):
         """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             A: [r, in_features], any floating dtype; stored in the layer's own.
             B: [out_features, r].
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
@@ -252,7 +252,7 @@ class MuxLinear(nn.Module):
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
-        weights = checked(self.mux_pool, self.mux_shard, given, "adapter")
+        weights = cut_and_check(self.mux_pool, self.mux_shard, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = store(self.mux_slots, [(self.mux_pool, weights)])
         self.mux_slots.bind(name, handle)

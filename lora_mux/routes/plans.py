@@ -1,21 +1,13 @@
 """The plans that the layers of a forward pass share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
 from .. import ops
-from ..errors import RoutingError
-from .passes import Pass
 
-
-class Layers(NamedTuple):
-    """The layers of a pass that share a plan."""
-
-    rows: int  # of x
-    device: torch.device
-    method: ops.Method
+# The layers of a pass that share a plan: by their rows, the device of x, and their method.
+Layers: TypeAlias = tuple[int, torch.device, ops.Method]
 
 
 class Planned(NamedTuple):
@@ -59,24 +51,3 @@ class Plans:
     def clear(self) -> None:
         """Forget the plans of the pass."""
         self._of_pass.clear()
-
-
-def samples_of(now: Pass, x: Tensor) -> int | None:
-    """How many samples a layer's input holds; None when a uniform route need not know.
-
-    Raises:
-        RoutingError: x does not begin with the batch, so that its rows cannot be told apart.
-    """
-    first = x.shape[0] if x.ndim >= 2 else 1
-    if now.samples is None:
-        return first
-    if first == now.samples or (x.ndim == 2 and first == now.samples * now.tokens):
-        return now.samples
-    assert now.route is not None
-    if now.route.uniform or now.route.per_token:
-        return None
-    raise RoutingError(
-        f"a layer's input must begin with the batch of {now.samples} samples (or, flattened, "
-        f"with its {now.samples} x {now.tokens} tokens), got {list(x.shape)}; "
-        "use route_tokens for rows in another order"
-    )

@@ -39,6 +39,6 @@ MUTATIONS = {
     ),
     "pool: rows slide over themselves": Mutation(POOL, "buffer[left] = 0", "pass", TEST_BOUNDED),
     "slots: removals are not counted": Mutation(
-        SLOTS, "self.version += 1", "pass", TEST_TRITON_BACKEND
+        SLOTS, "self.suspensions += 1", "pass", TEST_TRITON_BACKEND
     ),
 }

@@ -22,7 +22,7 @@ MUTATIONS = {
         HANDED_IN, "and torch.equal(index, self.index)", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "linear: a removal is not seen": Mutation(
-        HANDED_IN, "and version == self.version", "", TEST_CPU_AND_TEST_LINEAR
+        HANDED_IN, "and suspensions == self.suspensions", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "linear: a patched forward hides the adapters": Mutation(
         LINEAR, 'vars(self).pop("forward", None)', "None", TEST_MODULE

@@ -134,6 +134,6 @@ MUTATIONS = {
         TEST_TRITON_BACKEND,
     ),
     "ops: no flag on the routing": Mutation(
-        DISPATCH, "routing.found.state =", "_ =", TEST_TRITON_BACKEND
+        DISPATCH, "routing.last_pass.row_states =", "_ =", TEST_TRITON_BACKEND
     ),
 }
