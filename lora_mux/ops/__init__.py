@@ -1,7 +1,14 @@
 """How the adapters' part is computed: one door, and behind it the reference, the CPU and Triton.
 
-`dispatch` is the door: it chooses a form and makes the plan of a forward pass, and the plan adds
-the adapters to each layer. Other rooms use only what is handed out here.
+dispatch       the door: chooses a form, and makes the plan of a forward pass
+forms          the forms, and what a plan of any form can do
+reference      the formula as einsums, which defines correctness
+cpu            the form for the CPU: a few products, each over many rows and adapters
+cpu_groups     which rows and slots share a product
+tiled          plans for the operators
+operators      torch.library: plan, add_lora, add_lora_, linear, strength_gradient
+plan_in_torch  the operators' plan where no kernel runs
+tuned          tables of measured Configs
 """
 
 from . import tuned as tuned

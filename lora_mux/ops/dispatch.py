@@ -140,7 +140,8 @@ def method(
     Raises:
         BackendError: Triton was asked for by name, and cannot run on x.
     """
-    triton = _runs_triton(settings.backend, x, pool)
+    meant = settings.backend == "triton" or (settings.backend == "auto" and x.is_cuda)
+    triton = meant and _runs_triton(settings.backend, x, pool)
     form = choose_form(settings.backend, x.device.type, triton, torch.compiler.is_compiling())
     if form == "cpu":
         return CPU
@@ -158,9 +159,7 @@ def method(
 
 
 def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
-    """Whether the kernels are meant and run for x."""
-    if backend == "reference" or (backend == "auto" and not x.is_cuda):
-        return False
+    """Whether the kernels run for x; for "triton" by name an error where they do not."""
     adapters = pool.A_rows.dtype
     fits = x.dtype in TRITON_DTYPES and adapters in TRITON_DTYPES
     if backend == "auto":

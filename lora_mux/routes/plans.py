@@ -1,18 +1,13 @@
 """The plans that the layers of a forward pass share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from .. import ops
 
-
-class Layers(NamedTuple):
-    """The layers of a pass that share a plan."""
-
-    rows: int  # of x
-    device: torch.device
-    method: ops.Method
+# The layers of a pass that share a plan: by their rows, the device of x, and their method.
+Layers: TypeAlias = tuple[int, torch.device, ops.Method]
 
 
 class Planned(NamedTuple):

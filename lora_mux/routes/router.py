@@ -19,7 +19,7 @@ from ..core import LastPass, Pool, Routing, Slots, host_may_read, unchecked_rout
 from ..errors import RoutingBusyError, RoutingError
 from .graphs import CapturedRouting, CompiledView
 from .passes import Pass, PassesAwaitingBackward
-from .plans import Layers, Plans
+from .plans import Plans
 from .route import Batch, Route, batch_of, tensors_in
 
 # Held while Router._owner is read and while the route in force changes: for microseconds, so that
@@ -227,7 +227,7 @@ class Router:
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
         if self._samples is None or trained:
             return self._made(now, x, rows, samples, method)
-        layers, case = Layers(rows, x.device, method), None
+        layers, case = (rows, x.device, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
             case = now.route, rows, samples, now.generating, self.slots.suspensions
         known = self._plans.find(layers, case)
