@@ -140,7 +140,9 @@ class MuxLinear(nn.Module):
         plan = self._plan(here, routing, fusable=not kwargs)
         if isinstance(plan, ops.FusedPlan):
             return plan.linear(x, self.weight, self.bias, self.mux_pool)
-        y = self._base(x, **kwargs)
+        # Transformers' closure around a shard calls this forward; any other computes the base part.
+        patched = self.mux_patched if shard is None else None
+        y: Tensor = (patched or super().forward)(x, **kwargs)
         if plan is None:
             return y
         # nn.Module's own look-up takes 10 us where the base has emptied the caches: see ops/cpu.py.
@@ -148,13 +150,6 @@ class MuxLinear(nn.Module):
         if shard is None:
             return plan.add(y, x, pool, self.mux_owns_output)
         return shard.add(plan, y, here, pool, self._parameters["weight"])
-
-    def _base(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """The layer without its adapters."""
-        if self.mux_patched is None or self.mux_shard is not None:
-            y: Tensor = super().forward(x, **kwargs)
-            return y
-        return self.mux_patched(x, **kwargs)
 
     def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.AnyPlan | None:
         """The plan for x; None = nothing to add."""
