@@ -95,7 +95,7 @@ class Mux:
         when the adapter is first used.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             folder: a folder with adapter_config.json and adapter_model.safetensors, or with
                 diffusers' pytorch_lora_weights.safetensors, of which this model's part is read.
                 Or user/name, a repository of the Hugging Face hub, if huggingface_hub is installed.
@@ -165,7 +165,7 @@ class Mux:
         """Copy an adapter from tensors.
 
         Args:
-            name: any new str other than "__base__".
+            name: any new str other than `"__base__"`.
             weights: path of a target -> (A [r, in_features], B [out_features, r]), of any floating
                 dtype. The adapter changes nothing in targets that are left out.
             alpha: scaling = alpha / r, with the rank r of each layer. Give alpha or scaling, not
@@ -262,7 +262,7 @@ class Mux:
         the entries in order.
 
         Args:
-            rows: one entry per sample: None or "__base__" (the base model), a name, a sequence of
+            rows: one entry per sample: None or `"__base__"` (the base model), a name, a sequence of
                 names (their sum), or a mapping name -> weight. Or an int tensor [samples, J] of
                 handles, where -1 selects none.
             weights: floating [samples, J], only with an index tensor.

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,12 @@ from ..core import LastPass, Pool, Routing, Slots, host_may_read, unchecked_rout
 from ..errors import RoutingBusyError, RoutingError
 from .graphs import CapturedRouting, CompiledView
 from .passes import Pass, PassesAwaitingBackward
+from .plans import Plans
 from .route import Batch, Route, batch_of, tensors_in
 
 # Held while Router._owner is read and while the route in force changes: for microseconds, so that
 # one lock serves all routers.
 _TAKE = threading.RLock()
-
-
-class Planned(NamedTuple):
-    """A plan of this forward pass, and the layers that it is for."""
-
-    rows: int
-    device: torch.device
-    method: ops.Method
-    plan: ops.Plan | None
 
 
 class Router:
@@ -55,9 +47,7 @@ class Router:
         # Of the forward in progress. Two numbers, for torch.compile guards a tuple by its values.
         self._samples: int | None = None
         self._tokens = 0  # of each sample
-        self._plans: list[Planned] = []
-        # The last plan of the host, and what for: the next pass may be alike, as in generate().
-        self._kept: tuple[object, ops.Plan | None] = None, None
+        self._plans = Plans()
         self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
         self._alive_at = -1  # slots.suspensions when the host last looked at the route's handles
         self._captured: list[CapturedRouting] = []
@@ -222,7 +212,7 @@ class Router:
             self._runner = None
         self._forget_forward()
 
-    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.Plan | None:
+    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.AnyPlan | None:
         """The plan for a layer's input x [..., in_features]; None = nothing to add.
 
         Args:
@@ -231,31 +221,24 @@ class Router:
         now = self._now()
         assert now.route is not None
         rows = prod(x.shape[:-1])
-        # Shapes are checked for each layer; plans of equal row counts are the same.
-        samples = now.samples_of(x)
+        samples = now.samples_of(x)  # for each layer: it refuses shapes
         trained = now.route.routing.weight.requires_grad
         method = ops.method(self.settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        shared = self._samples is not None and not trained
-        # A list, for the sizes of a compiled batch may be symbols, which no dict can look up.
-        for made in self._plans if shared else ():
-            if made.rows == rows and (made.device, made.method) == (x.device, method):
-                return made.plan
-        if shared and method.grouped:  # never while compiling, which would guard the version
+        if self._samples is None or trained:
+            return self._made(now, x, rows, samples, method)
+        layers, case = (rows, x.device, method), None
+        if method.form == "cpu":  # never while compiling, which would guard the version
             case = now.route, rows, samples, now.generating, self.slots.suspensions
-            kept, plan = self._kept
-            if kept != case:
-                plan = self._made(now, x, rows, samples, method)
-                self._kept = case, plan
-        else:
-            plan = self._made(now, x, rows, samples, method)
-        if shared:
-            self._plans.append(Planned(rows, x.device, method, plan))
-        return plan
+        known = self._plans.find(layers, case)
+        if known is None:
+            made = self._made(now, x, rows, samples, method)
+            known = self._plans.add(layers, case, made)
+        return known.plan
 
     def _made(
         self, now: Pass, x: Tensor, rows: int, samples: int | None, method: ops.Method
-    ) -> ops.Plan | None:
+    ) -> ops.AnyPlan | None:
         assert now.route is not None
         routing = self._routing_on(now.route, x.device, method)
         spread = now.route.spread(routing, rows, samples, now.generating)
@@ -292,7 +275,7 @@ class Router:
                     "nothing can be copied to the GPU during the capture"
                 )
             # A copy: what a graph reads is written to by later routes, and this one may return.
-            routing = self._on[device] = given.to(device, copy=method.operators)
+            routing = self._on[device] = given.to(device, copy=not method.on_host)
         if capturing and all(routing is not captured.routing for captured in self._captured):
             if given.weight.requires_grad:
                 raise RoutingError(
