@@ -277,6 +277,6 @@ def test_export_keeps_the_route_in_force(strict: bool) -> None:
     with mux.route(ROUTES["subsets"]) as routing:
         want = model(x)
         program = torch.export.export(model, (x,), strict=strict).module()
-        routing.check()  # of the trace nothing is left to be looked at
+        routing.check()  # the trace left nothing behind to check
     torch.testing.assert_close(program(x), want)
     assert not torch.equal(model(x), want)
