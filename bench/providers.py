@@ -165,7 +165,8 @@ def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provid
         plan = ops.plan(routing, layer.mux_slots, method)
         if plan is None:
             return base
-        return lambda: ops.add_lora(base(), x, pool, plan, owned=True)
+        assert not isinstance(plan, ops.FusedPlan)
+        return lambda: plan.add(base(), x, pool, owned=True)
 
     return prepare
 
@@ -175,11 +176,11 @@ def ours_fused(problem: Problem, base: Call) -> Call:
     layer, routing = mux_linear(problem, "triton", fused=True)
     x, weight = problem.x, layer.weight
     method = ops.method(layer.mux_settings, x, len(x), layer.mux_pool, weight)
-    if not method.fused:
+    if method.form != "fused":
         raise NotApplicable("the fused kernel takes 16-bit types")
     plan = ops.plan(routing, layer.mux_slots, method)
-    assert isinstance(plan, ops.TiledPlan)
-    return lambda: ops.linear(x, weight, None, layer.mux_pool, plan)
+    assert isinstance(plan, ops.FusedPlan)
+    return lambda: plan.linear(x, weight, None, layer.mux_pool)
 
 
 def ours_as_a_module(backend: ops.Backend = "auto") -> Provider:

@@ -23,7 +23,7 @@ from torch import nn
 
 import lora_mux
 from lora_mux.measure.provenance import ROOT, provenance
-from lora_mux.progress import shown
+from lora_mux.progress import progress_bar
 
 
 def stack(layers: int, width: int) -> nn.Sequential:
@@ -90,7 +90,7 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     model: Any = peft.PeftModel.from_pretrained(
         stack(args.layers, args.width), folders[0], adapter_name="a0"
     )
-    numbers = iter(shown(range(1, args.peft), "PEFT"))
+    numbers = iter(progress_bar(range(1, args.peft), "PEFT"))
 
     def load() -> None:
         i = next(numbers)

@@ -1,6 +1,9 @@
-"""lora_mux: a different subset of LoRA adapters for every row of a batch.
+"""One batch, a different mix of LoRA adapters in every row.
 
-y[m] = W0 x[m] + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
+    y[m] = W0 x[m] + bias + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
+
+`attach` lets the rows of a whole model's batches choose their own adapters, and returns a `Mux`.
+`MuxLinear` does it for a single layer, with a `Routing` for each batch.
 """
 
 from . import errors as errors

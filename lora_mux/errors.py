@@ -1,25 +1,28 @@
 """Every error that lora_mux raises on purpose, in one tree.
 
     LoraMuxError
-    |-- ArgumentTypeError    (TypeError)     an argument of the wrong type
-    |-- AdapterError         (ValueError)    a name, A, B, alpha or scaling that does not do
-    |-- CheckpointError      (ValueError)    a PEFT folder that is broken, unsafe or not plain LoRA
-    |-- RoutingError         (ValueError)    an index, a weight or rows that do not fit
-    |-- InputError           (ValueError)    an x that the layer cannot take
-    |-- TargetError          (ValueError)    a model or a layer that cannot carry adapters
-    |-- BackendError         (ValueError)    a backend that does not exist or cannot run here
-    |-- UnknownAdapterError  (KeyError)      a name or a handle that no adapter has (any more)
-    |-- PoolCapacityError    (RuntimeError)  adapters too many for a pool that can not grow
-    |-- RoutingBusyError     (RuntimeError)  another thread is in a `with` block or forward pass
-    `-- DetachedError        (RuntimeError)  a Mux that was used after detach()
+    |-- ArgumentTypeError    (TypeError)     an argument has the wrong type
+    |-- AdapterError         (ValueError)    a name, A, B, alpha or scaling cannot make an adapter
+    |-- CheckpointError      (ValueError)    a checkpoint is broken, unsafe, or not plain LoRA
+    |-- RoutingError         (ValueError)    an index, a weight or rows do not fit
+    |-- InputError           (ValueError)    an input x does not fit the layer
+    |-- TargetError          (ValueError)    a model or a layer cannot carry adapters
+    |-- BackendError         (ValueError)    a backend does not exist, or cannot run here
+    |-- UnknownAdapterError  (KeyError)      no loaded adapter has this name or handle
+    |-- PoolCapacityError    (RuntimeError)  adapters do not fit, and their pool cannot grow
+    |-- RoutingBusyError     (RuntimeError)  another thread is using the model's route
+    `-- DetachedError        (RuntimeError)  this Mux was detached from its model
 
-Each message names the argument, what was expected, what was got and the way out. Whatever raises
-one of these has changed nothing.
+Each message names the argument, what was expected, what was got, and the way out. A call that
+raises one of these errors has changed nothing.
 """
 
 
 class LoraMuxError(Exception):
-    """The root: `except lora_mux.LoraMuxError` catches everything below."""
+    """The root of the tree.
+
+    `except lora_mux.LoraMuxError` catches every error that lora_mux raises on purpose.
+    """
 
 
 class ArgumentTypeError(LoraMuxError, TypeError):
@@ -27,15 +30,15 @@ class ArgumentTypeError(LoraMuxError, TypeError):
 
 
 class AdapterError(LoraMuxError, ValueError):
-    """A name, factor, alpha or scaling cannot make an adapter."""
+    """A name, a factor, an alpha or a scaling cannot make an adapter."""
 
 
 class CheckpointError(LoraMuxError, ValueError):
-    """A checkpoint folder is missing, broken, unsafe, or says more than plain LoRA."""
+    """A checkpoint is missing, broken or unsafe, or holds more than plain LoRA."""
 
 
 class RoutingError(LoraMuxError, ValueError):
-    """An index, a weight or a list of rows does not fit."""
+    """An index, a weight or a list of rows does not fit the batch or the model."""
 
 
 class InputError(LoraMuxError, ValueError):
@@ -51,14 +54,14 @@ class BackendError(LoraMuxError, ValueError):
 
 
 class UnknownAdapterError(LoraMuxError, KeyError):
-    """A name or a handle belongs to no adapter, or no longer does."""
+    """No loaded adapter has this name or this handle."""
 
     # KeyError shows the repr of its argument, which would put the whole message in quotes.
     __str__ = Exception.__str__
 
 
 class PoolCapacityError(LoraMuxError, RuntimeError):
-    """Adapters do not fit into a pool that can not grow: bounded, or read by a CUDA graph."""
+    """Adapters do not fit into a pool that cannot grow: it is bounded, or a CUDA graph reads it."""
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):
@@ -66,4 +69,4 @@ class RoutingBusyError(LoraMuxError, RuntimeError):
 
 
 class DetachedError(LoraMuxError, RuntimeError):
-    """The Mux was detached from its model."""
+    """This Mux was detached from its model."""

@@ -1,14 +1,14 @@
-"""A bar on a terminal, for what takes a while."""
+"""A progress bar for work that takes a while."""
 
 import sys
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 
-T = TypeVar("T")
+Step = TypeVar("Step")
 
 
-def shown(steps: Collection[T], what: str) -> Iterable[T]:
-    """The steps, with a bar on stderr where that is a terminal and rich is installed."""
+def progress_bar(steps: Collection[Step], title: str) -> Iterable[Step]:
+    """The steps, with a bar on stderr if that is a terminal and rich is installed."""
     if not sys.stderr.isatty():
         return steps
     try:
@@ -16,4 +16,4 @@ def shown(steps: Collection[T], what: str) -> Iterable[T]:
         from rich.progress import track
     except ImportError:
         return steps
-    return track(steps, description=what, transient=True, console=Console(stderr=True))
+    return track(steps, description=title, transient=True, console=Console(stderr=True))

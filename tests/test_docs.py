@@ -1,9 +1,16 @@
-"""All Python in README, docs and docstrings runs; commands and links in them exist."""
+"""All Python in README, docs and docstrings runs; links and figures hold; the site builds."""
 
+import contextlib
 import doctest
 import importlib
+import inspect
+import io
+import os
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,13 +19,17 @@ import pytest
 import torch
 
 import lora_mux
-import peft_oracle
+import plot
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/*.md"))]
 WITH_CODE = {"README.md"} | {
     f"docs/{name}.md"
-    for name in (*("backends", "concepts", "examples", "from_peft", "quickstart", "serving"),)
+    for name in (
+        *("compose", "concepts", "errors", "examples", "from_peft", "graphs"),
+        *("isolation", "quickstart", "route_tokens", "serving"),
+    )
 }
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]
 
@@ -27,25 +38,90 @@ def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def readme_surroundings(folder: Path) -> dict[str, Any]:
-    """What the README's reader has: a model, inputs, and two adapters in adapters/."""
-    model = peft_oracle.llama()
-    configs = peft_oracle.configs("llama")
-    wanted = {"sql": configs["plain"], "french": configs["rslora"]}
-    peft_oracle.save_adapters(model, wanted, folder / "adapters")
-    return {"model": model, "input_ids": torch.randint(1, 255, (4, 5))}
+def python_of(page: Path) -> list[str]:
+    """The blocks of Python on a page."""
+    found: list[str] = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    return found
+
+
+def run(code: str, name: str, names: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' and peft's own
+        exec(compile(code, name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    """In an empty folder and without any names, as for a reader who pastes it."""
+    code = python_of(page)
     assert bool(code) == (page_name(page) in WITH_CODE)
     monkeypatch.chdir(tmp_path)
-    names = readme_surroundings(tmp_path) if page.name == "README.md" and code else {}
+    names: dict[str, Any] = {}
     for i, block in enumerate(code):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers' and peft's own
-            exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
+        run(block, f"{page.name}, block {i + 1}", names)
+
+
+def test_the_readme_s_first_block_shows_four_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        run(python_of(ROOT / "README.md")[0], "README.md, block 1", {})
+    answers = [line.rpartition("[")[2] for line in shown.getvalue().splitlines()]
+    assert len(answers) == len(set(answers)) == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_s_first_screen() -> None:
+    """It ends where the site's first page stops including it."""
+    included = re.match(r'--8<-- "README.md::(\d+)"', (ROOT / "docs/index.md").read_text("utf-8"))
+    assert included and int(included[1]) <= 40
+    lines = README.splitlines()
+    assert lines[int(included[1]) :][:2] == ["## The formula", ""]
+    assert "pip install" in "\n".join(lines[: int(included[1])])
+
+
+def test_the_readme_links_only_to_other_projects() -> None:
+    """A package index shows it without our other files; what it names as text is there."""
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]+)\)", README))
+    named = set(re.findall(r"[\w./]+\.(?:md|jsonl)", README))
+    assert len(named) > 12
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def shares(provider: str, selections: int) -> list[float]:
+    """Times of a provider as shares of the base, where rows have so many adapters."""
+    panels = plot.panels(plot.read(ROOT / "bench/results/cpu.jsonl"))
+    return [
+        share
+        for providers in panels.values()
+        for case, share in providers[provider]
+        if case.endswith(f"/ {selections}")
+    ]
+
+
+def test_the_readme_s_figures_are_the_record_s() -> None:
+    text = " ".join(README.split())
+    claim = re.search(
+        r"a layer takes (\S+) to (\S+) times .*? takes (\S+) to (\S+) times\. \((\d+) workloads",
+        text,
+    )
+    assert claim
+    ours, theirs = shares("lora_mux as a module", 4), shares("PEFT mixed", 4)
+    measured = [f"{min(ours):.1f}", f"{max(ours):.1f}", f"{min(theirs):.0f}", f"{max(theirs):.0f}"]
+    assert list(claim.groups()) == [*measured, str(len(ours))]
+
+
+def test_the_table_of_benchmarks_is_the_record_s() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    table, *sums = plot.cpu_table(plot.read(ROOT / "bench/results/cpu.jsonl")).split("\n\n")
+    assert table in page
+    assert [re.findall(r"\d+ of \d+|\d+$", line) for line in sums] == [
+        ["120 of 120", "120"],
+        ["118 of 120", "120"],
+    ]
+    assert "In all 120 cells we are within 10 %" in page and "118 cells are within 10 %" in page
 
 
 def test_the_quickstart_s_error_message() -> None:
@@ -83,7 +159,70 @@ def test_there_are_docstring_examples() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_and_scripts_exist(page: Path) -> None:
     text = page.read_text("utf-8")
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
         assert (page.parent / link).exists(), link
-    for script in re.findall(r"bash (\S+)", text):
+    for script in re.findall(r"bash ([\w./]+)", text):
         assert (ROOT / script).exists(), script
+
+
+def test_every_error_has_its_section() -> None:
+    page = (ROOT / "docs/errors.md").read_text("utf-8")
+    sections = re.findall(r"^::: lora_mux\.errors\.(\w+)$", page, re.MULTILINE)
+    assert sections == [n for n, x in vars(lora_mux.errors).items() if inspect.isclass(x)]
+    assert page.count("**What to do:**") == len(sections) - 1  # all but the root
+
+
+def build(root: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+    """mkdocs as `scripts/docs` calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
+        cwd=root,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation's pages, built; warnings are errors."""
+    pytest.importorskip("mkdocs", reason="its tools need Python 3.11")
+    out = tmp_path_factory.mktemp("site")
+    done = build(ROOT, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_site_documents_every_public_name(site: Path) -> None:
+    page = (site / "api.html").read_text("utf-8")
+    for name in ("Mux.load", "Mux.route", "MuxLinear.forward", "Routing.check"):
+        assert f'id="lora_mux.{name}"' in page, name
+    for name in set(lora_mux.__all__) - {"errors", "LoraMuxError", "__version__"}:
+        assert re.search(rf'id="lora_mux\.([\w.]*\.)?{name}"', page), name
+    assert "<strong>base</strong>" not in page  # of "__base__", without backticks
+
+
+def test_the_site_fetches_nothing(site: Path) -> None:
+    """Neither fonts nor scripts nor pictures come from elsewhere."""
+    fetching = re.compile(
+        r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//"""
+    )
+    pages = [*site.rglob("*.html")]
+    assert len(pages) > 15
+    for page in pages:
+        assert not fetching.search(page.read_text("utf-8")), page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(?:https?:)?//", sheet.read_text("utf-8")), sheet.name
+
+
+def test_a_broken_link_stops_the_build(site: Path, tmp_path: Path) -> None:
+    """To a page, or to a heading; that the same pages build as they are is what `site` shows."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for name in ("README.md", "lora_mux", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    with (tmp_path / "docs" / "demo.md").open("a", encoding="utf-8") as page:
+        page.write("\n[a](no_page.md) [b](concepts.md#no-heading)\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    assert "no_page.md" in done.stderr and "no-heading" in done.stderr

@@ -301,7 +301,11 @@ REFUSALS = {
     "rows: weight nan": Refusal(
         lambda s: s.routed([{"sql": NAN}]), ("`rows[0]`", "finite", "nan"), ValueError
     ),
-    "rows: count": Refusal(lambda s: s.routed(["sql"]), ("`rows`", "here 3", "got 1"), ValueError),
+    "rows: count": Refusal(
+        lambda s: s.routed(["sql"]),
+        ("`rows`", "one entry per sample of the batch (3)", "got 1"),
+        ValueError,
+    ),
     "rows: handle": Refusal(
         lambda s: s.routed(index([0], [99], [0])), ("`index[1, 0]`", "got 99"), KeyError
     ),
@@ -313,7 +317,7 @@ REFUSALS = {
     ),
     "route_tokens: count": Refusal(
         lambda s: s.routed_tokens(["sql"]),
-        ("one row per token", "here 3", "got 1"),
+        ("`rows`", "one entry per token of the batch (3)", "got 1"),
         ValueError,
     ),
     "lengths: type": Refusal(

@@ -1,6 +1,14 @@
-"""The adapters of one attached model: all of them resident, or as many as the memory holds."""
+"""The adapters of one attached model: names, handles and rank rows, changed from any thread.
+
+resident       Adapters: all of them are in the pools, which grow
+bounded        BoundedAdapters: pools of a fixed size; the other adapters wait on the host
+placement      which adapters make room for others, and which move
+copy_stream    how values travel to a device while the model computes
+memory_budget  how many rank rows a number of bytes buys
+memory_report  how much memory the adapters take
+"""
 
 from .bounded import BoundedAdapters as BoundedAdapters
-from .memory_budget import bytes_of as bytes_of
-from .memory_report import Memory as Memory
+from .memory_budget import parse_size as parse_size
+from .memory_report import MemoryReport as MemoryReport
 from .resident import Adapters as Adapters

@@ -3,279 +3,267 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 
-from ..checkpoints import Block, Stored, kept
+from ..checkpoints import PackedTensors, StoredAdapter, copy_to_host
 from ..core import LoraWeights, Pool, Slots, rank_rows
 from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
-from ..routes import Router
-from .copies import Lane
-from .memory_budget import split
-from .placement import Placement, place
-from .resident import Adapters, R
-
-T = TypeVar("T")
+from ..routes import Route, Router
+from .copy_stream import CopyStream
+from .memory_budget import rank_rows_within
+from .placement import Placement, find_room
+from .resident import Adapters, AnyRoute
 
 
 @dataclass
-class Known:
-    """A loaded adapter, resident or not."""
+class LoadedAdapter:
+    """An adapter that was loaded, resident or not."""
 
-    stored: Stored
-    rows: Mapping[str, int]  # path -> the rank rows that it takes there
-    marks: dict[torch.device, torch.cuda.Event | None] = field(default_factory=dict)
+    stored: StoredAdapter
+    rank_rows: Mapping[str, int]  # path -> the rank rows that it takes there
+    # Of a resident adapter: the marks after its copies.
+    arrivals: dict[torch.device, torch.cuda.Event | None] = field(default_factory=dict)
 
 
 class BoundedAdapters(Adapters):
-    """Loading registers an adapter; routing, prefetching or pinning makes it resident.
+    """Loading registers an adapter. Routing, prefetching or pinning it makes it resident.
 
     The pools have their size from the beginning and never move, so that a CUDA graph may read them.
-    When one is full, the adapters that were routed least recently make room, except those that are
-    pinned or that a forward pass may still ask for.
+    When a pool is full, the adapters that were routed least recently make room, except those that
+    are pinned or that a forward pass may still ask for.
     """
 
     def __init__(
         self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router, memory: int
     ) -> None:
         super().__init__(layers, slots, router)
-        self._pools = {path: layer.mux_pool for path, layer in layers.items()}
-        rows = split(memory, list(self._pools.values()))
+        rows = rank_rows_within(memory, list(self._pools.values()))
         for pool in self._pools.values():
             pool.fix(rows)
-        self._known: dict[int, Known] = {}  # by handle
-        self._recent: dict[int, None] = {}  # the resident handles, the one routed last at the end
-        self._pinned: set[int] = set()
-        self._lanes: dict[torch.device, Lane] = {}
+        self._loaded: dict[int, LoadedAdapter] = {}  # by handle
+        self._resident: dict[int, None] = {}  # handles, the one that was routed last at the end
+        self._streams: dict[torch.device, CopyStream] = {}
 
     def add(
         self, name: str, weights: Mapping[str, LoraWeights], source: str, replace: bool = False
     ) -> int:
-        """Keep a copy of an adapter on the host."""
-        self._checked(weights, source)
-        return self.load(name, kept(source, weights, self._by_gpu()), replace)
+        """Load a copy of an adapter, which stays on the host."""
+        self._cut(weights, source)
+        return self.load(name, copy_to_host(source, weights, self._on_gpu()), replace)
 
-    def load(self, name: str, stored: Stored, replace: bool = False) -> int:
-        """Register an adapter, whose values are read when it becomes resident.
+    def load(self, name: str, stored: StoredAdapter, replace: bool = False) -> int:
+        """Register an adapter; its values are read when it becomes resident.
 
-        One that replaces an adapter that is pinned or in force by name becomes resident at once.
+        It becomes resident at once if it replaces an adapter that is pinned or in force by name.
         """
-        shapes = self._fitting(stored)
+        shapes = self._cut_shapes(stored)
         with self._lock:
             self._slots.check_new(name, replace)
-            self._reap()
+            self._free_unused()
             for path, part in shapes.items():
                 check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
             handle = self._slots.allot()
             rows = {path: rank_rows(part) for path, part in shapes.items()}
-            for path, pool in self._pools.items():  # for a graph to read them wherever it ends up
+            for path, pool in self._pools.items():  # so that a graph can read it in any slot
                 pool.reserve(0, self._slots.capacity, rows.get(path, 0))
-            self._known[handle] = Known(stored, rows)
+            self._loaded[handle] = LoadedAdapter(stored, rows)
         try:
-            self._settle(name, handle, replace)
+            self._name(handle, name, replace)
         except BaseException:
             with self._lock:
-                self._put_out([handle] if handle in self._recent else [])
-                del self._known[handle]
+                self._put_out([handle] if handle in self._resident else [])
+                del self._loaded[handle]
                 self._slots.free(handle)
             raise
         return handle
 
-    def _settle(self, name: str, handle: int, replace: bool) -> None:
-        """Give a registered adapter its name."""
+    def _name(self, handle: int, name: str, replace: bool) -> None:
+        """Give a registered adapter its name, and the residence and pin of the one before."""
 
         def needed() -> list[int]:
             self._slots.check_new(name, replace)
             before = self._slots.get(name)
-            kept = before is not None and (before in self._pinned or self._router.follows(before))
-            return [handle] if kept else []
+            if before is None or not (before in self._pinned or self._router.is_sticky(before)):
+                return []
+            return [handle]
 
-        def bind() -> None:
-            before = self._slots.get(name)
-            if before in self._pinned:
+        with self._made_resident(needed):
+            if self._slots.get(name) in self._pinned:
                 self._pinned.add(handle)
             self._bind(name, handle)
 
-        self._with_resident(needed, bind)
-
     def remove(self, name: str) -> None:
-        """Forget a name; its handle is dead from now on."""
+        """Forget a name. Its handle is dead from now on."""
         with self._lock, self._writing():
             super().remove(name)
 
-    def enter(self, make: Callable[[], R], put: Callable[[R], None], leaving: bool = False) -> R:
-        """Make a route, its adapters resident, and put it in force."""
-        route: R
+    @contextmanager
+    def resident(self, make: Callable[[], AnyRoute], leaving: bool = False) -> Iterator[AnyRoute]:
+        """A block in which a new route can be put in force: its adapters are resident and stay."""
+        route: AnyRoute
 
         def needed() -> Iterable[int]:
             nonlocal route
             route = make()
-            handles = None if route is None else route.handles
-            if route is not None and handles:
-                if not (handles <= self._known.keys() and handles.isdisjoint(self._gone)):
-                    self._slots.check_loaded(route.routing.index)  # which raises
-            return handles or ()
+            return self._handles_of(route)
 
-        def bind() -> R:
-            put(route)
-            return route
+        with self._made_resident(needed, leaving):
+            yield route
 
-        return self._with_resident(needed, bind, leaving)
+    def _handles_of(self, route: Route | None) -> Iterable[int]:
+        if route is None or not route.handles:
+            return ()
+        if not (route.handles <= self._loaded.keys() and route.handles.isdisjoint(self._nameless)):
+            self._slots.check_loaded(route.routing.index)  # which raises
+        return route.handles
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
         wanted = list(names)
-        self._with_resident(lambda: self._slots.lookup(wanted).values(), lambda: None)
+        with self._made_resident(lambda: self._slots.lookup(wanted).values()):
+            pass
 
-    def pin(self, name: str, pinned: bool) -> None:
-        """Keep an adapter resident, or no longer."""
-        if pinned:
-            self._with_resident(
-                lambda: self._slots.lookup([name]).values(),
-                lambda: self._pinned.add(self._slots.lookup([name])[name]),
-            )
-            return
+    def pin(self, name: str) -> None:
+        """Make an adapter resident, and keep it so."""
+        with self._made_resident(lambda: self._slots.lookup([name]).values()) as handles:
+            self._pinned.update(handles)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter make room for others again."""
         with self._lock:
             self._pinned.discard(self._slots.lookup([name])[name])
 
-    def _with_resident(
-        self,
-        needed: Callable[[], Iterable[int]],
-        then: Callable[[], T],
-        leaving: bool = False,
-    ) -> T:
-        """Make adapters resident, and call `then` before any of them can be evicted again.
+    @contextmanager
+    def _made_resident(
+        self, needed: Callable[[], Iterable[int]], leaving: bool = False
+    ) -> Iterator[list[int]]:
+        """A block that holds the lock, in which the handles that `needed` returns are resident.
 
-        Files are read without the lock, and what they are needed for is looked at again after.
+        Files are read without the lock. `needed` is called again afterwards, because names and
+        routes may have changed.
         """
-        blocks: dict[int, Block] = {}
+        read: dict[int, PackedTensors] = {}
         while True:
             with self._lock:
                 handles = list(needed())
-                coming = [handle for handle in handles if handle not in self._recent]
-                placement = self._place(coming, handles, leaving) if coming else None
-                unread = {h: self._known[h] for h in coming if h not in blocks}
+                arriving = [handle for handle in handles if handle not in self._resident]
+                placement = self._find_room(arriving, handles, leaving) if arriving else None
+                unread = {h: self._loaded[h].stored for h in arriving if h not in read}
                 if not unread:
                     if placement is not None:
-                        self._carry_out(placement, blocks)
+                        self._carry_out(placement, read)
                     self._use(handles)
-                    return then()
-            for handle, known in unread.items():
-                blocks[handle] = self._read(known.stored)
+                    yield handles
+                    return
+            for handle, stored in unread.items():
+                read[handle] = self._read(stored)
 
-    def _place(self, coming: list[int], wanted: list[int], leaving: bool) -> Placement:
-        self._reap()
-        held = self._router.held(leaving)
-        # What only a device knows may be any that is resident.
-        resident = *self._gone, *self._recent
-        idle = [h for h in resident if held is not None and h not in held]
+    def _find_room(self, arriving: list[int], wanted: list[int], leaving: bool) -> Placement:
+        self._free_unused()
+        reachable = self._router.reachable(leaving)
+        present = *self._nameless, *self._resident
+        # A route that only the device knows may select any adapter that is present.
+        idle = [h for h in present if reachable is not None and h not in reachable]
         spared = self._pinned | set(wanted)
-        rows = {handle: self._known[handle].rows for handle in (*coming, *idle)}
-        return place(self._pools, rows, coming, idle, [h for h in idle if h not in spared])
+        rows = {handle: self._loaded[handle].rank_rows for handle in (*arriving, *idle)}
+        return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
 
-    def _read(self, stored: Stored) -> Block:
+    def _read(self, stored: StoredAdapter) -> PackedTensors:
         """An adapter's values, checked."""
-        block = stored.read(self._by_gpu())
-        for path, part in stored.weights(block).items():
+        values = stored.read(self._on_gpu())
+        for path, part in stored.weights(values).items():
             pool = self._pools[path]
-            # Else it is known from reading, or from when it was handed over.
+            # Otherwise they are known to be finite, since they were read or handed over.
             widest = max(torch.finfo(tensor.dtype).max for tensor in (part.A, part.B))
             if torch.finfo(pool.A_rows.dtype).max < widest or part.bias is not None:
                 pool.check_values(part, f"{stored.source}[{path!r}]")
-        return block
+        return values
 
-    def _carry_out(self, placement: Placement, blocks: Mapping[int, Block]) -> None:
-        lanes = self._lanes_in_use()
+    def _carry_out(self, placement: Placement, read: Mapping[int, PackedTensors]) -> None:
+        streams = self._streams_in_use()
         with self._writing():
             self._put_out(placement.evicted)
             for path, slots in placement.sliding.items():
                 for slot in slots:
                     self._pools[path].slide(slot)
-        for handle in placement.order:
-            known = self._known[handle]
-            there = {
-                device: known.stored.weights(lane.bring(blocks[handle]))
-                for device, lane in lanes.items()
+        for handle in placement.arriving:
+            adapter = self._loaded[handle]
+            weights = {
+                device: adapter.stored.weights(stream.to_device(read[handle]))
+                for device, stream in streams.items()
             }
             with self._writing():
-                write(self._slots, handle, self._cut(there))
-            known.marks = {device: lane.mark() for device, lane in lanes.items()}
-            self._recent[handle] = None
+                write(self._slots, handle, self._parts(weights))
+            adapter.arrivals = {device: stream.mark() for device, stream in streams.items()}
+            self._resident[handle] = None
 
-    def _cut(
-        self, there: Mapping[torch.device, Mapping[str, LoraWeights]]
+    def _parts(
+        self, weights: Mapping[torch.device, Mapping[str, LoraWeights]]
     ) -> Iterator[tuple[Pool, LoraWeights | None]]:
-        """Each pool, and what it is to hold of an adapter that was brought to the devices."""
+        """Each pool with what it is to hold of an adapter, whose weights are on every device."""
         for path, layer in self._layers.items():
-            weights = there[layer.mux_pool.A_rows.device].get(path)
-            if weights is not None and layer.mux_part is not None:
-                weights = layer.mux_part.cut(weights, path)
-            yield layer.mux_pool, weights
+            part = weights[layer.mux_pool.A_rows.device].get(path)
+            if part is not None and layer.mux_shard is not None:
+                part = layer.mux_shard.cut(part, path)
+            yield layer.mux_pool, part
 
     def _put_out(self, handles: Iterable[int]) -> None:
+        """Take adapters out of the pools; those without a name are gone for good."""
         for handle in handles:
-            if handle in self._gone:
+            if handle in self._nameless:
                 self._free(handle)
                 continue
-            self._slots.sleep(handle)
+            self._slots.suspend(handle)
             self._erase(handle)
-            del self._recent[handle]
+            del self._resident[handle]
 
     def _use(self, handles: Iterable[int]) -> None:
         """Note that adapters are used now, and let the current stream wait for their arrival."""
         for handle in handles:
-            del self._recent[handle]
-            self._recent[handle] = None
-            for device, mark in self._known[handle].marks.items():
-                self._lanes[device].wait(mark)
+            del self._resident[handle]
+            self._resident[handle] = None
+            for device, mark in self._loaded[handle].arrivals.items():
+                self._streams[device].wait(mark)
 
     def _retire(self, handle: int) -> None:
         self._pinned.discard(handle)
-        self._recent.pop(handle, None)
+        self._resident.pop(handle, None)
         super()._retire(handle)
 
     def _free(self, handle: int) -> None:
         with self._writing():
             super()._free(handle)
-        del self._known[handle]
+        del self._loaded[handle]
 
-    def _is_resident(self, handle: int) -> bool:
-        return handle in self._recent
-
-    def _is_pinned(self, handle: int) -> bool:
-        return handle in self._pinned
-
-    def _reserved(self, rank_rows: int) -> int:
-        return 0  # the rank rows are there from the beginning
-
-    def _fitting(self, stored: Stored) -> dict[str, LoraWeights]:
-        fitting = super()._fitting(stored)
-        for path, part in fitting.items():
+    def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
+        shapes = super()._cut_shapes(stored)
+        for path, part in shapes.items():
             capacity = self._pools[path].runs.capacity
             if rank_rows(part) > capacity:
                 raise PoolCapacityError(
                     f"`{stored.source}[{path!r}]` must fit into the pool of {capacity} rank rows, "
                     f"got {rank_rows(part)}; attach with more memory"
                 )
-        return fitting
+        return shapes
 
     def _devices(self) -> set[torch.device]:
         return {pool.A_rows.device for pool in self._pools.values()}
 
-    def _by_gpu(self) -> bool:
+    def _on_gpu(self) -> bool:
+        """Whether a pool is on a GPU, so that copies from pinned memory pay off."""
         return any(device.type == "cuda" for device in self._devices())
 
-    def _lanes_in_use(self) -> dict[torch.device, Lane]:
-        for device in self._devices() - self._lanes.keys():
-            self._lanes[device] = Lane(device)
-        return {device: self._lanes[device] for device in self._devices()}
+    def _streams_in_use(self) -> dict[torch.device, CopyStream]:
+        for device in self._devices() - self._streams.keys():
+            self._streams[device] = CopyStream(device)
+        return {device: self._streams[device] for device in self._devices()}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Inside, what is written to pools and tables goes by the lanes, in one order for all."""
+        """What is written to pools and tables inside goes through the streams, in one order."""
         with ExitStack() as stack:
-            for lane in self._lanes_in_use().values():
-                stack.enter_context(lane.writing())
+            for stream in self._streams_in_use().values():
+                stack.enter_context(stream.writing())
             yield

@@ -1,4 +1,4 @@
-"""How much memory the pools of a model may take, and how many rank rows that is in each."""
+"""How much memory the pools of a model may take, and how many rank rows it buys in each."""
 
 import re
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ UNITS = {"B": 1} | {
 }
 
 
-def bytes_of(memory: object) -> int:
-    """A number of bytes, of an int or a str such as "2GiB" or "500 MB".
+def parse_size(memory: object) -> int:
+    """The number of bytes in an int, or in a str such as "2GiB" or "500 MB".
 
     Raises:
-        ArgumentTypeError: neither int nor str.
-        AdapterError: a str that is no such size, or nothing at all.
+        ArgumentTypeError: memory is neither int nor str.
+        AdapterError: the str is no such size, or the size is less than a byte.
 
-    Example:
-        >>> bytes_of("1.5KiB"), bytes_of("2 GB"), bytes_of(7)
+    Examples:
+        >>> parse_size("1.5KiB"), parse_size("2 GB"), parse_size(7)
         (1536, 2000000000, 7)
     """
     if isinstance(memory, bool) or not isinstance(memory, int | str):
@@ -37,16 +37,16 @@ def bytes_of(memory: object) -> int:
     return size
 
 
-def split(memory: int, pools: Sequence[Pool]) -> int:
-    """The rank rows of each pool, the same number in all, that `memory` bytes hold.
+def rank_rows_within(memory: int, pools: Sequence[Pool]) -> int:
+    """The rank rows that `memory` bytes buy in each pool, the same number in all.
 
     Raises:
-        PoolCapacityError: not even one.
+        PoolCapacityError: the memory is less than one rank row in each.
     """
-    row = sum(pool.row_bytes for pool in pools)
-    if memory < row:
+    row_bytes = sum(pool.row_bytes for pool in pools)
+    if memory < row_bytes:
         raise PoolCapacityError(
-            f"`memory` must hold at least one rank row in each of {len(pools)} targets, "
-            f"{row} bytes, got {memory}"
+            f"`memory` must be at least one rank row in each of {len(pools)} targets, "
+            f"{row_bytes} bytes, got {memory}"
         )
-    return memory // row
+    return memory // row_bytes

@@ -1,14 +1,17 @@
-"""What the pools of a model hold: a report, in rank rows and in bytes."""
+"""How much memory the adapters of a model take: a report in rank rows and in bytes."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from ..core import Pool, Slots, slot_of
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What one adapter holds."""
+class AdapterMemory:
+    """How much memory one adapter takes in the pools."""
 
-    rank_rows: int  # in the pools, over all targets; 0 while it waits on the host
+    rank_rows: int  # over all targets; 0 while the adapter waits on the host
     bytes: int
     resident: bool
     pinned: bool
@@ -16,51 +19,97 @@ class Holding:
 
 @dataclass(frozen=True)
 class PoolMemory:
-    """The rank rows of one target's pool."""
+    """How many rank rows the pool of one target has."""
 
     capacity: int
     used: int
     largest_free_run: int
-    row_bytes: int  # of one rank row, A's and B's part together
+    row_bytes: int  # of one rank row, A's part and B's part together
 
     @property
     def free(self) -> int:
+        """How many rank rows are free."""
         return self.capacity - self.used
 
 
 @dataclass(frozen=True)
-class Memory:
-    """All pools of a model. Bytes are those of rank rows; the tables of slots come on top."""
+class MemoryReport:
+    """How much memory the pools and the adapters of a model take.
+
+    Bytes are those of the rank rows. The tables of slots come on top.
+    """
 
     targets: Mapping[str, PoolMemory]  # by path
-    adapters: Mapping[str, Holding]  # by name
-    replaced: int  # bytes of adapters that were removed or replaced, and are still being read
+    adapters: Mapping[str, AdapterMemory]  # by name
+    replaced: int  # bytes of adapters that were removed or replaced, and are still in use
 
     @property
     def capacity(self) -> int:
-        """Bytes, used and free."""
+        """Bytes of all rank rows, used and free."""
         return sum(pool.capacity * pool.row_bytes for pool in self.targets.values())
 
     @property
     def used(self) -> int:
-        """Bytes: exactly what `adapters` and `replaced` sum up to."""
+        """Bytes of the used rank rows: exactly the sum of `adapters` and `replaced`."""
         return sum(pool.used * pool.row_bytes for pool in self.targets.values())
 
     @property
     def free(self) -> int:
-        """Bytes."""
+        """Bytes of the free rank rows."""
         return self.capacity - self.used
 
     def __str__(self) -> str:
-        resident = sum(holding.resident for holding in self.adapters.values())
+        resident = sum(adapter.resident for adapter in self.adapters.values())
         run = min((pool.largest_free_run for pool in self.targets.values()), default=0)
         return (
-            f"{_shown(self.used)} of {_shown(self.capacity)} used by {resident} of "
-            f"{len(self.adapters)} adapters; {run} rank rows in a row are free in every target"
+            f"{_readable(self.used)} of {_readable(self.capacity)} used by {resident} of "
+            f"{len(self.adapters)} adapters; {run} consecutive rank rows are free in every target"
         )
 
 
-def _shown(size: float) -> str:
+def report_memory(
+    pools: Mapping[str, Pool], slots: Slots, pinned: Collection[int], nameless: Collection[int]
+) -> MemoryReport:
+    """What the pools hold at this moment.
+
+    Args:
+        pools: the targets' pools, by path.
+        slots: the adapters of the model.
+        pinned: handles.
+        nameless: handles of adapters that were removed or replaced, and are still in use.
+    """
+    rows: Counter[int] = Counter()  # by slot
+    size: Counter[int] = Counter()  # by slot, in bytes
+    for pool in pools.values():
+        row_bytes = pool.row_bytes
+        for slot, span in pool.spans.items():
+            rows[slot] += span.rows
+            size[slot] += span.rows * row_bytes
+    return MemoryReport(
+        targets={
+            path: PoolMemory(
+                capacity=pool.runs.capacity,
+                used=pool.runs.capacity - pool.runs.free,
+                largest_free_run=pool.runs.largest,
+                row_bytes=pool.row_bytes,
+            )
+            for path, pool in pools.items()
+        },
+        adapters={
+            name: AdapterMemory(
+                rank_rows=rows[slot_of(handle)],
+                bytes=size[slot_of(handle)],
+                resident=slots.is_live(handle),
+                pinned=handle in pinned,
+            )
+            for name, handle in slots.handles.items()
+        },
+        replaced=sum(size[slot_of(handle)] for handle in nameless),
+    )
+
+
+def _readable(size: float) -> str:
+    """A number of bytes in the unit that makes it short."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

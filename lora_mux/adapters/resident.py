@@ -1,93 +1,110 @@
-"""The adapters of an attached model: names, handles and rank rows, changed from any thread."""
+"""The adapters of an attached model, all of them resident."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ..checkpoints import Stored
+from ..checkpoints import StoredAdapter
 from ..core import LoraWeights, Slots, slot_of
 from ..errors import AdapterError
 from ..layers import (
     MuxLinear,
-    check_fit,
     check_reservation,
     check_room,
-    checked,
+    cut_and_check,
+    cut_and_check_shapes,
     follow_materialised,
     store,
 )
 from ..routes import Route, Router
-from .memory_report import Holding, Memory, PoolMemory
+from .memory_report import MemoryReport, report_memory
 
-R = TypeVar("R", bound=Route | None)
+AnyRoute = TypeVar("AnyRoute", bound=Route | None)
 
 
 class Adapters:
-    """All that is loaded is resident, and the pools grow with it.
+    """Every loaded adapter is resident, and the pools grow with them.
 
-    One lock serialises changes. Forward passes do not take it: what they may still ask for
-    (`Router.held`) is left where it is, and freed once they are done.
+    One lock serialises changes. Forward passes do not take it: adapters that they may still ask for
+    (`Router.reachable`) stay where they are, and are freed later.
     """
 
     def __init__(self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router) -> None:
         self._layers = layers
+        self._pools = {path: layer.mux_pool for path, layer in layers.items()}
         self._slots = slots
         self._router = router
         self._lock = threading.RLock()
-        self._gone: set[int] = set()  # handles without a name, whose rank rows are still read
+        self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
+        self._nameless: set[int] = set()  # handles that lost their name, and may still be in use
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None}  # a copy of model and Mux together has its own
+        return {**vars(self), "_lock": None}  # a copy of model and Mux has a lock of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
 
-    def load(self, name: str, stored: Stored, replace: bool = False) -> int:
+    def load(self, name: str, stored: StoredAdapter, replace: bool = False) -> int:
         """Read an adapter and load it under a name; returns its handle."""
-        self._fitting(stored)  # before anything is read
+        self._cut_shapes(stored)  # which raises before anything is read
         return self.add(name, stored.weights(stored.read(False)), stored.source, replace)
 
     def add(
         self, name: str, weights: Mapping[str, LoraWeights], source: str, replace: bool = False
     ) -> int:
-        """Check everything, then write everything; a failure on the way leaves nothing behind."""
-        fitting = self._checked(weights, source)
+        """Load an adapter under a name; returns its handle.
+
+        Everything is checked before anything is written, and a failure leaves nothing behind.
+
+        Args:
+            name: a new name.
+            weights: path -> factors.
+            source: what error messages call them.
+            replace: the name may be that of a loaded adapter.
+        """
+        cut = self._cut(weights, source)
         with self._lock:
             self._slots.check_new(name, replace)
-            self._reap()
-            for path, part in fitting.items():
-                check_room(self._slots, self._layers[path].mux_pool, part, f"{source}[{path!r}]")
+            self._free_unused()
+            for path, part in cut.items():
+                check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
             handle = store(
-                self._slots,
-                ((layer.mux_pool, fitting.get(path)) for path, layer in self._layers.items()),
+                self._slots, ((pool, cut.get(path)) for path, pool in self._pools.items())
             )
             self._bind(name, handle)
         return handle
 
     def remove(self, name: str) -> None:
-        """Forget a name; its handle is dead from now on."""
+        """Forget a name. Its handle is dead from now on."""
         with self._lock:
             self._retire(self._slots.unbind(name))
 
-    def enter(self, make: Callable[[], R], put: Callable[[R], None], leaving: bool = False) -> R:
-        """Make a route and put it in force, with all of its adapters resident.
+    @contextmanager
+    def resident(self, make: Callable[[], AnyRoute], leaving: bool = False) -> Iterator[AnyRoute]:
+        """A block in which a new route can be put in force: its adapters are resident and stay.
+
+        Inside the block nothing else changes. Afterwards the route itself keeps its adapters where
+        they are, if it is in force.
 
         Args:
-            make: is called under the lock, so that names mean what they mean when it is put.
-            put: puts it in force, which keeps its adapters where they are.
-            leaving: the route that it takes the place of is not used any more.
+            make: makes the route. It is called with the lock held, so that names mean the same when
+                the route is put in force.
+            leaving: the route that the new one replaces is not used any more.
         """
         with self._lock:
-            route = make()
-            put(route)
-        return route
+            yield make()
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
         self._slots.lookup(list(names))
 
-    def pin(self, name: str, pinned: bool) -> None:
-        """Keep an adapter resident, or no longer."""
+    def pin(self, name: str) -> None:
+        """Make an adapter resident, and keep it so."""
+        self._slots.lookup([name])
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter make room for others again."""
         self._slots.lookup([name])
 
     def reserve(self, adapters: int, rank: int) -> None:
@@ -97,108 +114,82 @@ class Adapters:
             self._slots.capacity = max(self._slots.capacity, adapters)
             for layer in self._layers.values():
                 follow_materialised(layer)
-                layer.mux_pool.reserve(self._reserved(adapters * rank), self._slots.capacity, rank)
+                pool = layer.mux_pool
+                # Bounded pools have all their rank rows from the beginning.
+                rank_rows = adapters * rank if pool.fixed is None else 0
+                pool.reserve(rank_rows, self._slots.capacity, rank)
 
-    def memory(self) -> Memory:
-        """What the pools hold."""
+    def memory(self) -> MemoryReport:
+        """How much memory the pools and the adapters take."""
         with self._lock:
-            self._reap()
-            held: dict[int, tuple[int, int]] = {}  # slot -> rank rows, bytes
-            pools = {path: layer.mux_pool for path, layer in self._layers.items()}
-            for pool in pools.values():
-                row_bytes = pool.row_bytes
-                for slot, span in pool.spans.items():
-                    rows, size = held.get(slot, (0, 0))
-                    held[slot] = rows + span.rows, size + span.rows * row_bytes
-            return Memory(
-                targets={
-                    path: PoolMemory(
-                        pool.runs.capacity,
-                        pool.runs.capacity - pool.runs.free,
-                        pool.runs.largest,
-                        pool.row_bytes,
-                    )
-                    for path, pool in pools.items()
-                },
-                adapters={
-                    name: Holding(
-                        *held.get(slot_of(handle), (0, 0)),
-                        self._is_resident(handle),
-                        self._is_pinned(handle),
-                    )
-                    for name, handle in self._slots.handles.items()
-                },
-                replaced=sum(held.get(slot_of(handle), (0, 0))[1] for handle in self._gone),
-            )
+            self._free_unused()
+            return report_memory(self._pools, self._slots, self._pinned, self._nameless)
 
-    def _is_resident(self, handle: int) -> bool:
-        return True
-
-    def _is_pinned(self, handle: int) -> bool:
-        return False
-
-    def _reserved(self, rank_rows: int) -> int:
-        return rank_rows
-
-    def _parts(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, MuxLinear]:
-        """The layers that an adapter touches, ready to hold it; refuses one that has others."""
+    def _touched_layers(
+        self, weights: Mapping[str, LoraWeights], source: str
+    ) -> dict[str, MuxLinear]:
+        """The layers that an adapter touches, ready to hold it."""
         if not weights:
             raise AdapterError(f"`{source}` must hold at least one target, got none")
         unknown = [path for path in weights if path not in self._layers]
         if unknown:
             raise AdapterError(
-                f"`{source}`: {unknown[0]!r} must be a target of the attached model, which it is "
-                f"not ({len(unknown)} of {len(weights)} are not); attach with targets that cover it"
+                f"`{source}`: {unknown[0]!r} must be a target of the attached model, but is not "
+                f"({len(unknown)} of {len(weights)} paths are not); attach with targets that cover "
+                "it"
             )
         with self._lock:
             for layer in self._layers.values():
                 follow_materialised(layer)
         return {path: layer for path, layer in self._layers.items() if path in weights}
 
-    def _fitting(self, stored: Stored) -> dict[str, LoraWeights]:
-        """path -> the shapes of what the pool is to hold, which are right."""
+    def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
+        """Path -> checked factors without values, as the pool is to hold them."""
         shapes = stored.shapes()
         return {
-            path: check_fit(
-                layer.mux_pool, layer.mux_part, shapes[path], f"{stored.source}[{path!r}]"
+            path: cut_and_check_shapes(
+                layer.mux_pool, layer.mux_shard, shapes[path], f"{stored.source}[{path!r}]"
             )
-            for path, layer in self._parts(shapes, stored.source).items()
+            for path, layer in self._touched_layers(shapes, stored.source).items()
         }
 
-    def _checked(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, LoraWeights]:
-        """path -> what the pool is to hold."""
+    def _cut(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, LoraWeights]:
+        """Path -> checked factors, as the pool is to hold them."""
         return {
-            path: checked(layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]")
-            for path, layer in self._parts(weights, source).items()
+            path: cut_and_check(
+                layer.mux_pool, layer.mux_shard, weights[path], f"{source}[{path!r}]"
+            )
+            for path, layer in self._touched_layers(weights, source).items()
         }
 
     def _bind(self, name: str, handle: int) -> None:
         before = self._slots.bind(name, handle)
         if before is not None:
-            self._router.follow(before, handle)
+            self._router.replace_sticky(before, handle)
             self._retire(before)
 
     def _retire(self, handle: int) -> None:
-        self._gone.add(handle)
-        self._reap()
+        """Free an adapter that lost its name, now or once no forward pass uses it."""
+        self._nameless.add(handle)
+        self._free_unused()
 
-    def _reap(self) -> None:
-        """Free what lost its name, as far as no forward pass uses it."""
-        if not self._gone:
+    def _free_unused(self) -> None:
+        """Free the adapters without a name that no forward pass uses any more."""
+        if not self._nameless:
             return
-        held, read = self._router.held(), self._router.read()
-        for handle in list(self._gone):
-            # A handle that is dead can only be used by a pass that had begun before.
-            users = held if self._slots.is_awake(handle) else read
+        reachable, in_use = self._router.reachable(), self._router.in_use()
+        for handle in list(self._nameless):
+            # A pass that begins now cannot use a handle that is not live.
+            users = reachable if self._slots.is_live(handle) else in_use
             if users is not None and handle not in users:
                 self._free(handle)
 
     def _free(self, handle: int) -> None:
-        """Free what lost its name."""
-        self._gone.remove(handle)
+        """Free the slot and the rank rows of an adapter without a name."""
+        self._nameless.remove(handle)
         self._erase(handle)
         self._slots.free(handle)
 
     def _erase(self, handle: int) -> None:
-        for layer in self._layers.values():
-            layer.mux_pool.erase(slot_of(handle))
+        for pool in self._pools.values():
+            pool.erase(slot_of(handle))

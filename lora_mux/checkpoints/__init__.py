@@ -1,15 +1,20 @@
-"""Adapters as others saved them: PEFT's folders, diffusers' files, the hub, a live PeftModel.
+"""Adapters as other libraries save them. They come from strangers: everything is checked.
 
-A checkpoint comes from strangers: everything in it is checked before it is believed.
+peft_folder       PEFT's folders, adapter_config.json + adapter_model.safetensors
+peft_config       what the config in such a folder means
+peft_model        a PeftModel in memory
+diffusers_file    the LoRA file of a diffusers pipeline
+hub               repositories of the Hugging Face hub
+safetensors_file  one file of tensors: its header, and its values in one read
+stored_adapter    an adapter that is not in the pools: in a file, or packed on the host
 """
 
-from .diffusers_file import read_diffusers as read_diffusers
+from .diffusers_file import is_diffusers_folder as is_diffusers_folder
+from .diffusers_file import read_diffusers_file as read_diffusers_file
 from .hub import local_folder as local_folder
-from .live_peft import read_live as read_live
-from .live_peft import unload as unload
-from .peft_folder import CONFIG as CONFIG
-from .peft_folder import DIFFUSERS as DIFFUSERS
-from .peft_folder import read_checkpoint as read_checkpoint
-from .safetensors_file import Block as Block
-from .stored_adapter import Stored as Stored
-from .stored_adapter import kept as kept
+from .peft_folder import read_peft_folder as read_peft_folder
+from .peft_model import read_peft_model as read_peft_model
+from .peft_model import unload_peft as unload_peft
+from .safetensors_file import PackedTensors as PackedTensors
+from .stored_adapter import StoredAdapter as StoredAdapter
+from .stored_adapter import copy_to_host as copy_to_host

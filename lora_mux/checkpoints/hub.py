@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentTypeError, CheckpointError
-from .peft_folder import CONFIG, DIFFUSERS, WEIGHTS
+from .diffusers_file import DIFFUSERS_FILE
+from .peft_folder import CONFIG_FILE, WEIGHTS_FILE
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 
 
 def local_folder(folder: str | PathLike[str], revision: str | None = None) -> Path:
-    """The folder itself; for user/name that is no path here, where the hub's copy of it lies.
+    """The local folder of a checkpoint, downloaded first if it is on the hub.
 
-    Of a repository only config and safetensors are fetched, into the hub's cache.
+    Args:
+        folder: a path, or user/name of a repository. Only its config and its safetensors are
+            downloaded, into the hub's cache.
+        revision: a branch, a tag or a commit of the repository.
 
     Raises:
-        ArgumentTypeError: something that is no path.
-        CheckpointError: a repository, or a revision of it, that can not be had.
+        ArgumentTypeError: folder is not a path.
+        CheckpointError: the repository or its revision cannot be had.
     """
     if not isinstance(folder, str | PathLike):
         raise ArgumentTypeError(
@@ -28,7 +32,8 @@ def local_folder(folder: str | PathLike[str], revision: str | None = None) -> Pa
             f"got {type(folder).__name__}"
         )
     path = Path(folder)
-    # adapters/sql with a folder adapters is a path with an error in it, and goes to no server.
+    # If there is a folder adapters, then adapters/sql is a misspelt path, and no server hears of
+    # it.
     if not isinstance(folder, str) or not REPOSITORY.fullmatch(folder) or path.parent.exists():
         if revision is not None:
             raise CheckpointError(f"`revision` must be None for a local folder, got {revision!r}")
@@ -40,12 +45,12 @@ def local_folder(folder: str | PathLike[str], revision: str | None = None) -> Pa
         )
     hub: Any = importlib.import_module("huggingface_hub")
     try:
-        got: str = hub.snapshot_download(
-            folder, revision=revision, allow_patterns=[CONFIG, WEIGHTS, DIFFUSERS]
+        downloaded: str = hub.snapshot_download(
+            folder, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE]
         )
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         raise CheckpointError(
             f"`folder` must be an existing folder or a repository of the hub, got {folder!r}: "
             f"{error}"
         ) from error
-    return Path(got)
+    return Path(downloaded)

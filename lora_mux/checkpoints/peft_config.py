@@ -1,8 +1,8 @@
-"""adapter_config.json: what PEFT's LoraConfig says of a saved adapter, field by field.
+"""adapter_config.json: what PEFT's LoraConfig says about a saved adapter, field by field.
 
-Every field is honoured, ignored because it does not matter to a trained adapter's forward pass, or
-refused because it means another formula. An unknown field that says something is refused as well:
-it may be a variant that this version does not know.
+A field is honoured, or ignored because it does not matter to the forward pass of a trained adapter,
+or refused because it means another formula. An unknown field that is set is refused as well,
+because it may be a variant that this version does not know.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py and utils/other.py (get_pattern_key).
 """
@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
     "exclude_modules layers_to_transform layers_pattern init_lora_weights bias".split()
 )
-# Training, initialisation, storage and metadata: the trained factors already say it all.
+# Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
     "lora_dropout fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
     "corda_config lora_ga_config ensure_weight_tying runtime_config task_type auto_mapping "
@@ -42,12 +42,18 @@ REFUSED = {
     "layer_replication": "it changes the layers of the base model",
     "megatron_config": "Megatron layers are not supported",
 }
-# These start from a shifted base, which PEFT changes on load; after conversion the field is true.
+# Initialisations that shift the base model, which PEFT repeats on load. Once converted, an adapter
+# says true instead.
 SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 
 MAX_CONFIG_BYTES = 1 << 20
-T = TypeVar("T")
+MAX_ALPHA = 1e30  # which also keeps out the ints that overflow a float
+MAX_PATTERN_LENGTH = 1000
+MAX_REPEATS = 4  # with five, a path of 100 characters can take 10^8 steps
+MAX_TEXT_IN_ERROR = 80
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -66,28 +72,29 @@ class PeftConfig:
     layers_pattern: Sequence[str] | None = None
 
     def rank(self, path: str) -> int:
+        """The rank of the module at `path`."""
         return _first_match(self.rank_pattern, path, self.r)
 
     def scaling(self, path: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA, with the path's own alpha and r."""
+        """alpha / r of the module at `path`, or alpha / sqrt(r) with rsLoRA."""
         rank = self.rank(path)
         alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
-        """Whether the config means the module at `path`, by PEFT's rules."""
-        if self.exclude_modules and _names(self.exclude_modules, path):
+        """Whether the config targets the module at `path`, by PEFT's rules."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
-        names = self.target_modules
-        if names is None or (isinstance(names, str) and names.lower() == "all-linear"):
-            return True  # PEFT's own choice for the model; the file's keys tell which it was
-        if not _names(names, path):
+        modules = self.target_modules
+        if modules is None or (isinstance(modules, str) and modules.lower() == "all-linear"):
+            return True  # PEFT chose for the model; the keys of the file show what
+        if not _matches(modules, path):
             return False
-        if self.layers_to_transform is None or isinstance(names, str) or path in names:
+        if self.layers_to_transform is None or isinstance(modules, str) or path in modules:
             return True
         patterns = self.layers_pattern or [r"[^.]*"]
-        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path) for p in patterns)
-        layer = next((match for match in found if match), None)
+        matches = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path) for p in patterns)
+        layer = next((match for match in matches if match), None)
         return layer is not None and int(layer[1]) in self.layers_to_transform
 
 
@@ -95,16 +102,17 @@ def read_config(file: Path) -> PeftConfig:
     """The config in an adapter_config.json.
 
     Raises:
-        CheckpointError: not JSON, a field with a wrong value, or one that means more than LoRA.
+        CheckpointError: it is not JSON, a field has a wrong value, or one means more than LoRA.
     """
     return parse_config(_read_json(file), str(file))
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
-    """The config in the fields of a LoraConfig; errors begin with `source`.
+    """The config in the fields of a LoraConfig.
 
     Raises:
-        CheckpointError: a field with a wrong value, or one that means more than LoRA.
+        CheckpointError: begins with `source`, and names a field that has a wrong value or means
+            more than LoRA.
     """
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
@@ -171,7 +179,7 @@ def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
 
 
 class _Checker:
-    """Typed access to the fields of one config."""
+    """The fields of one config, each as the type that it must have."""
 
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self._source = source
@@ -183,8 +191,10 @@ class _Checker:
         return value
 
     def alpha(self, name: str, value: object) -> float:
-        # isinstance(True, int) holds, and int() of a huge literal would overflow a float.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        # A bool is an int, too.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._error(name, "a number", value)
+        if not abs(value) < MAX_ALPHA:
             raise self._error(name, "a finite number", value)
         return float(value)
 
@@ -194,7 +204,7 @@ class _Checker:
             raise self._error(name, "true or false", value)
         return bool(value)
 
-    def patterns(self, name: str, check: "Any") -> dict[str, Any]:
+    def patterns(self, name: str, check: Callable[[str, object], Value]) -> dict[str, Value]:
         value = self._values.get(name) or {}
         if not isinstance(value, dict):
             raise self._error(name, "an object of pattern -> number", value)
@@ -230,10 +240,9 @@ class _Checker:
         return value
 
     def _pattern(self, name: str, pattern: str) -> str:
-        """A regular expression of a stranger's: valid, and unable to run for ever.
+        """A stranger's regular expression, if it is valid and cannot run for ever.
 
-        Backtracking explodes with repeated groups or with many unbounded repeats: five of them on
-        a path of 100 characters can take 10^8 steps.
+        Backtracking explodes with repeated groups, and with many unbounded repeats.
         """
         try:
             re.compile(pattern)
@@ -241,34 +250,34 @@ class _Checker:
             raise self._error(name, f"a regular expression ({error})", pattern) from None
         bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "c", pattern, flags=re.DOTALL)
         if (
-            len(pattern) > 1000
+            len(pattern) > MAX_PATTERN_LENGTH
             or re.search(r"\)[*+{]", bare)
-            or len(re.findall(r"[*+{]", bare)) > 4
+            or len(re.findall(r"[*+{]", bare)) > MAX_REPEATS
         ):
-            raise self._error(
-                name, "a simple regular expression (no repeated groups, at most 4 repeats)", pattern
-            )
+            simple = f"no repeated groups, at most {MAX_REPEATS} repeats"
+            raise self._error(name, f"a simple regular expression ({simple})", pattern)
         return pattern
 
     def _error(self, name: str, expected: str, got: object) -> CheckpointError:
         return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {_short(got)}")
 
 
-def _first_match(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """PEFT's rule: the first key that matches the path's end from a dot on."""
+def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    """The value of the first pattern that matches a path's end, from a dot on: PEFT's rule."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
 
 
-def _names(names: str | Sequence[str], path: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+def _matches(modules: str | Sequence[str], path: str) -> bool:
+    """Whether a pattern matches the whole path, or one of several names is the end of it."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
     parts = path.split(".")
-    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(names)
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(modules)
 
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= MAX_TEXT_IN_ERROR else f"{text[: MAX_TEXT_IN_ERROR - 3]}..."

@@ -1,8 +1,8 @@
-"""Safetensors files of strangers: the header now, the values later and all in one read.
+"""Safetensors files from strangers: the header now, the values later and in one read.
 
-The header is checked by the safetensors library and costs no memory for values, so that thousands
-of files can be opened. Values are read into memory of our own, for a mapping of the file would let
-who writes to it change what was checked, and who truncates it end the process.
+The safetensors library checks the header. That takes no memory for values, so that thousands of
+files can be open. Values are read into memory of our own and never mapped: whoever writes to a
+mapped file changes what was checked, and whoever truncates it ends the process.
 """
 
 import json
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-# Of 10,000 tensors it has 1.2 MB; the library itself reads headers of up to 100 MB.
+# 10,000 tensors need 1.2 MB. The library itself would read headers of up to 100 MB.
 MAX_HEADER_BYTES = 1 << 23
+LENGTH_BYTES = 8  # of the header's length, with which a file begins
+ALIGNMENT = 16  # bytes; each packed tensor begins at a multiple
 FLOATING = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,120 +34,135 @@ FLOATING = {
 }
 
 
-class Entry(NamedTuple):
-    """A tensor of a file, without its values."""
+class FileState(NamedTuple):
+    """The numbers by which a file that was changed or replaced is noticed."""
+
+    device: int
+    inode: int
+    bytes: int
+    modified: int  # in nanoseconds
+
+
+class TensorInfo(NamedTuple):
+    """A tensor without its values."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """A tensor in a block."""
+class TensorPlace(NamedTuple):
+    """Where a tensor is among packed ones."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # its first byte
 
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
-class Block:
+class PackedTensors:
     """Tensors side by side in one stretch of memory, which one copy moves."""
 
     data: Tensor  # uint8 [bytes]
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]  # by key
 
     def __getitem__(self, key: str) -> Tensor:
-        dtype, shape, start = self.places[key]
-        held = self.data[start : start + math.prod(shape) * dtype.itemsize]
-        if (held.storage_offset() % dtype.itemsize) != 0:
-            held = held.clone()  # a file need not be aligned
-        return held.view(dtype).view(shape)
+        place = self.places[key]
+        held = self.data[place.start : place.end]
+        if held.storage_offset() % place.dtype.itemsize:
+            held = held.clone()  # the tensors of a file need not be aligned
+        return held.view(place.dtype).view(place.shape)
 
-    def to(self, device: torch.device) -> "Block":
-        return Block(self.data.to(device, non_blocking=True), self.places)
+    def to(self, device: torch.device) -> "PackedTensors":
+        """The tensors on a device, by one copy."""
+        return PackedTensors(self.data.to(device, non_blocking=True), self.places)
 
 
-def pack(tensors: Mapping[str, Tensor], pinned: bool) -> Block:
-    """A block of copies of tensors."""
+def pack(tensors: Mapping[str, Tensor], pinned: bool) -> PackedTensors:
+    """Copies of tensors, packed; pinned: in memory from which a GPU copies without the host."""
     places, end = {}, 0
     for key, tensor in tensors.items():
-        end += -end % 16
-        places[key] = Place(tensor.dtype, tuple(tensor.shape), end)
-        end += tensor.numel() * tensor.element_size()
-    block = Block(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), places)
+        end += -end % ALIGNMENT
+        places[key] = TensorPlace(tensor.dtype, tuple(tensor.shape), end)
+        end = places[key].end
+    packed = PackedTensors(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), places)
     for key, tensor in tensors.items():
-        block[key].copy_(tensor.detach())
-    return block
+        packed[key].copy_(tensor.detach())
+    return packed
 
 
-class TensorFile:
+class SafetensorsFile:
     """A safetensors file of floating tensors whose header was read and checked."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
 
         Raises:
-            CheckpointError: no whole safetensors file, or one that holds other than floats.
+            CheckpointError: it is no whole safetensors file, or holds other tensors than floats.
         """
         self.path = path
         try:
             self._state = _state(os.stat(path))
             with open(path, "rb") as file:
-                header = int.from_bytes(file.read(8), "little")
-            if header > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {header} bytes, more than {MAX_HEADER_BYTES}")
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes, more than {MAX_HEADER_BYTES}")
             with safe_open(path, framework="pt") as tensors:
                 slices = {key: tensors.get_slice(key) for key in tensors.keys()}
-                self.entries = {key: self._entry(key, part) for key, part in slices.items()}
+                self.tensors = {key: self._info(key, part) for key, part in slices.items()}
                 self.metadata: dict[str, str] = tensors.metadata() or {}
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise self._broken(error) from None
 
-    def read(self, pinned: bool = False) -> Block:
-        """The values.
+    def read(self, pinned: bool = False) -> PackedTensors:
+        """Read the values.
 
         Args:
-            pinned: into memory from which a GPU copies by itself.
+            pinned: into memory from which a GPU copies without the host.
 
         Raises:
-            CheckpointError: not the file any more that it was when it was opened, or no memory.
+            CheckpointError: the file is not the one that was opened any more, or does not fit into
+                memory.
         """
         try:
             with open(self.path, "rb") as file:
                 if _state(os.fstat(file.fileno())) != self._state:
                     raise CheckpointError(
-                        f"{self.path} must stay as it was when it was loaded, which it did not; "
-                        "load it again with replace=True"
+                        f"{self.path} must be the file that was loaded, got one that has changed "
+                        "since; load it again with replace=True"
                     )
-                length = int.from_bytes(file.read(8), "little")
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
                 header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-                places = {key: self._place(key, header[key]) for key in self.entries}
-                size = self._state[2] - 8 - length
+                places = {key: self._place(key, header[key]) for key in self.tensors}
+                size = self._state.bytes - LENGTH_BYTES - length
                 data = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
                 left = data.numpy().data
                 while left and (got := file.readinto(left)):
                     left = left[got:]
-            if left or any(place.start + _bytes(place) > size for place in places.values()):
+            if left or any(place.end > size for place in places.values()):
                 raise ValueError("less data than its header says")
-        # RuntimeError is torch's when there is no memory.
+        # torch raises RuntimeError when there is no memory.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise self._broken(error) from None
-        return Block(data, places)
+        return PackedTensors(data, places)
 
-    def _entry(self, key: str, part: Any) -> Entry:
+    def _info(self, key: str, part: Any) -> TensorInfo:
         dtype = part.get_dtype()
         if dtype not in FLOATING:
             raise CheckpointError(f"{self.path}: key {key!r} must be floating, got {dtype}")
-        return Entry(FLOATING[dtype], tuple(part.get_shape()))
+        return TensorInfo(FLOATING[dtype], tuple(part.get_shape()))
 
-    def _place(self, key: str, said: Any) -> Place:
-        start, end = said["data_offsets"]
-        place = Place(*self.entries[key], start)
-        same = FLOATING.get(said["dtype"]) == place.dtype and said["shape"] == [*place.shape]
-        if not (same and type(start) is int and 0 <= start and start + _bytes(place) == end):
-            raise ValueError(f"another header than before, at key {key!r}")
+    def _place(self, key: str, entry: Any) -> TensorPlace:
+        """Where the values of a key are, if the header still says what it said before."""
+        start, end = entry["data_offsets"]
+        place = TensorPlace(*self.tensors[key], start)
+        same = FLOATING.get(entry["dtype"]) == place.dtype and entry["shape"] == [*place.shape]
+        if not (same and type(start) is int and 0 <= start and place.end == end):
+            raise ValueError(f"a header that has changed at key {key!r}")
         return place
 
     def _broken(self, error: Exception) -> CheckpointError:
@@ -154,12 +171,7 @@ class TensorFile:
         return CheckpointError(f"{self.path} must be a whole safetensors file, got {error}")
 
 
-def _bytes(place: Place) -> int:
-    return math.prod(place.shape) * place.dtype.itemsize
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from the one that it was."""
+def _state(status: os.stat_result) -> FileState:
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError("a checkpoint must hold regular files")
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        raise ValueError("something else than a regular file")
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -1,55 +1,77 @@
-"""An adapter where it is not in the pools: in a file, or packed in the host's memory."""
+"""An adapter that is not in the pools: in a file, or packed in the host's memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from ..core import LoraWeights
-from .safetensors_file import Block, Entry, pack
+from .safetensors_file import PackedTensors, TensorInfo, pack
+
+ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What an adapter's factors look like, and how to read them, as often as it takes."""
+class StoredAdapter:
+    """The names, shapes and scalings of an adapter's factors, and how to read their values."""
 
     source: str  # what error messages call it
-    keys: Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
-    scaling: Mapping[str, float]  # of each path
-    entries: Mapping[str, Entry]  # of each key
-    read: Callable[[bool], Block]  # True: into memory from which a GPU copies by itself
+    keys: ModuleKeys
+    scaling: Mapping[str, float]  # by path
+    tensors: Mapping[str, TensorInfo]  # by key
+    # Reads the values, as often as they are needed. True: into pinned memory, from which a GPU
+    # copies without the host.
+    read: Callable[[bool], PackedTensors]
 
     def shapes(self) -> dict[str, LoraWeights]:
-        """path -> factors without values, on the meta device."""
+        """Path -> factors without values, on the meta device."""
 
-        def shape(key: str) -> torch.Tensor:
-            dtype, shape = self.entries[key]
+        def without_values(key: str) -> Tensor:
+            dtype, shape = self.tensors[key]
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        return self._weights(shape)
+        return lora_weights(self.keys, self.scaling, without_values)
 
-    def weights(self, block: Block) -> dict[str, LoraWeights]:
-        """path -> factors, which lie in the block."""
-        return self._weights(block.__getitem__)
-
-    def _weights(self, tensor: Callable[[str], torch.Tensor]) -> dict[str, LoraWeights]:
-        return {
-            path: LoraWeights(
-                scaling=self.scaling[path], **{part: tensor(key) for part, key in keys.items()}
-            )
-            for path, keys in self.keys.items()
-        }
+    def weights(self, values: PackedTensors) -> dict[str, LoraWeights]:
+        """Path -> factors, which are views of the values."""
+        return lora_weights(self.keys, self.scaling, values.__getitem__)
 
 
-def kept(source: str, weights: Mapping[str, LoraWeights], pinned: bool) -> Stored:
-    """A copy of an adapter in the host's memory."""
+def lora_weights(
+    keys: ModuleKeys, scaling: Mapping[str, float], tensor: Callable[[str], Tensor]
+) -> dict[str, LoraWeights]:
+    """Path -> factors.
+
+    Args:
+        keys: path -> the keys of its factors.
+        scaling: path -> scaling.
+        tensor: key -> the tensor.
+    """
+    return {
+        path: LoraWeights(
+            scaling=scaling[path], **{part: tensor(key) for part, key in parts.items()}
+        )
+        for path, parts in keys.items()
+    }
+
+
+def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) -> StoredAdapter:
+    """A copy of an adapter in the host's memory.
+
+    Args:
+        source: what error messages call it.
+        weights: path -> factors.
+        pinned: copy into memory from which a GPU copies without the host.
+    """
     keys: dict[str, dict[str, str]] = {}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, part in weights.items():
         given = {"A": part.A, "B": part.B} | ({} if part.bias is None else {"bias": part.bias})
         keys[path] = {name: f"{path}.{name}" for name in given}
         tensors |= {keys[path][name]: tensor for name, tensor in given.items()}
-    block = pack(tensors, pinned)
-    entries = {key: Entry(place.dtype, place.shape) for key, place in block.places.items()}
+    packed = pack(tensors, pinned)
+    infos = {key: TensorInfo(place.dtype, place.shape) for key, place in packed.places.items()}
     scaling = {path: part.scaling for path, part in weights.items()}
-    return Stored(source, keys, scaling, entries, lambda pinned: block)
+    return StoredAdapter(source, keys, scaling, infos, lambda pinned: packed)

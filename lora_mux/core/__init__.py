@@ -1,24 +1,32 @@
-"""The data: rank rows of a layer's adapters, handles of a model's adapters, routings of a batch.
+"""The data: what is stored of a layer's adapters, and what is asked for by a batch's rows.
 
-Knows tensors, and nothing of models or of how anything is computed.
+    pool        the rank rows of one layer's adapters, and where each adapter's are
+    free_runs   which of those rank rows are free
+    slots       the adapters of a model: name <-> handle <-> slot
+    routing     Routing, the index and weight of a batch
+    selections  names -> a Routing
+    arguments   checks of the numbers and names that users give
+
+This room knows tensors. It knows nothing of models, and nothing of how a result is computed.
 """
 
+from .arguments import check_counts as check_counts
+from .arguments import check_names as check_names
+from .arguments import check_number as check_number
 from .pool import LoraWeights as LoraWeights
 from .pool import Pool as Pool
 from .pool import RankRows as RankRows
 from .pool import Span as Span
+from .pool import Version as Version
 from .pool import is_finite as is_finite
 from .pool import rank_rows as rank_rows
 from .routing import NONE as NONE
-from .routing import Found as Found
+from .routing import LastPass as LastPass
 from .routing import Routing as Routing
-from .routing import Selection as Selection
-from .routing import counts as counts
-from .routing import from_names as from_names
-from .routing import number as number
-from .routing import numbers as numbers
-from .routing import readable as readable
-from .routing import selection as selection
-from .routing import unchecked as unchecked
+from .routing import host_may_read as host_may_read
+from .routing import unchecked_routing as unchecked_routing
+from .selections import Selection as Selection
+from .selections import routing_from_names as routing_from_names
+from .selections import weighted_adapters as weighted_adapters
 from .slots import Slots as Slots
 from .slots import slot_of as slot_of

@@ -1,8 +1,8 @@
-"""Which rank rows of a pool are free: runs of consecutive ones, handed out first fit."""
+"""Which rank rows of a pool are free: runs of consecutive rows, handed out first fit."""
 
 
-class Runs:
-    """The free runs among `capacity` rows, in order, none touching the next."""
+class FreeRuns:
+    """The free runs among `capacity` rows, in order; no two of them touch."""
 
     def __init__(self) -> None:
         self.capacity = 0
@@ -15,18 +15,19 @@ class Runs:
 
     @property
     def largest(self) -> int:
-        """The length of the longest free run."""
+        """How many rows the longest free run has."""
         return max((end - start for start, end in self._free), default=0)
 
     @property
     def tail(self) -> int:
-        """Where the free rows at the very end begin; the capacity when there are none."""
+        """Where the free rows at the very end begin; the capacity if there are none."""
         if self._free and self._free[-1][1] == self.capacity:
             return self._free[-1][0]
         return self.capacity
 
-    def copy(self) -> "Runs":
-        twin = Runs()
+    def copy(self) -> "FreeRuns":
+        """The same free runs, to try things out on."""
+        twin = FreeRuns()
         twin.capacity, twin._free = self.capacity, self._free.copy()
         return twin
 
@@ -36,7 +37,7 @@ class Runs:
         self.give(before, capacity - before)
 
     def take(self, rows: int) -> int | None:
-        """The start of the first run that holds `rows`, which are taken; None when none does."""
+        """Take `rows` from the first run that holds them; returns their start, or None."""
         for i, (start, end) in enumerate(self._free):
             if end - start >= rows:
                 self._free[i : i + 1] = [(start + rows, end)] if end - start > rows else []
@@ -44,7 +45,7 @@ class Runs:
         return None
 
     def give(self, start: int, rows: int) -> None:
-        """Give taken rows back; they join the free runs that they touch."""
+        """Give rows back. They join the free runs that they touch."""
         if not rows:
             return
         end = start + rows

@@ -1,51 +1,51 @@
 """Routing: which adapters each row selects, and how strongly.
 
 A routing is an index [rows, J] of adapter handles (-1 = no adapter in that place) and a weight
-[rows, J]. It is made from names on the host, or handed over as tensors. This module knows shapes
-and values; which handles are alive is known to `lora_mux.slots`.
+[rows, J]. It is made from names on the host (`selections`), or from tensors that the user hands
+over. This module checks shapes and values; `slots` knows which handles belong to an adapter.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentTypeError, LoraMuxError, RoutingError, UnknownAdapterError
+from ..errors import ArgumentTypeError, RoutingError, UnknownAdapterError
 
-BASE = "__base__"
+BASE = "__base__"  # the name that stands for the base model
 NONE = -1  # the index of a place that selects no adapter
-
-# What one row may ask for: nothing (None or "__base__"), one adapter, several, or several weighted.
-Selection: TypeAlias = str | None | Sequence[str] | Mapping[str, float]
+DEAD = 2  # the state of a row with a handle that no adapter has; see the operator `plan`
+MAX_ROWS_IN_ERROR = 10
 
 
 @dataclass(eq=False)
-class Found:
-    """What the operators found. Only written to while compiling: what is read there is guarded."""
+class LastPass:
+    """What the operators noted about the rows of the last forward pass.
 
-    state: Tensor | None = None  # [rows of x] int8, of the last forward pass: 2 = became NaN
+    Code that torch.compile sees must only write to it, because a graph guards whatever it reads.
+    """
+
+    row_states: Tensor | None = None  # int8 [rows of x]; DEAD = the row's output is NaN
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """The adapters of each row: y[m] += sum_j weight[m, j] * delta of adapter index[m, j].
+    """The adapters that each row selects, and how strongly.
+
+        y[m] += sum_j weight[m, j] * delta of adapter index[m, j]
 
     Args:
-        index: int32 or int64 [rows, J], handles of adapters; -1 = none. A handle that stands twice
-            in a row adds up.
-        weight: floating [rows, J] on the index's device; None = all 1.
+        index: int32 or int64 [rows, J]. Handles of adapters; -1 selects none. A handle that
+            appears twice in a row is added twice.
+        weight: floating [rows, J], on the index's device. None means 1 everywhere.
 
     Raises:
-        ArgumentTypeError: index or weight is no tensor, or has the wrong kind of dtype.
-        RoutingError: the shapes or devices do not fit; on the CPU also an index below -1 or a
-            weight that is not finite (on other devices that check would cost a sync).
+        ArgumentTypeError: index or weight is not a tensor, or has the wrong kind of dtype.
+        RoutingError: the shapes or the devices do not fit. On the CPU also: an index below -1, or
+            a weight that is not finite. On other devices that check would cost a sync.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Routing(torch.tensor([[0, 2], [-1, -1]])).weight
         tensor([[1., 1.],
@@ -53,10 +53,10 @@ class Routing:
     """
 
     index: Tensor  # [rows, J]
-    weight: Tensor = None  # type: ignore[assignment]  # [rows, J], filled in below when not given
+    weight: Tensor = None  # type: ignore[assignment]  # [rows, J]; filled in below if not given
 
-    # The copies that are spread over rows or moved share it.
-    found: Found = field(default_factory=Found, init=False, repr=False)
+    # Copies of the routing, moved or spread over more rows, share it.
+    last_pass: LastPass = field(default_factory=LastPass, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_index(self.index)
@@ -68,64 +68,98 @@ class Routing:
 
     @property
     def rows(self) -> int:
-        """How many rows it is for."""
+        """How many rows the routing has."""
         return self.index.shape[0]
 
     def check(self) -> None:
-        """Raise if the last forward pass met a handle that no loaded adapter has; syncs.
+        """Raise if the last forward pass met a handle that no loaded adapter has.
 
-        Where the index was read on the GPU such a row is NaN instead of an error. Elsewhere the
-        forward pass itself has raised.
+        A GPU cannot raise: where the index is read there, the output of such a row is NaN. On the
+        CPU the forward pass itself raises. This call waits for the GPU.
 
         Raises:
-            UnknownAdapterError: names the rows (of x, flattened).
+            UnknownAdapterError: names the rows, counted over x with all its dimensions but the
+                last flattened.
         """
-        state = self.found.state
-        if state is None:
+        states = self.last_pass.row_states
+        if states is None:
             return
-        rows = (state == 2).nonzero().flatten().tolist()
+        rows = (states == DEAD).nonzero().flatten().tolist()
         if rows:
-            shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+            listed = ", ".join(map(str, rows[:MAX_ROWS_IN_ERROR]))
             raise UnknownAdapterError(
                 f"`index` must hold handles of loaded adapters or -1; in the last forward pass "
-                f"{len(rows)} of {len(state)} rows did not, and are NaN: {shown}"
+                f"{len(rows)} of {len(states)} rows did not, and their output is NaN: {listed}"
+                + (", ..." if len(rows) > MAX_ROWS_IN_ERROR else "")
             )
 
     def repeat_interleave(self, times: int | Tensor) -> "Routing":
-        """Each row `times` times in a row: a, a, b, b. An int [rows] tensor: its own times."""
+        """Repeat each row in place: a, b becomes a, a, b, b.
+
+        Args:
+            times: how often to repeat each row; an int [rows] tensor gives each row its own number.
+
+        Returns:
+            The longer routing.
+        """
         if isinstance(times, int) and times == 1:
             return self
-        return self._each(lambda t: t.repeat_interleave(times, 0))
+        return self._map(lambda t: t.repeat_interleave(times, 0))
 
     def tile(self, times: int) -> "Routing":
-        """All rows `times` times over: a, b, a, b."""
-        return self if times == 1 else self._each(lambda t: t.repeat(times, 1))
+        """Repeat all rows as a whole: a, b becomes a, b, a, b.
+
+        Args:
+            times: how often to repeat them.
+
+        Returns:
+            The longer routing.
+        """
+        return self if times == 1 else self._map(lambda t: t.repeat(times, 1))
 
     def expand_rows(self, rows: int) -> "Routing":
-        """The first row of this routing as `rows` rows, without a copy."""
-        return self._each(lambda t: t[:1].expand(rows, -1))
+        """Give every row the adapters of the first one, without a copy.
+
+        Args:
+            rows: how many rows the result has.
+
+        Returns:
+            A routing whose tensors are views of this one's first row.
+        """
+        return self._map(lambda t: t[:1].expand(rows, -1))
 
     def to(self, device: torch.device, copy: bool = False) -> "Routing":
-        """The routing on a device; itself when it is there, unless a copy is wanted."""
+        """Move the routing to a device.
+
+        Args:
+            device: where index and weight should be.
+            copy: copy even if they are there already.
+
+        Returns:
+            The routing on the device: this very object if nothing was copied.
+        """
         if self.index.device == device and not copy:
             return self
-        return self._each(lambda t: t.to(device, copy=copy))
+        return self._map(lambda t: t.to(device, copy=copy))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Routing":
-        return unchecked(change(self.index), change(self.weight), self.found)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
+        return unchecked_routing(change(self.index), change(self.weight), self.last_pass)
 
 
-def unchecked(index: Tensor, weight: Tensor, found: Found) -> Routing:
+def unchecked_routing(index: Tensor, weight: Tensor, last_pass: LastPass) -> Routing:
     """A Routing of tensors that were checked before."""
     made = object.__new__(Routing)
     object.__setattr__(made, "index", index)
     object.__setattr__(made, "weight", weight)
-    object.__setattr__(made, "found", found)
+    object.__setattr__(made, "last_pass", last_pass)
     return made
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether the host may look at values: not on a GPU, where it syncs, nor while compiling."""
+def host_may_read(tensor: Tensor) -> bool:
+    """Whether the host may read a tensor's values.
+
+    It may not on a GPU, where that costs a sync, nor while torch.compile traces.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -139,9 +173,9 @@ def _check_index(index: object) -> None:
     if index.ndim != 2:
         raise RoutingError(
             f"`index` must have shape [rows, J], got {list(index.shape)}; "
-            "one adapter per row is index[:, None]"
+            "for one adapter per row, give index[:, None]"
         )
-    if readable(index) and bool((index < NONE).any()):
+    if host_may_read(index) and bool((index < NONE).any()):
         row, place = (index < NONE).nonzero()[0].tolist()
         raise RoutingError(
             f"`index` must hold adapter handles or -1, got {int(index[row, place])} "
@@ -152,7 +186,7 @@ def _check_index(index: object) -> None:
 def _check_weight(weight: object, index: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise ArgumentTypeError(
-            f"`weight` must be a floating tensor of index's shape or None, "
+            f"`weight` must be None or a floating tensor of index's shape, "
             f"got {type(weight).__name__}"
         )
     if not weight.is_floating_point():
@@ -165,105 +199,8 @@ def _check_weight(weight: object, index: Tensor) -> None:
         raise RoutingError(
             f"`weight` must be on index's device {index.device}, got {weight.device}"
         )
-    if readable(weight) and not bool(weight.isfinite().all()):
+    if host_may_read(weight) and not bool(weight.isfinite().all()):
         row, place = (~weight.isfinite()).nonzero()[0].tolist()
         raise RoutingError(
             f"`weight` must be finite, got {float(weight[row, place])} at [{row}, {place}]"
         )
-
-
-def selection(entry: object, argument: str) -> dict[str, float]:
-    """The adapters that one entry names, with their weights; empty for the base model."""
-    if entry is None or (isinstance(entry, str) and entry == BASE):
-        return {}
-    if isinstance(entry, str):
-        return {entry: 1.0}
-    if isinstance(entry, Mapping):
-        return {_name(name, argument): number(w, argument) for name, w in entry.items()}
-    if isinstance(entry, Sequence) and not isinstance(entry, bytes):
-        names = [_name(name, argument) for name in entry]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise RoutingError(
-                f"`{argument}` must name each adapter once, got {repeated[0]!r} "
-                f"{names.count(repeated[0])} times; use a weight: {{{repeated[0]!r}: 2.0}}"
-            )
-        return dict.fromkeys(names, 1.0)
-    raise ArgumentTypeError(
-        f"`{argument}` must be None, a name, a sequence of names or a mapping name -> weight, "
-        f"got {type(entry).__name__}"
-    )
-
-
-def from_names(
-    rows: Sequence[object], handles: Callable[[Sequence[str]], Mapping[str, int]]
-) -> Routing:
-    """One row for each entry of `rows`; `handles` maps names to handles and refuses unknown ones.
-
-    Example:
-        >>> handles = lambda names: {"a": 0, "b": 1}
-        >>> from_names([None, "a", {"a": 0.5, "b": 2.0}], handles).index.tolist()
-        [[-1, -1], [0, -1], [0, 1]]
-    """
-    if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
-        raise ArgumentTypeError(
-            f"`rows` must be a sequence with one entry per sample, or an index tensor, "
-            f"got {type(rows).__name__}; for the whole batch use set_adapter"
-        )
-    selections = [selection(entry, f"rows[{i}]") for i, entry in enumerate(rows)]
-    known = handles([name for chosen in selections for name in chosen])
-    width = max([1, *map(len, selections)])
-    index = [[known[name] for name in s] + [NONE] * (width - len(s)) for s in selections]
-    weight = [[*s.values()] + [0.0] * (width - len(s)) for s in selections]
-    shape = (len(selections), width)
-    # All of it was checked on the way; numpy makes a tensor in half the time.
-    return unchecked(
-        torch.from_numpy(np.array(index, np.int64).reshape(shape)),
-        torch.from_numpy(np.array(weight, np.float32).reshape(shape)),
-        Found(),
-    )
-
-
-def number(value: object, argument: str, error: type[LoraMuxError] = RoutingError) -> float:
-    """A finite real number, or a clear error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentTypeError(f"`{argument}` must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise error(f"`{argument}` must be finite, got {value}")
-    return float(value)
-
-
-def numbers(values: object, count: int, argument: str) -> list[float]:
-    """`count` finite numbers: one for each, or one for all."""
-    if not isinstance(values, Sequence):
-        return [number(values, argument)] * count
-    if len(values) != count:
-        raise RoutingError(
-            f"`{argument}` must hold one number for each of the {count} adapters, got {len(values)}"
-        )
-    return [number(value, f"{argument}[{i}]") for i, value in enumerate(values)]
-
-
-def counts(values: object, rows: int, argument: str) -> list[int]:
-    """One int of at least 0 for each of `rows`, or a clear error that names the argument."""
-    if not isinstance(values, Sequence) or not all(
-        isinstance(value, int) and not isinstance(value, bool) for value in values
-    ):
-        raise ArgumentTypeError(f"`{argument}` must be a sequence of ints, got {values!r}")
-    if len(values) != rows or min(values, default=0) < 0:
-        raise RoutingError(
-            f"`{argument}` must hold {rows} ints of at least 0, one for each row, got {values!r}"
-        )
-    return list(values)
-
-
-def _name(name: object, argument: str) -> str:
-    if not isinstance(name, str):
-        raise ArgumentTypeError(
-            f"`{argument}` must name adapters by str, got {type(name).__name__}"
-        )
-    if name == BASE:
-        raise RoutingError(
-            f'`{argument}` must name adapters; "{BASE}" stands for the base model only alone'
-        )
-    return name

@@ -1,17 +1,26 @@
-"""Linear layers that carry adapters: which layers can, how one is split, what it stores."""
+"""Linear layers that carry adapters.
+
+linear     MuxLinear
+swapping   how a layer of a model becomes one in place, and is changed back
+handed_in  a Routing that is handed to a layer, without a model around it
+storing    how an adapter gets into the pools of its layers
+targets    which layers of a model can carry adapters
+sharding   layers that tensor parallelism has split
+"""
 
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
-from .linear import swap_in as swap_in
-from .linear import swap_out as swap_out
-from .storing import check_fit as check_fit
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room
-from .storing import checked as checked
-from .storing import scaling_from as scaling_from
+from .storing import cut_and_check as cut_and_check
+from .storing import cut_and_check_shapes as cut_and_check_shapes
 from .storing import store as store
+from .storing import weights_from_pairs as weights_from_pairs
 from .storing import write as write
+from .swapping import swap_in as swap_in
+from .swapping import swap_out as swap_out
 from .targets import Target as Target
 from .targets import check_linear as check_linear
+from .targets import common_dtype as common_dtype
 from .targets import dtype_of as dtype_of
 from .targets import find_targets as find_targets

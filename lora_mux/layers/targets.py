@@ -1,4 +1,4 @@
-"""Targets: which layers of a model can carry adapters, and which of them are meant."""
+"""Targets: which layers of a model can carry adapters, and which of them the user means."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentTypeError, TargetError
-from .sharding import Part, is_dtensor, part_of
+from .sharding import Shard, is_dtensor, shard_of
 
-# The head of transformers' sequence classifiers, which PEFT's "all-linear" leaves out as well.
+# The names of the head in transformers' sequence classifiers. PEFT's "all-linear" skips it too.
 CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer; (0, 0) for any other module."""
+    """(in_features, out_features) of a linear layer; (0, 0) of any other module."""
     if type(module).__name__ in ("Conv1D", "MuxConv1D") and hasattr(module, "nx"):
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]  # transformers' name for it
     sizes = getattr(module, "in_features", 0), getattr(module, "out_features", 0)
@@ -24,6 +24,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: one that says its in_features and out_features."""
     return features(module) != (0, 0)
 
 
@@ -31,34 +32,40 @@ class Target(NamedTuple):
     """A linear layer that can carry adapters."""
 
     linear: nn.Module
-    part: Part | None = None  # of it that this process holds; None = all
+    shard: Shard | None = None  # the part of it that this process holds; None = all of it
 
 
 def check_linear(module: object, argument: str, gathered: bool = False) -> Target:
-    """The layer as a target, or an error that says what a MuxLinear can not stand on.
+    """The layer as a target.
 
     Args:
-        gathered: FSDP2 puts the layer's weight together before it calls it.
+        module: what should become a MuxLinear.
+        argument: what error messages call it.
+        gathered: FSDP2 gathers the layer's weight before it calls the layer.
+
+    Raises:
+        ArgumentTypeError: it is not a module.
+        TargetError: it is not a plain linear layer, or is split in a way that is not supported.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"`{argument}` must be a linear layer, got {type(module).__name__}")
     if hasattr(module, "mux_pool"):
-        raise TargetError(f"`{argument}` must be a plain linear layer, got a MuxLinear already")
+        raise TargetError(f"`{argument}` must be a plain linear layer, got a MuxLinear")
     if type(module).__module__.startswith("peft."):
         raise TargetError(
             f"`{argument}` must be a plain linear layer, got PEFT's {type(module).__name__}; "
-            "attach to the base model, without a PeftModel around it, or use attach_peft"
+            "attach to the base model without the PeftModel around it, or use attach_peft"
         )
     if not is_linear(module):
         raise TargetError(
             f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
             f"out_features), got {type(module).__name__}"
         )
-    return Target(module, None if gathered else part_of(module, argument))
+    return Target(module, None if gathered else shard_of(module, argument))
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the layer computes; its weight may have any type, not exist, or be elsewhere."""
+    """Where the layer computes. Its weight may be elsewhere, have any type, or not exist."""
     # accelerate keeps weights on the meta device or the CPU between calls.
     offloaded = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if offloaded is not None:
@@ -70,11 +77,11 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The compute dtype of a plain layer; `default` for a quantised one, which does not tell."""
-    # Asked of the registry: a quantised layer's `weight` may be a property that unpacks it.
+    """The dtype that a plain layer computes in; `default` for a quantised one, which hides it."""
+    # From the registry, because a quantised layer's `weight` may be a property that unpacks it.
     weight = module._parameters.get("weight")
-    # torchao's tensors report float32 as well: only a true Parameter says what it is computed in,
-    # or the parts of one.
+    # Only a plain Parameter, or one that is split, has the dtype of the computation: torchao's
+    # tensors report float32 as well.
     if not isinstance(weight, nn.Parameter):
         return default
     plain = type(weight) is nn.Parameter or is_dtensor(weight)
@@ -83,11 +90,20 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def common_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the first plain layer of a model computes in, else torch's default.
+
+    Quantised layers hide theirs, and most likely compute in the same.
+    """
+    dtypes = (dtype_of(module, torch.int8) for module in model.modules())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
+
+
 def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Target]:
-    """The layers meant by `targets`, by path; see `lora_mux.attach` for its three forms.
+    """Path -> layer, of the layers that `targets` means; `lora_mux.attach` has its three forms.
 
     Raises:
-        TargetError: nothing matches, or something that matches can not carry adapters.
+        TargetError: nothing matches, or a match cannot carry adapters.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     skipped = _bypassed(modules)
@@ -100,8 +116,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
         hidden = sorted(skipped & found.keys())
         if hidden:
             raise TargetError(
-                f"`targets` matches {hidden[0]!r}, but its parent reads the weight without calling "
-                "its forward, which would silently hide the adapters"
+                f"`targets` must match layers that are called, got {hidden[0]!r}, whose parent "
+                "reads its weight instead, which would silently hide the adapters; leave it out"
             )
     if not found:
         examples = [p for p, m in modules.items() if is_linear(m)][:3]
@@ -138,7 +154,7 @@ def _matcher(targets: object) -> Callable[[str], bool]:
 
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """The output head, which "all-linear" leaves out, as PEFT does."""
+    """The paths of the output head, which "all-linear" leaves out, as PEFT does."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is not None:
@@ -149,12 +165,12 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Whether fully_shard was applied to it, which changes its class."""
+    """Whether fully_shard was applied to a module, which changes its class."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
-    """Layers that torch's own attention and fast path read without calling their forward."""
+    """The paths of layers whose weight torch's attention and fast path read without a call."""
     return {
         f"{path}.{child}"
         for path, module in modules.items()

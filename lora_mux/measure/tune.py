@@ -12,7 +12,7 @@ import torch
 
 from ..errors import BackendError
 from ..ops import tuned
-from ..progress import shown
+from ..progress import progress_bar
 from .bench import add_sizes, positive
 from .problem import Problem
 from .provenance import provenance
@@ -113,7 +113,7 @@ def search(
     A full grid would take hours where this takes minutes.
     """
     best = chosen
-    for field, values in shown([*choices.items()] * rounds, f"{problem.case.rows} rows"):
+    for field, values in progress_bar([*choices.items()] * rounds, f"{problem.case.rows} rows"):
         tried = {"best": best}
         for value in values:
             candidate = _with(best, field, value)

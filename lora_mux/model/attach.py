@@ -1,12 +1,12 @@
-"""attach(model) and attach_peft(peft_model): how a model comes by its Mux."""
+"""attach(model) and attach_peft(peft_model), which make a Mux."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
 from .. import ops
-from ..adapters import bytes_of
-from ..checkpoints import read_live, unload
+from ..adapters import parse_size
+from ..checkpoints import read_peft_model, unload_peft
 from ..errors import ArgumentTypeError, TargetError
 from ..layers import MuxLinear, find_targets
 from .mux import Mux
@@ -21,30 +21,37 @@ def attach(
     fused: ops.Fused = "auto",
     memory: int | str | None = None,
 ) -> Mux:
-    """Let the rows of a model's batches choose their own adapters; in place.
+    """Let the rows of a model's batches choose their own adapters.
 
-    The targets become MuxLinears by a change of class: parameters, module names, state_dict keys
-    and hooks stay what they were, and detach() gives the plain model back. Attach last, after
-    quantising or moving the model.
+    The model changes in place: its targets become MuxLinears by a change of class. Parameters,
+    module names, state_dict keys and hooks stay what they were, and `Mux.detach` gives the plain
+    model back. Attach last, after quantising, sharding or moving the model.
 
     Args:
         model: any nn.Module.
         targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
-            path suffixes (["q_proj", "v_proj"]), or a regular expression for whole paths.
+            path suffixes (["q_proj", "v_proj"]), or a regular expression that matches whole paths.
         backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
             elsewhere), "triton" or "reference".
-        batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
-            batch the row comes in; costs speed for many rows.
-        fused: base and adapters in one launch, as in `MuxLinear`.
-        memory: how much the rank rows of all targets may take, in bytes or as "2GiB"; adapters
-            beyond it wait on the host. None: all that is loaded stays, and the pools grow.
+        batch_invariant: with Triton, compute what the adapters add to a row with the same bits,
+            whatever batch the row comes in. Slower for many rows.
+        fused: compute base and adapters in one launch; see `MuxLinear`.
+        memory: how much memory the rank rows of all targets may take, in bytes or as a str like
+            "2GiB". Adapters beyond it wait on the host. None: every loaded adapter stays on the
+            device, and the pools grow.
+
+    Returns:
+        The Mux of the model.
 
     Raises:
-        TargetError: nothing matches, a match can not carry adapters, or the model has a Mux.
-        BackendError: a backend that does not exist or cannot run.
-        PoolCapacityError: memory for less than one rank row in each target.
+        ArgumentTypeError: an argument has the wrong type.
+        TargetError: nothing matches, a match cannot carry adapters, or the model is attached
+            already.
+        BackendError: the backend does not exist, or cannot run here.
+        AdapterError: memory is not a size.
+        PoolCapacityError: memory is less than one rank row in each target.
 
-    Example:
+    Examples:
         >>> import torch, lora_mux
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
         >>> mux = lora_mux.attach(model)
@@ -63,7 +70,7 @@ def attach(
         raise TargetError(
             "`model` must be plain, got one that is attached already; detach it first"
         )
-    size = None if memory is None else bytes_of(memory)
+    size = None if memory is None else parse_size(memory)
     return Mux(model, find_targets(model, targets), settings, size)
 
 
@@ -74,13 +81,13 @@ def attach_peft(
     batch_invariant: bool = False,
     fused: ops.Fused = "auto",
 ) -> Mux:
-    """Take over what PEFT has in memory: a PeftModel, or adapters put into a plain model.
+    """Take over the adapters that PEFT has in memory.
 
-    The latter is what transformers' `model.load_adapter` makes of a model, and diffusers'
-    `pipe.load_lora_weights` of `pipe.transformer` or `pipe.unet`, from any file that they read.
-    PEFT's layers are taken out of the base model, which merges nothing, the base model is attached
-    where its adapters touch it, and those that were active are in force. Use `mux.model` from now
-    on, and no longer the PeftModel.
+    They are in a PeftModel, or in a model that transformers' `model.load_adapter` or diffusers'
+    `pipe.load_lora_weights` put them into (for diffusers, give `pipe.transformer` or `pipe.unet`).
+    PEFT's layers are taken out of the base model, and nothing is merged. The base model is attached
+    where the adapters touch it, and the active adapters are in force. Use `mux.model` from now on,
+    and the PeftModel no longer.
 
     Args:
         peft_model: a model whose adapters are LoRA on linear layers.
@@ -88,14 +95,18 @@ def attach_peft(
         batch_invariant: as in `attach`.
         fused: as in `attach`.
 
+    Returns:
+        The Mux of the base model.
+
     Raises:
-        ArgumentTypeError: a model without adapters of PEFT's.
-        CheckpointError: an adapter that is more than plain LoRA, or that is merged.
-        TargetError: a layer that can not carry adapters.
+        ArgumentTypeError: the model has no adapters of PEFT's.
+        CheckpointError: an adapter is more than plain LoRA, or is merged.
+        TargetError: a layer cannot carry adapters.
+        BackendError: the backend does not exist, or cannot run here.
     """
     settings = ops.Settings(backend, batch_invariant, fused)
-    live = read_live(peft_model)
-    mux = Mux(unload(peft_model), live.targets, settings)
+    live = read_peft_model(peft_model)
+    mux = Mux(unload_peft(peft_model), live.targets, settings)
     for name, weights in live.adapters.items():
         mux._adapters.add(name, weights, "peft_model")
     mux.set_adapter(live.active)

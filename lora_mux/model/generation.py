@@ -1,7 +1,7 @@
 """transformers' generate() and continuous batching on an attached model.
 
-They are methods of the model that run it in batches of their own making, and are wrapped on the
-instance, by objects and not closures: a copy of the model gets a copy of them.
+These methods of a model run it in batches of their own making. They are wrapped on the instance, by
+objects and not by closures, so that a copy of the model gets a copy of them.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters import Adapters
 from ..routes import Router
-from .continuous_batching import Enter, follow_requests, rows_of
+from .continuous_batching import follow_requests, rows_of_requests
 
 
 class Generate:
@@ -18,18 +19,19 @@ class Generate:
 
     name = "generate"
 
-    def __init__(self, model: nn.Module, router: Router, enter: Enter) -> None:
+    def __init__(self, model: nn.Module, router: Router, adapters: Adapters) -> None:
         self.model = model
         self.router = router
-        self.enter = enter
+        self.adapters = adapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.router.generating(args, kwargs):
-            return self._own(*args, **kwargs)
+            return self._original(*args, **kwargs)
 
     @property
-    def _own(self) -> Callable[..., Any]:
-        return getattr(type(self.model), self.name).__get__(self.model)  # type: ignore[no-any-return]
+    def _original(self) -> Callable[..., Any]:
+        method = getattr(type(self.model), self.name)
+        return method.__get__(self.model)  # type: ignore[no-any-return]
 
 
 class GenerateBatch(Generate):
@@ -38,26 +40,26 @@ class GenerateBatch(Generate):
     name = "generate_batch"
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        rows_of(self.router, len(inputs))
-        return self._own(inputs, *args, **kwargs)
+        rows_of_requests(self.router, len(inputs))  # which raises
+        return self._original(inputs, *args, **kwargs)
 
 
 class InitContinuousBatching(Generate):
-    """A model's init_continuous_batching(), on which generate_batch() stands as well."""
+    """A model's init_continuous_batching(), which generate_batch() calls as well."""
 
     name = "init_continuous_batching"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        manager = self._own(*args, **kwargs)
-        follow_requests(manager, self.router, self.enter)
+        manager = self._original(*args, **kwargs)
+        follow_requests(manager, self.router, self.adapters)
         return manager
 
 
-def follow_generation(model: nn.Module, router: Router, enter: Enter) -> list[str]:
-    """Wrap what the model has of the three; returns the names of what was wrapped."""
+def follow_generation(model: nn.Module, router: Router, adapters: Adapters) -> list[str]:
+    """Wrap those of the three methods that the model has; returns their names."""
     wrapped = []
     for wrapper in (Generate, GenerateBatch, InitContinuousBatching):
         if hasattr(type(model), wrapper.name) and wrapper.name not in vars(model):
-            vars(model)[wrapper.name] = wrapper(model, router, enter)
+            vars(model)[wrapper.name] = wrapper(model, router, adapters)
             wrapped.append(wrapper.name)
     return wrapped

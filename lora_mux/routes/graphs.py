@@ -1,4 +1,8 @@
-"""What graphs read of the route in force: CUDA graphs in place, torch.compile's in one shape."""
+"""What graphs read of the route in force.
+
+A CUDA graph reads a routing in place, so that it is overwritten. A graph of torch.compile reads new
+tensors each time, which must always have the same shape.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +10,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core import NONE, Routing, unchecked
+from ..core import NONE, Routing, unchecked_routing
 from .route import Route
 
 NOBODY = -2  # a handle that no adapter ever has, and that does not mean "none" either
-PLACES = 4  # of each row of a compiled model, at least
+LEAST_PLACES = 4  # adapters in a row for which a compiled model has room from the beginning
 
 
 @dataclass
-class Captured:
+class CapturedRouting:
     """A routing on the device that a CUDA graph reads at each replay."""
 
     routing: Routing
@@ -23,10 +27,10 @@ class Captured:
     holds: Literal["route", "base", "nobody"] = "route"
 
     def follow(self, route: Route | None) -> None:
-        """Write the route in force (None = the base) where the graph reads it.
+        """Write the route in force (None = the base model) to where the graph reads it.
 
-        A route of another shape would be computed wrongly, so that the graph gets a handle that
-        nobody ever has, and answers NaN.
+        The graph would compute a route of another shape wrongly. It gets a handle that nobody ever
+        has instead, and answers NaN.
         """
         index, weight = self.routing.index, self.routing.weight
         if route is None:
@@ -42,33 +46,34 @@ class Captured:
 
     def _fits(self, route: Route) -> bool:
         rows, places = route.routing.index.shape
-        mine, most = self.routing.index.shape
-        kind = (route.per_token, route.uniform) == (self.per_token, self.uniform)
-        return places <= most and ((kind and rows == mine) or route.uniform)
+        captured_rows, captured_places = self.routing.index.shape
+        same_kind = (route.per_token, route.uniform) == (self.per_token, self.uniform)
+        same_rows = same_kind and rows == captured_rows
+        return places <= captured_places and (same_rows or route.uniform)
 
     def _fill(self, holds: Literal["base", "nobody"], handle: int) -> None:
-        if self.holds != holds:  # else each switch would cost a launch for each graph
+        if self.holds != holds:  # otherwise each switch would cost a launch for each graph
             self.holds = holds
             self.routing.index.fill_(handle)
 
 
-class Shown:
+class CompiledView:
     """The route in force as compiled models read it.
 
-    Every route of a batch of the same number of samples has the same shape here, the base model
-    and those of set_adapter too, so that one graph serves them all. torch.compile guards shapes
-    and not values, so that a new tensor for each route costs no new graph.
+    For batches with the same number of samples, all routes have the same shape here, including the
+    base model and the routes of set_adapter, so that one graph serves them all. torch.compile
+    guards shapes and not values: a new tensor for each route costs no new graph.
     """
 
     def __init__(self) -> None:
         self._rows = 1  # of the last route that had one for each sample
-        self._places = PLACES  # of the widest route so far
+        self._places = LEAST_PLACES  # of the widest route so far
         self._base = self.route = _base(self._rows, self._places, torch.device("cpu"))
 
     def follow(self, route: Route | None, device: torch.device) -> None:
-        """Show a route, on a device; None = the base model."""
+        """Let compiled models read this route, on this device; None = the base model."""
         if torch.compiler.is_compiling():
-            # Inside of what torch.export traces: sizes may be symbols, which are not to be kept.
+            # torch.export is tracing: sizes may be symbols, which must not outlive the trace.
             self.route = route or self._base
             return
         if device.type == "meta":
@@ -78,27 +83,27 @@ class Shown:
             if not (route.uniform or route.per_token):
                 self._rows = route.routing.rows
             shape = self._rows, self._places, device
-            if route.shown is None or route.shown[0] != shape:
-                route.shown = shape, self._padded(route, device)
-            self.route = route.shown[1]
+            if route.padded is None or route.padded[0] != shape:
+                route.padded = shape, self._pad(route, device)
+            self.route = route.padded[1]
             return
-        index = self._base.routing.index  # which each block ends with, so that it is kept
+        index = self._base.routing.index  # reused, because each block ends with the base model
         if index.shape != (self._rows, self._places) or index.device != device:
             self._base = _base(self._rows, self._places, device)
         self.route = self._base
 
-    # Normal tensors also inside inference_mode: graphs guard that as well. Not around `follow`,
-    # which set_adapter calls: entering costs a third of it.
+    # Graphs guard inference tensors as well, so these are normal ones even inside inference_mode.
+    # Not around `follow`, which set_adapter calls: entering the mode takes a third of its time.
     @torch.inference_mode(False)
-    def _padded(self, route: Route, device: torch.device) -> Route:
+    def _pad(self, route: Route, device: torch.device) -> Route:
         index, weight = route.routing.index, route.routing.weight
         if route.uniform:
             index, weight = index.expand(self._rows, -1), weight.expand(self._rows, -1)
         missing = (0, self._places - index.shape[1])
-        padded = unchecked(
+        padded = unchecked_routing(
             nn.functional.pad(index.long(), missing, value=NONE),
             nn.functional.pad(weight, missing),
-            route.routing.found,
+            route.routing.last_pass,
         )
         return Route(padded.to(device), route.per_token, route.uniform, route.expand)
 

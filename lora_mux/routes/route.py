@@ -5,70 +5,89 @@ from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
-from ..core import NONE, Found, Routing, Selection, Slots, from_names, readable, unchecked
+from ..core import (
+    NONE,
+    LastPass,
+    Routing,
+    Selection,
+    Slots,
+    check_counts,
+    host_may_read,
+    routing_from_names,
+    unchecked_routing,
+)
 from ..errors import RoutingError
 
-Expand: TypeAlias = Literal["interleave", "tile"] | None  # how samples may be repeated
+Expand: TypeAlias = Literal["interleave", "tile"] | None  # how a batch may repeat its samples
 Rows: TypeAlias = Sequence[Selection] | Tensor
 
 # (samples, tokens of each)
 Batch: TypeAlias = tuple[int, int]
 
-# Where a model's batch is seen, most telling first; else the first tensor argument tells it.
-INPUTS = (
+# The arguments of a model that show its batch, most reliable first. Without any of them the first
+# tensor counts.
+BATCH_ARGUMENTS = (
     *("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
     *("hidden_states", "sample", "pixel_values", "input_features", "input_values"),
 )
 
 
-# Not frozen: of a frozen dataclass torch.compile guards every field, of this one those it reads.
+# Not frozen: torch.compile guards every field of a frozen dataclass, and of this one only those
+# that it reads.
 @dataclass(eq=False)
 class Route:
-    """A routing with one row for each sample, for each token, or for all that comes.
+    """A routing with one row for each sample, for each token, or for the whole batch.
 
-    Never changed once made.
+    It is never changed once it is made.
     """
 
     routing: Routing
     per_token: bool = False
     uniform: bool = False  # all rows are equal, so that the first serves a batch of any size
     expand: Expand = None
-    named: bool = False  # made of names, which a reload lets mean other adapters
-    # As compiled models read it, and where and in which shape: made by graphs.Shown, once.
-    shown: "tuple[object, Route] | None" = None
+    named: bool = False  # made from names, which mean other adapters after a reload
+    # The route as compiled models read it, and the shape it was padded to; `graphs` makes it once.
+    padded: "tuple[object, Route] | None" = None
 
     @cached_property
     def selects(self) -> bool:
-        """False when no row selects an adapter; only the CPU can tell without a sync."""
+        """Whether any row selects an adapter; True if only a GPU could tell, at a sync."""
         index = self.routing.index
-        return not readable(index) or bool((index >= 0).any())
+        return not host_may_read(index) or bool((index >= 0).any())
 
     @cached_property
     def handles(self) -> frozenset[int] | None:
-        """The adapters that its rows select; None where only the device knows."""
+        """The handles that its rows select; None if only the device knows."""
         index = self.routing.index
-        if not readable(index):
+        if not host_may_read(index):
             return None
         return frozenset(index.flatten().tolist()) - {NONE}
 
-    def renamed(self, old: int, new: int) -> "Route":
-        """The route with another adapter in the place of one."""
+    def with_replaced(self, old: int, new: int) -> "Route":
+        """The route with one handle in the place of another."""
         given = self.routing
         index = given.index.where(given.index != old, new)
-        return replace(self, routing=unchecked(index, given.weight, Found()), shown=None)
+        routing = unchecked_routing(index, given.weight, LastPass())
+        return replace(self, routing=routing, padded=None)
 
     def spread(self, routing: Routing, rows: int, samples: int | None, generating: bool) -> Routing:
-        """`routing`, this route's own on some device, with one row for each of x's `rows`.
+        """The routing with one row for each of x's `rows`.
 
         Args:
-            samples: how many x holds; None when only a uniform or per-token route can serve it.
+            routing: this route's own, on x's device.
+            rows: how many rows x has.
+            samples: how many samples x holds; None if only a uniform or per-token route can serve
+                it.
+            generating: the pass is part of generate(), which may repeat samples.
         """
         if self.per_token:
             if rows != routing.rows:
                 raise RoutingError(
-                    f"`index` must have one row per token, here {rows}, got {routing.rows}"
+                    f"`rows` must have one entry per token of the batch ({rows}), "
+                    f"got {routing.rows}"
                 )
             return routing
         if samples == routing.rows:
@@ -80,57 +99,70 @@ class Route:
         return spread(repeats).repeat_interleave(rows // samples)
 
     def check(self, samples: int, generating: bool) -> None:
-        """Refuse a batch of another number of samples."""
-        # In this order: a compiled model guards what it reads, and need not know the kind.
+        """Refuse a batch with another number of samples."""
+        # In this order: a compiled model guards what it reads, and need not read the kind.
         if samples != self.routing.rows and not (self.uniform or self.per_token):
             self.repeats(samples, generating)
 
     def repeats(self, samples: int, generating: bool) -> int:
-        """How many samples of a batch each routed one has become.
+        """How often a batch of `samples` holds each routed sample.
 
         Raises:
-            RoutingError: none that was asked for: repetition is never guessed.
+            RoutingError: the numbers do not fit, or nobody said that samples are repeated:
+                repetition is never guessed.
         """
         routed = self.routing.rows
         if samples == routed:
             return 1
         if (generating or self.expand) and routed and samples % routed == 0:
             return samples // routed
-        hint = "" if self.expand else '; if samples are repeated, say expand="interleave" or "tile"'
+        hint = '; if the batch repeats its samples, give expand="interleave" or "tile"'
         raise RoutingError(
-            f"`rows` must have one entry per sample of the batch, here {samples}, got {routed}"
-            + hint
+            f"`rows` must have one entry per sample of the batch ({samples}), got {routed}"
+            + ("" if self.expand else hint)
         )
 
 
 def make_route(
-    rows: Rows, weights: Tensor | None, slots: Slots, *, expand: Expand, per_token: bool
+    rows: Rows,
+    weights: Tensor | None,
+    slots: Slots,
+    *,
+    expand: Expand = None,
+    per_token: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> Route:
-    """The route that a user's rows mean: names, or an index tensor with weights.
+    """The route that a user asks for, by names or by an index tensor with weights.
 
     Raises:
-        RoutingError: rows, weights or expand that do not fit.
-        UnknownAdapterError: a name or handle that is not loaded.
+        RoutingError: rows, weights, expand or lengths do not fit.
+        UnknownAdapterError: a name or a handle is not loaded.
     """
     if expand not in (None, "interleave", "tile"):
         raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
-    if not isinstance(rows, Tensor):
-        if weights is not None:
-            raise RoutingError(
-                "`weights` must be None when rows are names; give a mapping name -> weight"
-            )
-        return Route(from_names(rows, slots.lookup), per_token, expand=expand, named=True)
-    given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
-    if readable(rows):
-        slots.check_loaded(rows)
-    # A copy: what the caller writes into its tensors later is not a change of route.
-    copied = Routing(given.index.clone(), given.weight.clone())
-    return Route(copied, per_token, expand=expand)
+    named = not isinstance(rows, Tensor)
+    if isinstance(rows, Tensor):
+        given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
+        if host_may_read(rows):
+            slots.check_loaded(rows)
+        # A copy, so that what the caller writes into its tensors later does not change the route.
+        routing = Routing(given.index.clone(), given.weight.clone())
+    elif weights is None:
+        routing = routing_from_names(rows, slots.lookup)
+    else:
+        raise RoutingError(
+            f"`weights` must be None if `rows` holds names, got {type(weights).__name__}; "
+            "put mappings name -> weight into `rows`"
+        )
+    if lengths is not None:
+        times = torch.tensor(check_counts(lengths, routing.rows, "lengths"))
+        routing = routing.repeat_interleave(times)
+    return Route(routing, per_token, expand=expand, named=named)
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
-    """(samples, tokens of each) of a model's inputs; None when no tensor tells."""
-    candidates = [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]
+    """(samples, tokens of each) of a model's inputs; None if no tensor tells."""
+    candidates = [kwargs.get(name) for name in BATCH_ARGUMENTS] + [*args, *kwargs.values()]
     for tensor in candidates:
         if isinstance(tensor, Tensor) and tensor.ndim:
             # Ids are [samples, tokens]; embeddings and hidden states [samples, tokens, features].
@@ -139,15 +171,15 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
     return None
 
 
-def tensors_of(output: object) -> Iterator[Tensor]:
-    """The tensors of a model's output: itself, or in tuples, lists, mappings and dataclasses."""
+def tensors_in(output: object) -> Iterator[Tensor]:
+    """The tensors of a model's output, also those inside tuples, lists, mappings, dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from tensors_of(value)
+            yield from tensors_in(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from tensors_of(value)
+            yield from tensors_in(value)
     elif is_dataclass(output):
-        yield from tensors_of(vars(output))
+        yield from tensors_in(vars(output))

@@ -1,38 +1,30 @@
 """The router: the route of one model, which all its layers read.
 
-One small object per model, so that switching adapters costs the same for ten targets and for a
-thousand. It follows rows: at the model's top it learns the batch of the forward in progress, and
-a layer's input is matched against that batch by equality, never by divisibility.
+There is one small object per model, so that switching adapters costs the same for ten targets and
+for a thousand. At the model's top it learns the batch of the forward pass in progress. A layer's
+input must be equal to that batch in its number of rows; a multiple is never good enough.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..core import Found, Pool, Routing, Slots, readable, unchecked
+from ..core import LastPass, Pool, Routing, Slots, host_may_read, unchecked_routing
 from ..errors import RoutingBusyError, RoutingError
-from .graphs import Captured, Shown
-from .passes import Awaited, Pass
-from .route import Batch, Route, batch_of, tensors_of
+from .graphs import CapturedRouting, CompiledView
+from .passes import Pass, PassesAwaitingBackward
+from .plans import Plans
+from .route import Batch, Route, batch_of, tensors_in
 
-# Guards the look at Router._owner and every change of what is in force; held for microseconds, so
-# one serves all.
+# Held while Router._owner is read and while the route in force changes: for microseconds, so that
+# one lock serves all routers.
 _TAKE = threading.RLock()
-
-
-class Planned(NamedTuple):
-    """A plan of this forward pass, and the layers that it is for."""
-
-    rows: int
-    device: torch.device
-    method: ops.Method
-    plan: ops.Plan | None
 
 
 class Router:
@@ -55,15 +47,13 @@ class Router:
         # Of the forward in progress. Two numbers, for torch.compile guards a tuple by its values.
         self._samples: int | None = None
         self._tokens = 0  # of each sample
-        self._plans: list[Planned] = []
-        # The last plan of the host, and what for: the next pass may be alike, as in generate().
-        self._kept: tuple[object, ops.Plan | None] = None, None
+        self._plans = Plans()
         self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
-        self._alive_at = -1  # slots.version when the host last looked at the route's handles
-        self._captured: list[Captured] = []
-        self._shown = Shown()
+        self._alive_at = -1  # slots.suspensions when the host last looked at the route's handles
+        self._captured: list[CapturedRouting] = []
+        self._compiled_view = CompiledView()
         self._past: Pass | None = None  # the forward pass whose backward is in progress
-        self._awaited = Awaited()  # those whose backward may still come
+        self._awaiting_backward = PassesAwaitingBackward()
         self.in_force: Route | None = None  # `route`; None where nothing is to be added
 
     @property
@@ -87,72 +77,80 @@ class Router:
         """Put a route in force until the next one, or until the surrounding block ends."""
         with _TAKE:
             self.refuse_other_thread()
-            self._put(route)
+            self.put(route)
+
+    def put(self, route: Route | None) -> None:
+        """Put a route in force, inside a block of this thread's."""
+        with _TAKE:
+            heir = self._heir
+            inherits = heir is not None and heir[0] is route
+            self.route = heir[1] if heir is not None and inherits else route
+            if inherits or not self._outer:  # after the route was put: see `reachable`
+                self._heir = None
+            self._forget_route()
 
     @contextmanager
-    def routed(self, enter: Callable[[Callable[[Route], None]], Route]) -> Iterator[Routing]:
-        """A route in force inside the block; the one before it afterwards, come what may.
+    def block(self) -> Iterator[None]:
+        """A `with` block: afterwards the route of before is in force again, come what may.
 
-        Args:
-            enter: makes the route, calls its argument to put it in force, and returns it.
+        Until it ends, no other thread can open one or change the route.
         """
-        with self._block():
+        with self._owned():
             before, outer = self.route, self._outer
-            # Before the other is put in force, and until it was left: see `held`.
+            # From before another route is put until after it was left: see `reachable`.
             self._outer = (*outer, before)
             try:
-                yield enter(self._put).routing
+                yield
             finally:
-                with _TAKE:
-                    self._put(before)
+                self.put(before)
                 self._outer = outer
 
-    def follows(self, handle: int) -> bool:
-        """Whether an adapter is in force by name, outside of blocks."""
+    def is_sticky(self, handle: int) -> bool:
+        """Whether the route outside of all blocks selects a handle, and does so by name."""
         sticky = self._sticky()
         return sticky is not None and handle in (sticky[1].handles or ())
 
-    def follow(self, old: int, new: int) -> None:
-        """Let the sticky route by name have another adapter from the next forward pass on.
+    def replace_sticky(self, old: int, new: int) -> None:
+        """Give the route outside of all blocks, if it is by name, another handle for a name.
 
-        The next and not this one, so that a forward in progress has one of them in all layers.
-        Blocks keep what they began with.
+        It changes at the next forward pass, so that a pass in progress has one adapter in all
+        layers. Blocks keep what they began with.
         """
         with _TAKE:
             sticky = self._sticky()
             if sticky is not None:
-                self._heir = sticky[0], sticky[1].renamed(old, new)
+                self._heir = sticky[0], sticky[1].with_replaced(old, new)
 
     def _sticky(self) -> tuple[Route, Route] | None:
-        """The route by name outside of all blocks, and as it is to be from the next pass on."""
+        """The route by name outside of all blocks, and what it is from the next pass on."""
         route = self._outer[0] if self._outer else self.route
         if route is None or not route.named:
             return None
         heir = self._heir
         return heir if heir is not None and heir[0] is route else (route, route)
 
-    def held(self, leaving: bool = False) -> frozenset[int] | None:
-        """The adapters that forward passes may still ask for; None where only a device knows.
+    def reachable(self, leaving: bool = False) -> frozenset[int] | None:
+        """The handles that forward passes may still ask for; None if only a device knows.
 
         Args:
             leaving: the route in force is about to be replaced, and does not count.
         """
-        # In this order: what is put in force meanwhile was in one of the others before.
+        # In this order: a route that is put in force meanwhile was in one of the others before.
         outer, leaving = self._outer, leaving and self._runner is None
         heir = () if leaving and not outer else self._heir or ()
         last = None if leaving else self.route
-        routes = [*outer, *heir, *(past.route for past in self._awaited), self._served, last]
-        return _handles(routes)
+        awaiting = (past.route for past in self._awaiting_backward)
+        return _handles([*outer, *heir, *awaiting, self._served, last])
 
-    def read(self) -> frozenset[int] | None:
-        """The adapters that a forward pass in progress, or its backward, has begun to use."""
-        routes = [past.route for past in self._awaited]
+    def in_use(self) -> frozenset[int] | None:
+        """The handles that a pass in progress, or its backward, has begun to use."""
+        routes = [past.route for past in self._awaiting_backward]
         return _handles([*routes, self._served, None if self._runner is None else self.route])
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """The base model inside the block, whatever is routed."""
-        with self._block():
+        """Inside the block every row gets the base model, whatever the route."""
+        with self._owned():
             self._disables += 1
             self._refresh()
             try:
@@ -171,24 +169,16 @@ class Router:
         finally:
             self._generating = before
 
-    @contextmanager
-    def serving(self, enter: Callable[[Callable[[Route | None], None]], object]) -> Iterator[None]:
-        """A batch of a continuous batching manager, whose thread leaves the users' route alone.
-
-        Args:
-            enter: calls its argument with the route of the batch, to put it in force.
-        """
-        enter(self._serve)
-        try:
-            yield
-        finally:
-            with _TAKE:
-                self._serving, self._served = False, None
-                self._forget_route()
-
-    def _serve(self, route: Route | None) -> None:
+    def serve(self, route: Route | None) -> None:
+        """Begin a batch of a continuous batching manager, which leaves the users' route alone."""
         with _TAKE:
             self._serving, self._served = True, route
+            self._forget_route()
+
+    def stop_serving(self) -> None:
+        """The manager's batch is done."""
+        with _TAKE:
+            self._serving, self._served = False, None
             self._forget_route()
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -210,7 +200,7 @@ class Router:
             if not _in_backward():
                 self._past = None  # of a backward that failed
             if self._heir is not None and self._heir[0] is self.route:
-                self._put(self.route)
+                self.put(self.route)
 
     def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
         """Forward hook of the model: what was learnt of the batch ends with it."""
@@ -222,7 +212,7 @@ class Router:
             self._runner = None
         self._forget_forward()
 
-    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.Plan | None:
+    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.AnyPlan | None:
         """The plan for a layer's input x [..., in_features]; None = nothing to add.
 
         Args:
@@ -231,31 +221,24 @@ class Router:
         now = self._now()
         assert now.route is not None
         rows = prod(x.shape[:-1])
-        # Shapes are checked for each layer; plans of equal row counts are the same.
-        samples = _samples_of(now, x)
+        samples = now.samples_of(x)  # for each layer: it refuses shapes
         trained = now.route.routing.weight.requires_grad
         method = ops.method(self.settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        shared = self._samples is not None and not trained
-        # A list, for the sizes of a compiled batch may be symbols, which no dict can look up.
-        for made in self._plans if shared else ():
-            if made.rows == rows and (made.device, made.method) == (x.device, method):
-                return made.plan
-        if shared and method.grouped:  # never while compiling, which would guard the version
-            case = now.route, rows, samples, now.generating, self.slots.version
-            kept, plan = self._kept
-            if kept != case:
-                plan = self._made(now, x, rows, samples, method)
-                self._kept = case, plan
-        else:
-            plan = self._made(now, x, rows, samples, method)
-        if shared:
-            self._plans.append(Planned(rows, x.device, method, plan))
-        return plan
+        if self._samples is None or trained:
+            return self._made(now, x, rows, samples, method)
+        layers, case = (rows, x.device, method), None
+        if method.form == "cpu":  # never while compiling, which would guard the version
+            case = now.route, rows, samples, now.generating, self.slots.suspensions
+        known = self._plans.find(layers, case)
+        if known is None:
+            made = self._made(now, x, rows, samples, method)
+            known = self._plans.add(layers, case, made)
+        return known.plan
 
     def _made(
         self, now: Pass, x: Tensor, rows: int, samples: int | None, method: ops.Method
-    ) -> ops.Plan | None:
+    ) -> ops.AnyPlan | None:
         assert now.route is not None
         routing = self._routing_on(now.route, x.device, method)
         spread = now.route.spread(routing, rows, samples, now.generating)
@@ -264,7 +247,7 @@ class Router:
     def _now(self) -> Pass:
         """What the layers that run at this moment are to be computed with."""
         if torch.compiler.is_compiling():
-            return Pass(self._shown.route, self._samples, self._tokens, self._generating)
+            return Pass(self._compiled_view.route, self._samples, self._tokens, self._generating)
         past = self._past_of_backward()
         return past or Pass(self.in_force, self._samples, self._tokens, self._generating)
 
@@ -276,35 +259,38 @@ class Router:
         """The route's own rows on a device; handles that the host knows are checked there."""
         given = route.routing
         if torch.compiler.is_compiling():
-            # What a trace finds are no values: they are not for the user's routing.
-            return unchecked(given.index, given.weight, Found()).to(device)
+            # A trace holds no values, so that there is nothing to note on the user's routing.
+            return unchecked_routing(given.index, given.weight, LastPass()).to(device)
         if route is not self.in_force:
             return given.to(device)
         routing = self._on.get(device)
-        if readable(given.index) and self._alive_at != self.slots.version:
+        if host_may_read(given.index) and self._alive_at != self.slots.suspensions:
             self.slots.resolve(given.index)
-            self._alive_at = self.slots.version
+            self._alive_at = self.slots.suspensions
         capturing = ops.capturing(device)
         if routing is None:
             if capturing:
                 raise RoutingError(
                     "run the model once under this route before capturing it in a CUDA graph; "
-                    "while capturing nothing can be copied to the GPU"
+                    "nothing can be copied to the GPU during the capture"
                 )
             # A copy: what a graph reads is written to by later routes, and this one may return.
-            routing = self._on[device] = given.to(device, copy=method.operators)
+            routing = self._on[device] = given.to(device, copy=not method.on_host)
         if capturing and all(routing is not captured.routing for captured in self._captured):
             if given.weight.requires_grad:
-                raise RoutingError("a route whose weights need gradients can not be captured")
-            self._captured.append(Captured(routing, route.per_token, route.uniform))
+                raise RoutingError(
+                    "`weights` must not need gradients while a CUDA graph is captured, got a "
+                    "tensor that does; detach() it"
+                )
+            self._captured.append(CapturedRouting(routing, route.per_token, route.uniform))
         return routing
 
     def _follow_into_backward(self, output: object) -> None:
         """Let the backward of a pass know it: by then its block may have ended, another begun."""
         past = self._now()
-        for tensor in tensors_of(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
-                self._awaited.follow(tensor, past, self._enter_backward)
+                self._awaiting_backward.add(tensor, past, self._enter_backward)
 
     def _enter_backward(self, past: Pass, grad: Tensor) -> None:
         self._past = past
@@ -326,25 +312,17 @@ class Router:
         route = self._now().route
         if route is not None and not (route.uniform or route.per_token):
             raise RoutingError(
-                "a packed batch (`cu_seq_lens_q`) has several sequences in one sample, so that "
-                "`rows` can not be one entry per sample; use route_tokens(rows, lengths=...)"
+                "`rows` must have one entry per sequence, got one per sample of a packed batch "
+                "(`cu_seq_lens_q`), which has many sequences in a sample; use "
+                "route_tokens(rows, lengths=...)"
             )
-
-    def _put(self, route: Route | None) -> None:
-        with _TAKE:
-            heir = self._heir
-            inherits = heir is not None and heir[0] is route
-            self.route = heir[1] if heir is not None and inherits else route
-            if inherits or not self._outer:  # after the route was put: see `held`
-                self._heir = None
-            self._forget_route()
 
     def _forget_route(self) -> None:
         self._on.clear()
         self._alive_at = -1
         self._refresh()
 
-    # Locked: between a look at `_serving` and what follows, a manager's thread may begin a batch.
+    # Locked, because a manager's thread may begin a batch right after `_serving` was read.
     def _refresh(self) -> None:
         with _TAKE:
             route = self._served if self._serving else self.chosen
@@ -353,18 +331,18 @@ class Router:
             for captured in self._captured:
                 captured.follow(self.in_force)
             if self.anchor is not None:
-                self._shown.follow(self.in_force, self.anchor.A_rows.device)
+                self._compiled_view.follow(self.in_force, self.anchor.A_rows.device)
 
     def _refuse_other_runner(self) -> None:
         if self._runner not in (None, threading.get_ident()):
             raise RoutingBusyError(
-                "another thread runs a forward pass of this model; put the requests of both into "
-                "one batch, or let one wait for the other"
+                "another thread is running a forward pass of this model; put the requests of both "
+                "into one batch, or let one wait for the other"
             )
 
     def refuse_other_thread(self) -> None:
-        """Raise if the route is not this thread's to change."""
-        if not self._serving:  # else the forward in progress has a route of its own
+        """Raise if another thread has the right to the route."""
+        if not self._serving:  # the forward of a manager has a route of its own
             self._refuse_other_runner()
         if self._owner not in (None, threading.get_ident()):
             raise RoutingBusyError(
@@ -373,8 +351,8 @@ class Router:
             )
 
     @contextmanager
-    def _block(self) -> Iterator[None]:
-        """A `with` block: no other thread may open one, or change the route, until it ends."""
+    def _owned(self) -> Iterator[None]:
+        """No other thread may open a block, or change the route, until this one ends."""
         with _TAKE:
             self.refuse_other_thread()
             self._owner = threading.get_ident()
@@ -400,24 +378,3 @@ def _handles(routes: list[Route | None]) -> frozenset[int] | None:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _samples_of(now: Pass, x: Tensor) -> int | None:
-    """How many samples a layer's input holds; None when a uniform route need not know.
-
-    Raises:
-        RoutingError: x does not begin with the batch, so that its rows can not be told apart.
-    """
-    first = x.shape[0] if x.ndim >= 2 else 1
-    if now.samples is None:
-        return first
-    if first == now.samples or (x.ndim == 2 and first == now.samples * now.tokens):
-        return now.samples
-    assert now.route is not None
-    if now.route.uniform or now.route.per_token:
-        return None
-    raise RoutingError(
-        f"a layer's input must begin with the batch of {now.samples} samples (or, flattened, "
-        f"with its {now.samples} x {now.tokens} tokens), got {list(x.shape)}; "
-        "use route_tokens for rows in another order"
-    )

@@ -7,24 +7,24 @@ PLACEMENT = "adapters/placement.py"
 RESIDENT = "adapters/resident.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 MUTATIONS = {
-    "placing: what is asked for is evicted": Mutation(
+    "placement: what is asked for is evicted": Mutation(
         BOUNDED, "self._pinned | set(wanted)", "self._pinned", TEST_BOUNDED
     ),
-    "placing: the pinned is evicted": Mutation(
+    "placement: the pinned is evicted": Mutation(
         BOUNDED, "self._pinned | set(wanted)", "set(wanted)", TEST_BOUNDED
     ),
-    "placing: the last routed makes room": Mutation(
+    "placement: the last routed makes room": Mutation(
         BOUNDED,
-        "self._recent[handle] = None\n            for",
+        "self._resident[handle] = None\n            for",
         "pass\n            for",
         TEST_BOUNDED,
     ),
-    "placing: evicted before it is known to fit": Mutation(
-        PLACEMENT, "raise PoolCapacityError(_full", "break; (_full", TEST_BOUNDED
+    "placement: evicted before it is known to fit": Mutation(
+        PLACEMENT, "raise PoolCapacityError(_no_room", "break; (_no_room", TEST_BOUNDED
     ),
-    "placing: total free is enough": Mutation(
+    "placement: total free is enough": Mutation(
         PLACEMENT,
-        "if all(asis.take(rows) is not None for rows in needed):",
+        "if all(without_sliding.take(rows) is not None for rows in needed):",
         "if True:",
         TEST_BOUNDED,
     ),

@@ -3,16 +3,16 @@
 from mutation import Mutation
 
 DIFFUSERS_FILE = "checkpoints/diffusers_file.py"
-LIVE_PEFT = "checkpoints/live_peft.py"
 PEFT_FOLDER = "checkpoints/peft_folder.py"
+PEFT_MODEL = "checkpoints/peft_model.py"
 SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
 TEST_PEFT_FOLDER = ("checkpoints/test_peft_folder.py",)
 TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
-    "live_peft: a model that believes to have adapters": Mutation(
-        LIVE_PEFT, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT
+    "peft_model: a model that believes to have adapters": Mutation(
+        PEFT_MODEL, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT
     ),
     "diffusers file: paths are patterns": Mutation(
         DIFFUSERS_FILE, "re.escape(path)", "path", TEST_DIFFUSERS_FILE
@@ -27,9 +27,9 @@ MUTATIONS = {
         TEST_BOUNDED,
     ),
     "residency: values that are not finite come in": Mutation(
-        PEFT_FOLDER, "_check_finite(source, key, block[key])", "pass", TEST_BOUNDED
+        PEFT_FOLDER, "_check_finite(source, key, values[key])", "pass", TEST_BOUNDED
     ),
-    "checkpoint: links lead anywhere": Mutation(
+    "peft_folder: links lead anywhere": Mutation(
         PEFT_FOLDER, "if not file.is_symlink():", "if True:", TEST_PEFT_FOLDER
     ),
 }

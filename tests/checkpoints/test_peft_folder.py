@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux.checkpoints import peft_config
-from lora_mux.checkpoints.peft_folder import read_checkpoint
+from lora_mux.checkpoints.peft_folder import read_peft_folder
+from lora_mux.core import LoraWeights
 from peft_oracle import peft, save_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,6 +40,11 @@ def write(
     (folder / CONFIG).write_text(json.dumps({**config, **(fields or {})}))
     save_file(tensors() if weights is None else weights, folder / WEIGHTS)
     return folder
+
+
+def weights_in(folder: Path) -> dict[str, LoraWeights]:
+    stored = read_peft_folder(folder).stored
+    return stored.weights(stored.read(False))
 
 
 class Model(nn.Module):
@@ -94,13 +100,12 @@ def test_loads_and_equals_the_same_tensors_added_by_hand(tmp_path: Path) -> None
 
 def test_keys_without_peft_prefix(tmp_path: Path) -> None:
     bare = {key.removeprefix("base_model.model."): t for key, t in tensors().items()}
-    assert set(read_checkpoint(write(tmp_path, weights=bare)).weights) == set(PATHS)
+    assert set(weights_in(write(tmp_path, weights=bare))) == set(PATHS)
 
 
 def test_defaults_are_peft_s(tmp_path: Path) -> None:
     (write(tmp_path, weights=tensors(8)) / CONFIG).write_text('{"peft_type": "LORA"}')
-    read = read_checkpoint(tmp_path)
-    assert {part.scaling for part in read.weights.values()} == {1.0}
+    assert {part.scaling for part in weights_in(tmp_path).values()} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -122,8 +127,8 @@ def test_defaults_are_peft_s(tmp_path: Path) -> None:
     ids=str,
 )
 def test_scaling(fields: dict[str, Any], scaling: float, tmp_path: Path) -> None:
-    read = read_checkpoint(write(tmp_path, fields))
-    assert read.weights["layers.0.q"].scaling == scaling
+    read = weights_in(write(tmp_path, fields))
+    assert read["layers.0.q"].scaling == scaling
 
 
 def test_scaling_is_peft_s(tmp_path: Path) -> None:
@@ -139,7 +144,7 @@ def test_scaling_is_peft_s(tmp_path: Path) -> None:
         folder = tmp_path / str(rslora)
         config = peft.LoraConfig(**fields, use_rslora=rslora)
         theirs = save_adapters(Model(), {"a": config}, folder)
-        ours = read_checkpoint(folder / "a").weights
+        ours = weights_in(folder / "a")
         for path in PATHS:
             layer = theirs.base_model.model.get_submodule(path)
             assert math.isclose(ours[path].scaling, layer.scaling["a"])
@@ -205,12 +210,12 @@ def test_inits_on_a_shifted_base_are_refused(init: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_fields_that_do_not_matter(fields: dict[str, Any], tmp_path: Path) -> None:
-    read_checkpoint(write(tmp_path, fields))
+    read_peft_folder(write(tmp_path, fields))
 
 
 def test_an_unknown_field_that_says_nothing_only_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="use_tomorrow"):
-        read_checkpoint(write(tmp_path, {"use_tomorrow": False}))
+        read_peft_folder(write(tmp_path, {"use_tomorrow": False}))
 
 
 KEY = "base_model.model.layers.0.q"
@@ -237,7 +242,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "rank of B": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(8, 3)}, "rank 4"),
     "in_features": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 9)}, "layers.0.q"),
     "out_features": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(9, 4)}, "layers.0.q"),
-    "conv": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8, 1, 1)}, "2 dimensions"),
+    "conv": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8, 1, 1)}, "2-dimensional"),
     "NaN": ({**tensors(), f"{KEY}.lora_A.weight": torch.full((4, 8), math.nan)}, "lora_A.*finite"),
     "infinity": ({**tensors(), f"{KEY}.lora_B.weight": torch.full((8, 4), math.inf)}, "finite"),
     "integers": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8).int()}, "floating"),
@@ -245,7 +250,10 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
         {k.replace("layers.0.q", "layers.9.q"): t for k, t in tensors().items()},
         "layers.9.q",
     ),
-    "said twice": ({**tensors(), "layers.0.q.lora_A.weight": torch.ones(4, 8)}, "same as"),
+    "said twice": (
+        {**tensors(), "layers.0.q.lora_A.weight": torch.ones(4, 8)},
+        "only one for its tensor",
+    ),
 }
 
 
@@ -337,14 +345,14 @@ class TestLinks:
         folder = write(tmp_path / "bad")
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "other" / name)
-        refuse(folder, f"{name} must lie in its folder, got a link to")
+        refuse(folder, f"{name} must be inside its folder, got a link to")
 
     def test_inside_the_folder_and_to_the_folder(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "a")
         (folder / WEIGHTS).rename(folder / "weights")
         (folder / WEIGHTS).symlink_to("weights")
         (tmp_path / "link").symlink_to(folder)
-        assert set(read_checkpoint(tmp_path / "link").weights) == set(PATHS)
+        assert set(weights_in(tmp_path / "link")) == set(PATHS)
 
     def test_of_the_hub_s_cache(self, tmp_path: Path) -> None:
         snapshot = write(tmp_path / "models--user--name" / "snapshots" / "abc")
@@ -352,11 +360,11 @@ class TestLinks:
         blobs.mkdir()
         (snapshot / WEIGHTS).rename(blobs / "0123")
         (snapshot / WEIGHTS).symlink_to("../../blobs/0123")
-        assert set(read_checkpoint(snapshot).weights) == set(PATHS)
+        assert set(weights_in(snapshot)) == set(PATHS)
         (snapshot / WEIGHTS).unlink()
         (snapshot / WEIGHTS).symlink_to("../def/adapter_model.safetensors")
         write(snapshot.parent / "def")
-        refuse(snapshot, "must lie in its folder")
+        refuse(snapshot, "must be inside its folder")
 
     def test_to_itself(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "bad")
@@ -369,7 +377,7 @@ class TestReading:
     def test_what_is_checked_is_what_is_used(self, tmp_path: Path) -> None:
         """Values are read, not mapped: who writes to the file later changes nothing."""
         folder = write(tmp_path)
-        stored = read_checkpoint(folder).stored
+        stored = read_peft_folder(folder).stored
         block = stored.read(False)
         before = {path: part.A.clone() for path, part in stored.weights(block).items()}
         with (folder / WEIGHTS).open("r+b") as file:
@@ -394,13 +402,13 @@ class TestReading:
         header = good[8 : 8 + length] + b" " * start
         content = struct.pack("<Q", len(header)) + header + good[8 + length :]
         (folder / WEIGHTS).write_bytes(content)
-        got = read_checkpoint(folder).weights["layers.0.q"].A
+        got = weights_in(folder)["layers.0.q"].A
         assert torch.equal(got, made["base_model.model.layers.0.q.lora_A.weight"])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn])
     def test_other_dtypes(self, dtype: torch.dtype, tmp_path: Path) -> None:
         made = {key: t.to(dtype) for key, t in tensors().items()}
-        got = read_checkpoint(write(tmp_path, weights=made)).weights["layers.1.v"].B
+        got = weights_in(write(tmp_path, weights=made))["layers.1.v"].B
         assert got.dtype == dtype
         assert torch.equal(got.float(), made["base_model.model.layers.1.v.lora_B.weight"].float())
 
@@ -419,9 +427,9 @@ def test_no_folder(folder: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"target_modules": ["q"]}, "holds modules that its config does not mean: layers.0.v"),
-        ({"layers_to_transform": [1]}, "does not mean: layers.0.q"),
-        ({"exclude_modules": ["v"]}, "does not mean: layers.0.v"),
+        ({"target_modules": ["q"]}, "holds modules that its config does not target: layers.0.v"),
+        ({"layers_to_transform": [1]}, "does not target: layers.0.q"),
+        ({"exclude_modules": ["v"]}, "does not target: layers.0.v"),
     ],
     ids=str,
 )
@@ -434,7 +442,7 @@ def test_config_that_means_other_modules_warns(
 
 def test_file_that_lacks_modules_warns(tmp_path: Path) -> None:
     few = without(f"{KEY}.lora_A.weight", f"{KEY}.lora_B.weight")
-    with pytest.warns(UserWarning, match="lacks modules that its config means: layers.0.q"):
+    with pytest.warns(UserWarning, match="lacks modules that its config targets: layers.0.q"):
         lora_mux.attach(Model()).load("new", write(tmp_path, weights=few))
 
 

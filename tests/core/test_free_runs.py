@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lora_mux.core.free_runs import Runs
+from lora_mux.core.free_runs import FreeRuns
 
 
 class Rows:
@@ -28,7 +28,7 @@ class Rows:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_against_booleans(seed: int) -> None:
-    draw, runs, rows = random.Random(seed), Runs(), Rows()
+    draw, runs, rows = random.Random(seed), FreeRuns(), Rows()
     taken: list[tuple[int, int]] = []
     for _ in range(300):
         act = draw.random()

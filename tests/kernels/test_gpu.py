@@ -146,7 +146,7 @@ class TestLayer:
         x, routing = torch.randn(9, 256, device=CUDA).bfloat16(), self.routing(layer, 9)
         with torch.no_grad():
             self.close(layer(x, routing), self.reference(layer)(x, routing))
-        assert routing.found.state is not None
+        assert routing.last_pass.row_states is not None
 
     def test_a_host_index_raises_on_the_host(self, layer: lora_mux.MuxLinear) -> None:
         x = torch.randn(1, 256, device=CUDA).bfloat16()

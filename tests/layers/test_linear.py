@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from layer import ROUTINGS, Bench, check_relative_norm
-from lora_mux.ops import cpu as grouped
+from lora_mux.ops import cpu
 from oracle import Adapter, forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,9 +112,9 @@ def test_rows_that_only_divide_are_refused(rows: int) -> None:
 def test_rounds_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an ulp from the base's tensor plus the exact delta: h and delta are not rounded.
 
-    Products in bf16 on CPUs that have them do round h; test_grouped has their bound.
+    Products in bf16 on CPUs that have them do round h; test_cpu has their bound.
     """
-    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: False)
+    monkeypatch.setattr(cpu, "bf16_is_fast", lambda: False)
     bench = Bench(dtype=dtype)
     x, chosen = bench.x(64), torch.tensor([[0, 1, 2, 3]] * 64)
     y = bench.layer(x, lora_mux.Routing(torch.tensor(bench.handles)[chosen]))
@@ -215,6 +215,15 @@ class TestDropIn:
         layer.register_buffer("extra", torch.zeros(1))
         layer.register_forward_hook(lambda *args: None)
         assert "extra" not in linear.state_dict() and not linear._forward_hooks
+
+    def test_says_what_it_holds(self) -> None:
+        bench = Bench(ranks=(2, 5), size=(8, 4))
+        bench.layer.add_adapter(
+            "b", torch.ones(3, 8), torch.ones(4, 3), alpha=1, bias=torch.ones(4)
+        )
+        says = "MuxLinear(\n  in_features=8, out_features=4, bias=True, adapters=3, rank_rows=11\n"
+        assert repr(bench.layer).startswith(says)
+        assert lora_mux.MuxLinear(Foreign()).extra_repr() == "adapters=0, rank_rows=0"
 
     def test_state_dict_is_the_linears(self) -> None:
         bench = Bench()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from interpreter import note_launches
 from layer import Bench
 from lora_mux.cli import main
 from lora_mux.errors import BackendError
@@ -137,15 +138,7 @@ def test_tune_fuses_where_it_was_faster(
     content = json.loads(table.read_text())
     assert [entry["rows"] for entry in content["fused"]] == [4, 190]
 
-    seen: list[str] = []
-    for name in ("fused", "expand"):
-        own = getattr(launch, name)
-
-        def noted(*arguments: Any, name: str = name, own: Any = own) -> None:
-            seen.append(name)
-            own(*arguments)
-
-        monkeypatch.setattr(launch, name, noted)
+    names = note_launches(monkeypatch)
     for times, expected in (((2.0, 1.0), "fused"), ((1.0, 2.0), "expand")):
         for entry in content["fused"]:
             entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
@@ -155,7 +148,7 @@ def test_tune_fuses_where_it_was_faster(
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
             bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
-        assert seen.pop() == expected and not seen
+        assert names.pop() == expected and "expand" not in names and "fused" not in names
 
 
 @pytest.mark.interpreter

@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a plain model": (lambda: nn.Linear(2, 2), "peft.PeftModel, or .* got Linear without any"),
     "DoRA": (dora, "adapter 'a'.*`use_dora` must be unset"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
-    "convolution": (conv, "2 dimensions"),
+    "convolution": (conv, "2-dimensional"),
     "modules_to_save": (head, "`modules_to_save` must be unset"),
 }
 

@@ -262,13 +262,13 @@ def test_a_manager_that_outlives_the_mux(stage: SimpleNamespace) -> None:
 class TestRefusals:
     @pytest.mark.parametrize("rows", [ROWS[:4], [*ROWS, None]])
     def test_another_number_of_rows(self, rows: list[Any], stage: SimpleNamespace) -> None:
-        message = f"one entry per request, here 5, got {len(rows)}"
+        message = rf"one entry per request \(5\), got {len(rows)}"
         with stage.mux.route(rows), pytest.raises(lora_mux.LoraMuxError, match=message):
             generate_batch(stage.model)
         with stage.model.continuous_batching_context_manager(**settings()) as manager:
             with stage.mux.route(rows), pytest.raises(lora_mux.LoraMuxError, match=message):
                 manager.add_requests(PROMPTS)
-            with stage.mux.route(ROWS), pytest.raises(lora_mux.LoraMuxError, match="here 1, got 5"):
+            with stage.mux.route(ROWS), pytest.raises(lora_mux.LoraMuxError, match=r"\(1\), got 5"):
                 manager.add_request(PROMPTS[0])
 
     def test_a_row_for_each_token(self, stage: SimpleNamespace) -> None:

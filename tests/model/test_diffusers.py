@@ -76,7 +76,7 @@ def test_styles_per_sample(kind: str, tmp_path: Path) -> None:
     guided = inputs(kind, 6)  # classifier-free guidance: the batch of 3 twice over
     with mux.route(ROWS, expand="tile"):
         got = model(**guided).sample
-    with mux.route(ROWS), pytest.raises(lora_mux.LoraMuxError, match='here 6, got 3; .*"tile"'):
+    with mux.route(ROWS), pytest.raises(lora_mux.LoraMuxError, match=r'\(6\), got 3; .*"tile"'):
         model(**guided)
     for i in range(6):
         row = ROWS[i % 3]

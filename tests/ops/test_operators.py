@@ -11,8 +11,7 @@ import lora_mux
 from layer import Bench
 from lora_mux import ops
 from lora_mux.core.pool import RankRows
-from lora_mux.ops import plan_in_torch as tiles
-from lora_mux.ops import reference
+from lora_mux.ops import plan_in_torch, reference
 from problem import Problem
 
 OPS: Any = torch.ops.lora_mux
@@ -112,7 +111,7 @@ def test_reference_and_operators_agree_on_strength() -> None:
     slots = torch.tensor([[1, 1, 0], [-1, 2, 2], [0, 1, 0]])
     weight = torch.tensor([[1.0, 2.0, 4.0], [float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0]])
     want = [[3.0, 0.0, 4.0], [0.0, 3.0, 0.0], [4.0, 2.0, 0.0]]
-    assert tiles.strength_of(slots, weight).tolist() == want
+    assert plan_in_torch.strength_of(slots, weight).tolist() == want
 
 
 def counted(compiled_frames: list[Any]) -> Callable[..., Any]:

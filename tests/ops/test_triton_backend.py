@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora_mux
 from layer import ROUTINGS, Bench, check_relative_norm
 from lora_mux import Routing, ops
+from lora_mux.ops import dispatch
 
 pytestmark = pytest.mark.interpreter
 
@@ -194,29 +195,29 @@ class TestRefusals:
     def test_where_no_kernel_can_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         a = layer.add_adapter("a", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
-        monkeypatch.setattr(ops, "_interpreted", lambda: False)
+        monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
         with pytest.raises(lora_mux.errors.BackendError, match=r"CUDA and ROCm, got x on cpu"):
             layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         says = "needs triton 3.6 or newer, which is not installed"
         with pytest.raises(lora_mux.errors.BackendError, match=says):
             lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         assert "which is not installed" in ops.backend_reason()
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
 
     @pytest.mark.parametrize(
         ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10", True)]
     )
     def test_an_old_triton(self, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("triton.__version__", version)
-        assert ops._triton_problem() == ("" if fits else f"got {version}")
-        ops._triton_problem.cache_clear()
+        assert dispatch._triton_problem() == ("" if fits else f"got {version}")
+        dispatch._triton_problem.cache_clear()
 
-    def test_auto_is_the_reference_on_the_cpu(self) -> None:
+    def test_auto_raises_on_the_cpu(self) -> None:
         bench = Bench(backend="auto")
         with pytest.raises(lora_mux.LoraMuxError, match="never given out"):
             bench.layer(bench.x(1), Routing(torch.tensor([[99]])))
@@ -348,6 +349,12 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
     assert (got[-1] - want).abs().max() < 2e-4
 
 
+def capturing(patch: pytest.MonkeyPatch) -> None:
+    """Say that a CUDA graph is being captured, to the router and to what makes plans."""
+    for module in (ops, dispatch):
+        patch.setattr(module, "capturing", lambda device: True)
+
+
 @pytest.mark.usefixtures("inference")
 class TestGraphs:
     """What a CUDA graph needs of the host: here capturing is only said, and replaying is looking.
@@ -361,9 +368,9 @@ class TestGraphs:
 
         def capture(model: nn.Module, mux: lora_mux.Mux, x: Tensor) -> Routing:
             model(x)
-            monkeypatch.setattr(ops, "capturing", lambda device: True)
-            model(x)
-            monkeypatch.setattr(ops, "capturing", lambda device: False)
+            with monkeypatch.context() as patch:
+                capturing(patch)
+                model(x)
             return mux._router._captured[-1].routing
 
         return capture
@@ -435,7 +442,7 @@ class TestGraphs:
         layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         layer.reserve(adapters=2, rank=2)
         a = layer.add_adapter("a", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
-        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        capturing(monkeypatch)
         layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
         monkeypatch.undo()
         layer.add_adapter("b", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
@@ -445,6 +452,6 @@ class TestGraphs:
     def test_capturing_wants_a_run_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, mux = blocks()
         mux.set_route(["a", "b"])
-        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        capturing(monkeypatch)
         with pytest.raises(lora_mux.errors.RoutingError, match="once under this route before"):
             model(torch.randn(2, 16))

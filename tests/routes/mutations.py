@@ -3,20 +3,23 @@
 from mutation import Mutation
 
 GRAPHS = "routes/graphs.py"
+PLANS = "routes/plans.py"
 ROUTER = "routes/router.py"
+UNIFORM_ROUTES = "routes/uniform_routes.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_COMPILE = ("model/test_compile.py",)
 TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_GENERATION = ("model/test_generation.py",)
+TEST_MUX = ("model/test_mux.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 TEST_BACKWARD = ("routes/test_backward.py",)
 MUTATIONS = {
     "router: any pass is like the last": Mutation(
-        ROUTER, "if kept != case:", "if kept is None:", TEST_CPU_AND_TEST_LINEAR
+        PLANS, "or self._last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "router: a plan for each pass": Mutation(
-        ROUTER, "if kept != case:", "if True:", TEST_CPU_AND_TEST_LINEAR
+        PLANS, "if case is None or", "if True or", TEST_CPU_AND_TEST_LINEAR
     ),
     "router: a graph answers with the base": Mutation(
         GRAPHS, "NOBODY = -2", "NOBODY = -1", TEST_TRITON_BACKEND
@@ -25,7 +28,7 @@ MUTATIONS = {
         ROUTER, "captured.follow(self.in_force", "(self.in_force", TEST_TRITON_BACKEND
     ),
     "router: a plan for each layer": Mutation(
-        ROUTER, "self._plans.append(", "(", TEST_TRITON_BACKEND
+        PLANS, "if planned.layers == layers:", "if False:", TEST_TRITON_BACKEND
     ),
     "router: a backward without its route": Mutation(
         ROUTER, "self._past = past", "pass", TEST_BACKWARD
@@ -43,7 +46,7 @@ MUTATIONS = {
         GRAPHS, "expand(self._rows, -1)", "expand(1, -1)", TEST_COMPILE
     ),
     "router: a trace is reported": Mutation(
-        ROUTER, "given.weight, Found())", "given.weight, given.found)", TEST_COMPILE
+        ROUTER, "given.weight, LastPass())", "given.weight, given.last_pass)", TEST_COMPILE
     ),
     "graphs: symbols outlive their trace": Mutation(
         GRAPHS, "if torch.compiler.is_compiling():", "if False:", TEST_COMPILE
@@ -65,17 +68,17 @@ MUTATIONS = {
     ),
     "residency: what a backward needs is evicted": Mutation(
         ROUTER,
-        "*(past.route for past in self._awaited), self._served, last",
+        "*awaiting, self._served, last",
         "self._served, last",
         TEST_BOUNDED,
     ),
     "router: a sticky route does not follow": Mutation(
-        ROUTER, "self._heir = sticky[0], sticky[1].renamed(old, new)", "pass", TEST_BOUNDED
+        ROUTER, "self._heir = sticky[0], sticky[1].with_replaced(old, new)", "pass", TEST_BOUNDED
     ),
     "router: a forward in progress changes its adapter": Mutation(
         ROUTER,
-        "self._heir = sticky[0], sticky[1].renamed(old, new)",
-        "self._put(sticky[1].renamed(old, new))",
+        "self._heir = sticky[0], sticky[1].with_replaced(old, new)",
+        "self.put(sticky[1].with_replaced(old, new))",
         TEST_BOUNDED,
     ),
     "router: two forward passes at once": Mutation(
@@ -83,5 +86,11 @@ MUTATIONS = {
     ),
     "router: a refused pass forgets the batch": Mutation(
         ROUTER, "if self._runner != threading.get_ident():", "if False:", TEST_BOUNDED
+    ),
+    "uniform_routes: routes outlive a reload": Mutation(
+        UNIFORM_ROUTES,
+        "if self._name_changes != self._slots.name_changes:",
+        "if False:",
+        TEST_MUX,
     ),
 }

@@ -1,4 +1,4 @@
-"""PEFT's adapters as they are in memory, read as strictly as a checkpoint.
+"""PEFT's adapters in memory, read as strictly as a checkpoint.
 
 They are in a PeftModel, or in a model that transformers' `add_adapter` or diffusers'
 `load_lora_weights` has put them into.
@@ -12,28 +12,28 @@ from ..core import LoraWeights
 from ..errors import ArgumentTypeError, CheckpointError
 from ..layers import Target, check_linear
 from .peft_config import parse_config
-from .peft_folder import weights_from
+from .peft_folder import peft_weights
 
-# The tensors tell which modules are meant; other people's patterns need not be understood.
+# The tensors show which modules the config targets, so that its patterns need not be understood.
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @dataclass(frozen=True)
-class LivePeft:
-    """The adapters of a model, and those that are active."""
+class PeftModelAdapters:
+    """The adapters of a model with PEFT's layers in it."""
 
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
-    active: list[str]
+    active: list[str]  # the names of those that are in force
     targets: dict[str, Target]  # the base layers that they touch, by path
 
 
-def read_live(peft_model: Any) -> LivePeft:
+def read_peft_model(peft_model: Any) -> PeftModelAdapters:
     """Read all adapters of a PeftModel, or of a model with PEFT's layers; changes nothing.
 
     Raises:
-        ArgumentTypeError: a model that PEFT knows nothing of.
-        CheckpointError: an adapter that is more than plain LoRA on linear layers, or is merged.
-        TargetError: a layer that can not carry adapters here.
+        ArgumentTypeError: the model has no adapters of PEFT's.
+        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged.
+        TargetError: a layer cannot carry adapters here.
     """
     if not hasattr(peft_model, "peft_config"):
         raise ArgumentTypeError(
@@ -44,7 +44,7 @@ def read_live(peft_model: Any) -> LivePeft:
     layers: dict[str, Any] = {p: m for p, m in base.named_modules() if hasattr(m, "base_layer")}
     if any(getattr(layer, "merged", False) for layer in layers.values()):
         raise CheckpointError(
-            "`peft_model` must have its base weights as they were, got merged adapters; "
+            "`peft_model` must have its original base weights, got merged adapters; "
             "call unmerge_adapter() first"
         )
     adapters = {name: _read_adapter(peft_model, name, layers) for name in peft_model.peft_config}
@@ -56,18 +56,18 @@ def read_live(peft_model: Any) -> LivePeft:
         if path in touched
     }
     active: list[str] = next((layer.active_adapters for layer in layers.values()), [])
-    return LivePeft(adapters, [] if disabled else list(active), targets)
+    return PeftModelAdapters(adapters, [] if disabled else list(active), targets)
 
 
-def unload(peft_model: Any) -> Any:
-    """Take PEFT's layers out of the base model, which is returned."""
+def unload_peft(peft_model: Any) -> Any:
+    """Take PEFT's layers out of the base model, and return it."""
     if _base(peft_model) is not peft_model:
         return peft_model.unload()
     layers = {p: m for p, m in peft_model.named_modules() if hasattr(m, "base_layer")}
     for path, layer in layers.items():
         peft_model.set_submodule(path, layer.base_layer)
     del peft_model.peft_config
-    if hasattr(peft_model, "_hf_peft_config_loaded"):  # of transformers and diffusers
+    if hasattr(peft_model, "_hf_peft_config_loaded"):  # transformers and diffusers set it
         peft_model._hf_peft_config_loaded = False
     return peft_model
 
@@ -77,16 +77,16 @@ def _base(peft_model: Any) -> Any:
 
 
 def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[str, LoraWeights]:
-    peft = importlib.import_module("peft")  # which whoever has a PeftModel has
+    peft = importlib.import_module("peft")  # installed wherever there is a PeftModel
     source = f"adapter {name!r} of `peft_model`"
     fields = peft_model.peft_config[name].to_dict()
     config = parse_config({k: v for k, v in fields.items() if k not in TARGETING}, source)
-    # Without embedding layers: "auto" may ask the hub.
+    # Without embedding layers, because "auto" may ask the hub.
     tensors = peft.get_peft_model_state_dict(
         peft_model, adapter_name=name, save_embedding_layers=False
     )
-    weights = weights_from(source, config, tensors)
-    # The scaling of the moment, which set_scale may have changed.
+    weights = peft_weights(source, config, tensors)
+    # set_scale may have changed the scaling.
     return {
         path: replace(part, scaling=float(layers[path].scaling[name]))
         for path, part in weights.items()

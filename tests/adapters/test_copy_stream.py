@@ -1,4 +1,4 @@
-"""What a GPU's side stream is asked to do, by a lane that only takes notes: no CUDA here."""
+"""What a GPU's side stream is asked to do, by one that only takes notes: no CUDA here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_mux.checkpoints.safetensors_file import Block
+from lora_mux.checkpoints.safetensors_file import PackedTensors
 from lora_mux.core.pool import Pool
 from lora_mux.core.slots import Slots
 from tenants import attached, tenant
 
 
 class Notes:
-    """A lane that notes its calls, and what is written to pools and tables inside of it."""
+    """A stream that notes its calls, and what is written to pools and tables inside of it."""
 
     made: list["Notes"] = []
 
@@ -24,10 +24,10 @@ class Notes:
         self.depth = 0
         Notes.made.append(self)
 
-    def bring(self, block: Block) -> Block:
+    def to_device(self, values: PackedTensors) -> PackedTensors:
         assert not self.depth, "it would wait for what the current stream was given"
-        self.calls.append("bring")
-        return block
+        self.calls.append("to_device")
+        return values
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -45,16 +45,16 @@ class Notes:
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Notes]]:
-    monkeypatch.setattr("lora_mux.adapters.bounded.Lane", Notes)
+    monkeypatch.setattr("lora_mux.adapters.bounded.CopyStream", Notes)
     Notes.made.clear()
 
     def watch(owner: type, name: str) -> None:
         original = getattr(owner, name)
 
         def watched(self: Any, *arguments: Any) -> Any:
-            for lane in Notes.made:
-                assert lane.depth, f"{name} outside of the lane"
-                lane.calls.append(name)
+            for stream in Notes.made:
+                assert stream.depth, f"{name} outside of the stream"
+                stream.calls.append(name)
             return original(self, *arguments)
 
         monkeypatch.setattr(owner, name, watched)
@@ -70,19 +70,19 @@ def test_one_copy_each_and_waiting_for_those_only(tmp_path: Path, notes: list[No
         folder = tenant(tmp_path / name, {"first": 4, "second": 4}, i).folder
         mux.load(name, folder)
     mux.prefetch(["a"])
-    (lane,) = notes
-    came = ["bring", "write", "write", "_write", "mark"]  # two pools, then the table of handles
-    assert lane.calls == [*came, ("wait", 5)]
-    lane.calls.clear()
+    (stream,) = notes
+    came = ["to_device", "write", "write", "_write", "mark"]  # two pools, then the table of handles
+    assert stream.calls == [*came, ("wait", 5)]
+    stream.calls.clear()
     with mux.route(["b"]):
-        assert lane.calls[:5] == came and lane.calls[5:] == [("wait", 5)]
-        lane.calls.clear()
+        assert stream.calls[:5] == came and stream.calls[5:] == [("wait", 5)]
+        stream.calls.clear()
         with mux.route(["a", "b"]):  # both are there: nothing but waiting
-            assert {call[0] for call in lane.calls} == {"wait"} and len(lane.calls) == 2
-    lane.calls.clear()
+            assert {call[0] for call in stream.calls} == {"wait"} and len(stream.calls) == 2
+    stream.calls.clear()
     mux.prefetch(["c"])  # a was routed last but one: b and a in turn
-    assert lane.calls[:3] == ["_write", "erase", "erase"]
-    assert lane.calls[3:8] == came
+    assert stream.calls[:3] == ["_write", "erase", "erase"]
+    assert stream.calls[3:8] == came
 
 
 def test_removals_and_moves_are_in_the_same_order(tmp_path: Path, notes: list[Notes]) -> None:
@@ -91,15 +91,17 @@ def test_removals_and_moves_are_in_the_same_order(tmp_path: Path, notes: list[No
         mux.load(name, tenant(tmp_path / name, {"first": rank, "second": rank}, i).folder)
     for name in "abcd":
         mux.prefetch([name])
-    (lane,) = notes
+    (stream,) = notes
     mux.remove("a")
     mux.remove("c")
-    lane.calls.clear()
+    stream.calls.clear()
     mux.prefetch(["e"])
-    assert lane.calls.count("slide") == 4 and lane.calls.index("slide") < lane.calls.index("bring")
+    assert stream.calls.count("slide") == 4 and stream.calls.index("slide") < stream.calls.index(
+        "to_device"
+    )
     mux.load("b", tenant(tmp_path / "new", {"first": 3}, 9).folder, replace=True)
     mux.set_adapter("b")
     mux.load("b", tenant(tmp_path / "newer", {"first": 3}, 10).folder, replace=True)
     assert mux.memory().replaced
     mux.set_adapter(None)
-    assert not mux.memory().replaced  # freed in the lane, as `watched` asserts
+    assert not mux.memory().replaced  # freed in the stream, as `watched` asserts

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-from ..checkpoints import Block
+from ..checkpoints import PackedTensors
 
 
-class Lane:
+class CopyStream:
     """A side stream, so that adapters travel while the model computes.
 
-    Everything that writes to pools goes through one lane per device, in order; who reads waits for
-    the mark of what it reads, and for nothing else.
+    Everything that writes to the pools of a device goes through its one stream, in order. A reader
+    waits for the mark of what it reads, and for nothing else.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,16 +23,16 @@ class Lane:
             else None
         )
 
-    def bring(self, block: Block) -> Block:
-        """The block on the device, by one copy that waits for nothing."""
+    def to_device(self, values: PackedTensors) -> PackedTensors:
+        """The values on the device, by one copy that waits for nothing."""
         if self._stream is None:
-            return block
+            return values
         with torch.cuda.stream(self._stream):
-            return block.to(self._device)
+            return values.to(self._device)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, work waits for what the current stream was given so far: it may read the rows."""
+        """Work inside waits for the current stream's work so far, which may read the rank rows."""
         if self._stream is None:
             yield
             return
@@ -41,10 +41,10 @@ class Lane:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """What the lane was given so far."""
+        """A mark after the work that the stream was given so far."""
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
-        """Let the current stream wait for a mark of this lane."""
+        """Let the current stream wait for a mark of this stream."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
