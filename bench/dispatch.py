@@ -1,66 +1,87 @@
-"""What it costs to get into an operator, in microseconds a call: python bench/dispatch.py
+"""What calling an operator costs before it does anything: python bench/dispatch.py
 
-The same signature as lora_mux::add_lora_, with nothing in it: a plain function, an operator made
-by torch.library.Library, one made by torch.library.custom_op. Minima of interleaved runs.
+The signature of lora_mux::add_lora_ with nothing behind it, in three forms: a plain function, an
+operator of torch.library.Library, and one of torch.library.custom_op. Minima of interleaved runs on
+the CPU, in microseconds a call.
 """
 
-import time
+import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lora_mux.ops import operators
+import lora_mux.ops  # noqa: F401  # defines the operators
+from lora_mux.measure.provenance import ROOT, provenance
+from lora_mux.measure.timing import microseconds
 
-CALLS = 2000
+OPERATOR = torch.ops.lora_mux.add_lora_.default
+# What an argument of each type is given.
+VALUES: dict[str, Any] = {"int": 16, "bool": False, "Optional[bool]": True}
 
 
-def nothing(
-    y: Tensor,
-    x: Tensor,
-    A_rows: Tensor,
-    B_rows: Tensor,
-    constant: Tensor | None,
-    offset: Tensor,
-    rank: Tensor,
-    scaling: Tensor,
-    slots: Tensor,
-    strength: Tensor,
-    union: Tensor,
-    length: Tensor,
-    place: Tensor,
-    state: Tensor,
-    max_rank: int,
-    batch_invariant: bool = False,
-    triton: bool | None = None,
-) -> None:
+def nothing(*arguments: Any) -> None:
     return None
 
 
-def main() -> None:
-    library: Any = torch.library.Library("lora_mux_bench", "DEF")
-    library.define(
-        f"nothing(Tensor(a!) y, Tensor x, {operators.POOL}{operators.PLAN}{operators.HOW}) -> ()"
-    )
+def forms(schema: Any) -> dict[str, Callable[..., Any]]:
+    """name -> a callable with that schema which does nothing."""
+    signature = str(schema).removeprefix(schema.name)
+    library: Any = torch.library.Library("lora_mux_bench", "FRAGMENT")
+    library.define(f"nothing{signature}")
     library.impl("nothing", nothing, "CompositeExplicitAutograd")
-    custom = torch.library.custom_op("lora_mux_bench::custom", mutates_args=("y",))(nothing)
-    tensors = [torch.zeros(4, 4) for _ in range(14)]
-    ways: dict[str, Callable[..., Any]] = {
+    custom = torch.library.custom_op(
+        "lora_mux_bench::custom", nothing, mutates_args=("y",), schema=signature
+    )
+    # The operator lives as long as its library.
+    custom.library = library
+    return {
         "plain function": nothing,
-        "Library.define + impl": torch.ops.lora_mux_bench.nothing,
-        "custom_op": custom,
+        "torch.library.Library": torch.ops.lora_mux_bench.nothing,
+        "torch.library.custom_op": custom,
     }
-    best = dict.fromkeys(ways, float("inf"))
+
+
+def arguments(schema: Any) -> list[Any]:
+    """A value for each argument of the schema."""
+    types = [str(argument.type) for argument in schema.arguments]
+    return [torch.zeros(4, 4) if "Tensor" in type_ else VALUES[type_] for type_ in types]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--calls", type=int, default=2000, help="in a run (2000)")
+    parser.add_argument("--runs", type=int, default=20, help="of each form, at most (20)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "dispatch.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    schema = OPERATOR._schema
+    given = arguments(schema)
+
+    def run_of(call: Callable[..., Any]) -> Callable[[int], None]:
+        def run(n: int) -> None:
+            for _ in range(args.calls):
+                call(*given)
+
+        return run
+
+    runs = {name: run_of(call) for name, call in forms(schema).items()}
     with torch.inference_mode():
-        for _ in range(20):
-            for name, call in ways.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    call(*tensors, 16, False, True)
-                best[name] = min(best[name], (time.perf_counter() - start) / CALLS)
-    for name, seconds in best.items():
-        print(f"{name:24} {1e6 * seconds:6.2f} us")
+        times = microseconds(runs, 1, torch.device("cpu"), args.runs)
+    record = {
+        **provenance(torch.device("cpu")),
+        "operator": schema.name,
+        "arguments": len(given),
+        "calls": args.calls,
+        "microseconds": {name: time["min"] / args.calls for name, time in times.items()},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    for name, took in record["microseconds"].items():
+        print(f"{name:24} {took:8.2f} us")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 The choices are reasoned, not yet measured on a GPU: see kernels/README.md for the reasons.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,68 +16,56 @@ class Architecture:
     processors: int  # multiprocessors (NVIDIA) or compute units (AMD)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernels cut a problem; `choose` makes one, callers may pass their own.
+def _limits(low: int, high: int, power: bool = True) -> Any:
+    """A field that must be a power of two (else any int) from `low` to `high`."""
+    return field(metadata={"limits": (low, high, power)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSizes:
+    """How kernels cut a problem; the fields that every config has.
 
     Raises:
-        ValueError: a field that is no power of two (stages and registers: no int), or outside
-            what the kernels can do.
+        ValueError: a field outside its limits.
     """
 
-    block_m: int  # rows of a tile; plan, shrink and expand of one forward pass share it
-    shrink_group: int  # rank blocks (of 16 rank rows) that a program of shrink takes at once
-    block_k: int
-    split_k: int  # parts of K that are summed in expand, in a fixed order
-    shrink_warps: int
-    shrink_stages: int
-    expand_group: int
-    block_n: int
-    expand_warps: int
-    expand_stages: int
-    registers: int | None  # the most that a thread may have (NVIDIA); None = as the compiler likes
+    block_m: int = _limits(16, 128)  # rows of a tile, the plan's as well
+    block_n: int = _limits(16, 256)
+    block_k: int = _limits(16, 256)
+    split_k: int = _limits(1, 16)  # parts of K that expand sums, in a fixed order
+    shrink_group: int = _limits(1, 16)  # rank blocks (of 16 rank rows) that shrink takes at once
+    expand_group: int = _limits(1, 16)  # and expand
+    # The most that a thread may have (NVIDIA); None = as the compiler likes.
+    registers: int | None = _limits(32, 255, power=False)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        for one in fields(self):
+            value, (low, high, power) = getattr(self, one.name), one.metadata["limits"]
+            if value is None and one.name == "registers":
+                continue
+            fits = isinstance(value, int) and low <= value <= high
+            if not fits or (power and value & (value - 1)):
+                kind = "a power of two" if power else "an int"
+                raise ValueError(f"`{one.name}` must be {kind} from {low} to {high}, got {value!r}")
 
 
-@dataclass(frozen=True)
-class FusedConfig:
-    """How the fused kernel cuts a problem; `choose_fused` makes one.
+@dataclass(frozen=True, kw_only=True)
+class Config(TileSizes):
+    """For shrink and expand; `choose` makes one, callers may pass their own."""
 
-    Raises:
-        ValueError: as Config.
-    """
-
-    block_m: int  # rows of a tile, and of the plan's
-    block_n: int
-    block_k: int
-    shrink_group: int  # rank blocks that a program of shrink takes at once
-    split_k: int  # of shrink
-    expand_group: int
-    swizzle: int  # row tiles that take a block of W together
-    warps: int
-    stages: int
-    registers: int | None
-
-    def __post_init__(self) -> None:
-        _check_fields(self)
+    shrink_warps: int = _limits(1, 16)
+    shrink_stages: int = _limits(1, 16, power=False)
+    expand_warps: int = _limits(1, 16)
+    expand_stages: int = _limits(1, 16, power=False)
 
 
-def _check_fields(config: Config | FusedConfig) -> None:
-    limits = {"block_m": (16, 128), "block_k": (16, 256), "block_n": (16, 256)}
-    if config.registers is not None:
-        _check("registers", config.registers, 32, 255, power=False)
-    for field in fields(config)[:-1]:
-        power = not field.name.endswith("stages")
-        _check(field.name, getattr(config, field.name), *limits.get(field.name, (1, 16)), power)
+@dataclass(frozen=True, kw_only=True)
+class FusedConfig(TileSizes):
+    """For the fused kernel; `choose_fused` makes one."""
 
-
-def _check(name: str, value: object, low: int, high: int, power: bool) -> None:
-    fits = isinstance(value, int) and low <= value <= high and not (power and value & (value - 1))
-    if not fits:
-        kind = "a power of two" if power else "an int"
-        raise ValueError(f"`{name}` must be {kind} from {low} to {high}, got {value!r}")
+    swizzle: int = _limits(1, 16)  # row tiles that take a block of W together
+    warps: int = _limits(1, 16)
+    stages: int = _limits(1, 16, power=False)
 
 
 def tile_rows(rows: int, itemsize: int, batch_invariant: bool = False) -> int:

@@ -9,30 +9,23 @@ keeps every bit; a row that named a handle that is not alive becomes NaN.
 import triton
 import triton.language as tl
 
-from .rank_blocks import RANK_BLOCK, block_ends, locate
+from .plan import BASE, DEAD
+from .rank_blocks import RANK_BLOCK, Sizes, block_ends, find_blocks, find_places, rank_rows
 
 
 @triton.jit
 def expand_tile(
     acc,  # [BLOCK_N, BLOCK_M] fp32
     h_ptr,
-    B_ptr,
-    union_ptr,
-    length_ptr,
-    place_ptr,
-    offset_ptr,
-    rank_ptr,
+    plan,
+    pool,
+    sizes,
     pid_m,  # int64, the tile
     offs_n,  # [BLOCK_N]
-    M,
-    J,
-    R,
-    U,
     stride_bc,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
@@ -41,31 +34,24 @@ def expand_tile(
     With h on the right, wgmma takes it from shared memory. From registers, as its left operand,
     ptxas before 13.3 miscompiles it (triton #9433).
     """
+    M, J, R, U = sizes
     tile_m = tl.arange(0, BLOCK_M)
     offs_b = tl.arange(0, RANK_BLOCK)
     changes = tile_m < 0
     plane = tl.cast(M, tl.int64) * J * R
     h_tile = h_ptr + pid_m * BLOCK_M * J * R
-    union_tile = union_ptr + pid_m * U
-    place_tile = place_ptr + pid_m * U * BLOCK_M + tile_m[:, None]
-    length = tl.load(length_ptr + pid_m)
+    union_tile = plan.union + pid_m * U
+    place_tile = plan.place + pid_m * U * BLOCK_M + tile_m[:, None]
+    length = tl.load(plan.length + pid_m)
     for window in range(0, length, BLOCK_U):
-        ends = block_ends(union_tile + window, length - window, rank_ptr, BLOCK_U)
+        ends = block_ends(union_tile + window, length - window, pool.rank, BLOCK_U)
         total = tl.max(ends, axis=0)
         for start in range(0, total, GROUP):
-            # [GROUP]
-            block = start + tl.arange(0, GROUP)
-            exists = block < total
-            u, first = locate(block, ends, total)
-            slot = tl.load(union_tile + window + u, mask=exists, other=0)
-            rank = tl.load(rank_ptr + slot, mask=exists, other=0)
-            offset = tl.load(offset_ptr + slot, mask=exists, other=0)
-            # [BLOCK_M, GROUP]
-            place_rows = place_tile + (window + u)[None, :] * BLOCK_M
-            place = tl.load(place_rows, mask=exists[None, :], other=-1).to(tl.int32)
+            blocks = find_blocks(start, ends, total, union_tile + window, pool, GROUP)
+            place = find_places(blocks, window, place_tile, BLOCK_M)
             changes = changes | (tl.max(place, axis=1) >= 0)
             # [BLOCK_M, GROUP, RANK_BLOCK]; counted within the tile, 32 bits are enough for offsets
-            offs_h = (tile_m[:, None] * J + place) * R + first[None, :]
+            offs_h = (tile_m[:, None] * J + place) * R + blocks.first[None, :]
             offs_h = offs_h[:, :, None] + offs_b[None, None, :]
             h = tl.zeros((BLOCK_M, GROUP, RANK_BLOCK), tl.float32)
             for split in tl.static_range(SPLIT_K):
@@ -77,11 +63,10 @@ def expand_tile(
                     cache_modifier=".cg",
                 )
             h = tl.trans(tl.reshape(h, [BLOCK_M, GROUP * RANK_BLOCK]))
+            row, mask_r = rank_rows(blocks, GROUP)
             # [GROUP * RANK_BLOCK, BLOCK_N]; up to its stride: an odd N would end 16-byte loads
-            row = tl.reshape((offset + first)[:, None] + offs_b[None, :], [GROUP * RANK_BLOCK])
-            mask_r = tl.reshape((rank - first)[:, None] > offs_b[None, :], [GROUP * RANK_BLOCK])
             B = tl.load(
-                B_ptr + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
+                pool.B_rows + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
                 mask=mask_r[:, None] & (offs_n < stride_bc)[None, :],
                 other=0.0,
             )
@@ -99,14 +84,9 @@ def expand_tile(
 @triton.jit(do_not_specialize=["M", "U"])
 def expand_kernel(
     h_ptr,  # [SPLIT_K, M, J, R] fp32
-    B_ptr,  # [C, stride_bc], zeros from N on
     y_ptr,  # [M, N], read and written
-    union_ptr,  # [cdiv(M, BLOCK_M), U] int32
-    length_ptr,  # [cdiv(M, BLOCK_M)] int32
-    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16
-    state_ptr,  # [M] int8
-    offset_ptr,  # [S] int32
-    rank_ptr,  # [S] int32
+    plan,  # a Plan
+    pool,  # a Pool
     M,
     N,  # in units of Y_UNIT
     J,
@@ -128,34 +108,28 @@ def expand_kernel(
     pid_m = tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    state = tl.load(state_ptr + offs_m, mask=offs_m < M, other=0)
+    state = tl.load(plan.state + offs_m, mask=offs_m < M, other=BASE)
     # [BLOCK_M, BLOCK_N]; asked for before the loop, which hides the wait
     y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
     mask_n = (offs_n < N)[None, :]
-    y = tl.load(y_tile, mask=(state != 0)[:, None] & mask_n, other=0.0).to(tl.float32)
-    y = tl.where((state == 2)[:, None], float("nan"), y)
+    y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0).to(tl.float32)
+    y = tl.where((state == DEAD)[:, None], float("nan"), y)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc, changes = expand_tile(
-        tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
+        acc,
         h_ptr,
-        B_ptr,
-        union_ptr,
-        length_ptr,
-        place_ptr,
-        offset_ptr,
-        rank_ptr,
+        plan,
+        pool,
+        Sizes(M, J, R, U),
         pid_m,
         offs_n,
-        M,
-        J,
-        R,
-        U,
         stride_bc,
         BLOCK_M,
         BLOCK_U,
         GROUP,
-        BLOCK_N,
         SPLIT_K,
         DOT_DTYPE,
     )
     y += tl.trans(acc)
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=(changes | (state == 2))[:, None] & mask_n)
+    mask_m = (changes | (state == DEAD))[:, None]
+    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from .expand import expand_tile
+from .plan import BASE, DEAD
+from .rank_blocks import Sizes
 from .shrink import shrink_tile
 
 
@@ -43,31 +45,50 @@ def tile_of(pid, tiles, columns, SWIZZLE: tl.constexpr):
     return (first + within % group).to(tl.int64), within // group
 
 
-@triton.jit(do_not_specialize=["M", "U", "groups"])
+@triton.jit
+def base_tile(
+    x_ptr,
+    W_ptr,
+    offs_m,  # [BLOCK_M] int64
+    offs_n,  # [BLOCK_N]
+    M,
+    K,
+    N,
+    stride_xm,
+    stride_wn,
+    BLOCK_K: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """W x transposed, [BLOCK_N, BLOCK_M]: 64 columns of y fill a wgmma, few rows of x do not."""
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    x_rows = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    W_rows = W_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    acc = tl.zeros((offs_n.shape[0], offs_m.shape[0]), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = (k + offs_k < K)[None, :]
+        W = tl.load(W_rows + k, mask=mask_n[:, None] & mask_k, other=0.0)
+        x = tl.load(x_rows + k, mask=mask_m[:, None] & mask_k, other=0.0)
+        acc = tl.dot(W.to(DOT_DTYPE), tl.trans(x.to(DOT_DTYPE)), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "U", "groups", "stream_number"])
 def fused_kernel(
     x_ptr,  # [M, K]
     W_ptr,  # [N, K]
-    bias_ptr,  # [N]
-    A_ptr,  # [C, stride_ac], zeros from K on
-    B_ptr,  # [C, stride_bc], zeros from N on
+    bias_ptr,  # [N], or None
     h_ptr,  # [SPLIT_K, M, J, R] fp32
     y_ptr,  # [M, N], written
-    strength_ptr,  # [M, J] floating
-    union_ptr,  # [cdiv(M, BLOCK_M), U] int32
-    length_ptr,  # [cdiv(M, BLOCK_M)] int32
-    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16
-    state_ptr,  # [M] int8
-    offset_ptr,  # [S] int32
-    rank_ptr,  # [S] int32
-    scaling_ptr,  # [S] fp32
-    constant_ptr,  # [C] bool
-    counter_ptr,  # [2] int32, zero before and after: programs of shrink that are done; that left
+    plan,  # a Plan
+    pool,  # a Pool
     M,
     K,  # in units of X_UNIT
     N,  # in units of Y_UNIT
     J,
     R,  # a multiple of RANK_BLOCK, at least every rank
     U,
+    stream_number,  # whose counters are used: zero before and after
     groups,  # programs of shrink for each tile and split
     stride_xm,  # in units of X_UNIT
     stride_wn,  # in units of X_UNIT
@@ -75,7 +96,6 @@ def fused_kernel(
     stride_bc,
     stride_ym,  # in units of Y_UNIT
     SHRINKS: tl.constexpr,  # else h is there already
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,34 +114,25 @@ def fused_kernel(
     stride_wn *= X_UNIT
     N *= Y_UNIT
     stride_ym *= Y_UNIT
+    sizes = Sizes(M, J, R, U)
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M)
     shrinks = tiles * groups * SPLIT_K if SHRINKS else 0
+    counter_ptr = plan.counters + stream_number * 2
     if pid < shrinks:
         shrink_tile(
             x_ptr,
-            A_ptr,
             h_ptr,
-            strength_ptr,
-            union_ptr,
-            length_ptr,
-            place_ptr,
-            offset_ptr,
-            rank_ptr,
-            scaling_ptr,
-            constant_ptr,
+            plan,
+            pool,
+            sizes,
             (pid % tiles).to(tl.int64),
             pid // tiles % groups,
             groups,
             pid // (tiles * groups),
-            M,
             K,
-            J,
-            R,
-            U,
             stride_xm,
             stride_ac,
-            True,
             True,
             BLOCK_M,
             BLOCK_U,
@@ -137,48 +148,33 @@ def fused_kernel(
         pid_m, pid_n = tile_of(pid - shrinks, tiles, tl.cdiv(N, BLOCK_N), SWIZZLE)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
         mask_m, mask_n = offs_m < M, offs_n < N
-        x_rows = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
-        W_rows = W_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
-        # [BLOCK_N, BLOCK_M]: 64 columns of y fill a wgmma, which few rows of x could not.
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            mask_k = (k + offs_k < K)[None, :]
-            W = tl.load(W_rows + k, mask=mask_n[:, None] & mask_k, other=0.0)
-            x = tl.load(x_rows + k, mask=mask_m[:, None] & mask_k, other=0.0)
-            acc = tl.dot(W.to(DOT_DTYPE), tl.trans(x.to(DOT_DTYPE)), acc, input_precision="ieee")
+        acc = base_tile(
+            x_ptr, W_ptr, offs_m, offs_n, M, K, N, stride_xm, stride_wn, BLOCK_K, DOT_DTYPE
+        )
         if SHRINKS:
-            if tl.load(length_ptr + pid_m) > 0:
+            if tl.load(plan.length + pid_m) > 0:
                 await_shrinks(counter_ptr, shrinks)
             leave(counter_ptr)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         acc, _ = expand_tile(
             acc,
             h_ptr,
-            B_ptr,
-            union_ptr,
-            length_ptr,
-            place_ptr,
-            offset_ptr,
-            rank_ptr,
+            plan,
+            pool,
+            sizes,
             pid_m,
             offs_n,
-            M,
-            J,
-            R,
-            U,
             stride_bc,
             BLOCK_M,
             BLOCK_U,
             EXPAND_GROUP,
-            BLOCK_N,
             SPLIT_K,
             DOT_DTYPE,
         )
-        state = tl.load(state_ptr + offs_m, mask=mask_m, other=0)
-        acc = tl.where((state == 2)[None, :], float("nan"), acc)
+        state = tl.load(plan.state + offs_m, mask=mask_m, other=BASE)
+        acc = tl.where((state == DEAD)[None, :], float("nan"), acc)
         y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
         y = tl.trans(acc).to(y_ptr.dtype.element_ty)
         tl.store(y_tile, y, mask=mask_m[:, None] & mask_n[None, :])

@@ -14,7 +14,11 @@ No sync, no atomics, sizes from shapes alone: it can be captured in a CUDA graph
 import triton
 import triton.language as tl
 
-SLOT_MASK = tl.constexpr(0xFFFF)
+from . import tensors
+
+SLOT_MASK = tl.constexpr(tensors.SLOT_MASK)
+BASE, SELECTS, DEAD = (tl.constexpr(n) for n in (tensors.BASE, tensors.SELECTS, tensors.DEAD))
+COUNTERS = tl.constexpr(tensors.STREAMS * 2)
 
 
 @triton.jit(do_not_specialize=["M", "U"])
@@ -22,13 +26,7 @@ def plan_kernel(
     index_ptr,  # [M, J] int32 or int64: handles, -1 = none
     weight_ptr,  # [M, J] floating
     live_ptr,  # [65536] int32
-    slots_ptr,  # [M, J] int32, written
-    strength_ptr,  # [M, J] fp32, written where place points to
-    union_ptr,  # [cdiv(M, BLOCK_M), U] int32, written up to length
-    length_ptr,  # [cdiv(M, BLOCK_M)] int32, written
-    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16, written up to length
-    state_ptr,  # [M] int8, written
-    counters_ptr,  # [COUNTERS] int32, written
+    plan,  # a Plan, written: strength where place points to, union and place up to length
     M,
     J,
     U,
@@ -39,7 +37,6 @@ def plan_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,  # a power of two, at least J
     BLOCK_U: tl.constexpr,
-    COUNTERS: tl.constexpr,
 ):
     """One tile's rows x BLOCK_U places of its union; the sort is cheap enough to be repeated."""
     pid_m = tl.program_id(0).to(tl.int64)
@@ -74,13 +71,13 @@ def plan_kernel(
 
     if pid_u == 0:
         dead = (alive == 0) & (handle != -1)
-        state = tl.max(tl.where(dead, 2, alive.to(tl.int32)), axis=1)
-        tl.store(slots_ptr + offs_m[:, None] * J + offs_j[None, :], slots, mask=mask)
-        tl.store(state_ptr + offs_m, state.to(tl.int8), mask=mask_m)
-        tl.store(union_ptr + pid_m * U + position, ordered, mask=first)
-        tl.store(length_ptr + pid_m, length)
+        state = tl.max(tl.where(dead, DEAD, tl.where(alive, SELECTS, BASE)), axis=1)
+        tl.store(plan.slots + offs_m[:, None] * J + offs_j[None, :], slots, mask=mask)
+        tl.store(plan.state + offs_m, state.to(tl.int8), mask=mask_m)
+        tl.store(plan.union + pid_m * U + position, ordered, mask=first)
+        tl.store(plan.length + pid_m, length)
         if pid_m == 0:
-            tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
+            tl.store(plan.counters + tl.arange(0, COUNTERS), 0)
 
     for u in range(pid_u * BLOCK_U, tl.minimum(length, (pid_u + 1) * BLOCK_U)):
         slot = tl.sum(tl.where(first & (position == u), ordered, 0))
@@ -89,6 +86,6 @@ def plan_kernel(
         selects = place < BLOCK_J
         # Selected, not multiplied by 0: the weight of another place may be NaN.
         strength = tl.sum(tl.where(here, weight, 0.0), axis=1)
-        tl.store(strength_ptr + offs_m * J + place, strength, mask=selects)
-        place_tile = place_ptr + (pid_m * U + u) * BLOCK_M
+        tl.store(plan.strength + offs_m * J + place, strength, mask=selects)
+        place_tile = plan.place + (pid_m * U + u) * BLOCK_M
         tl.store(place_tile + tile_m, tl.where(selects, place, -1).to(tl.int16))

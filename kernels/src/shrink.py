@@ -10,35 +10,24 @@ other places of a row are not written.
 import triton
 import triton.language as tl
 
-from .rank_blocks import RANK_BLOCK, block_ends, locate
+from .rank_blocks import RANK_BLOCK, Sizes, block_ends, find_blocks, find_places, rank_rows
 
 
 @triton.jit
 def shrink_tile(
     x_ptr,
-    A_ptr,
     h_ptr,
-    strength_ptr,
-    union_ptr,
-    length_ptr,
-    place_ptr,
-    offset_ptr,
-    rank_ptr,
-    scaling_ptr,
-    constant_ptr,
+    plan,
+    pool,
+    sizes,
     pid_m,  # int64, the tile
     first_group,  # of its rank blocks, and then every groups-th
     groups,
     pid_k,
-    M,
     K,
-    J,
-    R,
-    U,
     stride_xm,
     stride_ac,
-    HAS_STRENGTH: tl.constexpr,
-    HAS_CONSTANT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
@@ -47,6 +36,7 @@ def shrink_tile(
     DOT_DTYPE: tl.constexpr,
 ):
     """A program's share of h; the arguments are those of shrink_kernel, in elements."""
+    M, J, R, U = sizes
     tile_m = tl.arange(0, BLOCK_M)
     offs_m = pid_m * BLOCK_M + tile_m
     offs_k = tl.arange(0, BLOCK_K)
@@ -54,25 +44,17 @@ def shrink_tile(
     mask_m = (offs_m < M)[:, None]
     x_rows = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
     h_tile = h_ptr + (pid_k.to(tl.int64) * M + pid_m * BLOCK_M) * J * R
-    union_tile = union_ptr + pid_m * U
-    place_tile = place_ptr + pid_m * U * BLOCK_M + tile_m[:, None]
-    length = tl.load(length_ptr + pid_m)
+    union_tile = plan.union + pid_m * U
+    place_tile = plan.place + pid_m * U * BLOCK_M + tile_m[:, None]
+    length = tl.load(plan.length + pid_m)
 
     for window in range(0, length, BLOCK_U):
-        ends = block_ends(union_tile + window, length - window, rank_ptr, BLOCK_U)
+        ends = block_ends(union_tile + window, length - window, pool.rank, BLOCK_U)
         total = tl.max(ends, axis=0)
         for start in range(first_group * GROUP, total, groups * GROUP):
-            # [GROUP]
-            block = start + tl.arange(0, GROUP)
-            exists = block < total
-            u, first = locate(block, ends, total)
-            slot = tl.load(union_tile + window + u, mask=exists, other=0)
-            rank = tl.load(rank_ptr + slot, mask=exists, other=0)
-            offset = tl.load(offset_ptr + slot, mask=exists, other=0)
-            # [GROUP * RANK_BLOCK]
-            row = tl.reshape((offset + first)[:, None] + offs_b[None, :], [GROUP * RANK_BLOCK])
-            mask_r = tl.reshape((rank - first)[:, None] > offs_b[None, :], [GROUP * RANK_BLOCK])
-            A_rows = A_ptr + row[:, None].to(tl.int64) * stride_ac + offs_k[None, :]
+            blocks = find_blocks(start, ends, total, union_tile + window, pool, GROUP)
+            row, mask_r = rank_rows(blocks, GROUP)
+            A_rows = pool.A_rows + row[:, None].to(tl.int64) * stride_ac + offs_k[None, :]
             # [BLOCK_M, GROUP * RANK_BLOCK]
             acc = tl.zeros((BLOCK_M, GROUP * RANK_BLOCK), tl.float32)
             for k in range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT_K):
@@ -85,40 +67,31 @@ def shrink_tile(
                 acc = tl.dot(
                     x.to(DOT_DTYPE), tl.trans(A.to(DOT_DTYPE)), acc, input_precision="ieee"
                 )
-            if HAS_CONSTANT:
-                constant = tl.load(constant_ptr + row, mask=mask_r, other=0) != 0
+            if pool.constant is not None:
+                constant = tl.load(pool.constant + row, mask=mask_r, other=0) != 0
                 acc = tl.where(constant[None, :], tl.where(pid_k == 0, 1.0, 0.0), acc)
 
-            # [BLOCK_M, GROUP]
-            place_rows = place_tile + (window + u)[None, :] * BLOCK_M
-            place = tl.load(place_rows, mask=exists[None, :], other=-1).to(tl.int32)
+            place = find_places(blocks, window, place_tile, BLOCK_M)
             selects = place >= 0
             # Counted within the tile, 32 bits are enough for offsets, and half the registers.
             at = tile_m[:, None] * J + place
             # [BLOCK_M, GROUP, RANK_BLOCK]
             h = tl.reshape(acc, [BLOCK_M, GROUP, RANK_BLOCK])
-            if HAS_STRENGTH:
-                scaling = tl.load(scaling_ptr + slot, mask=exists, other=0.0)
-                strength_tile = strength_ptr + pid_m * BLOCK_M * J
+            if WEIGHTED:
+                scaling = tl.load(pool.scaling + blocks.slot, mask=blocks.exists, other=0.0)
+                strength_tile = plan.strength + pid_m * BLOCK_M * J
                 strength = tl.load(strength_tile + at, mask=selects, other=0.0).to(tl.float32)
                 h = h * (strength * scaling[None, :])[:, :, None]
-            offs_h = (at * R + first[None, :])[:, :, None] + offs_b[None, None, :]
+            offs_h = (at * R + blocks.first[None, :])[:, :, None] + offs_b[None, None, :]
             tl.store(h_tile + offs_h, h, mask=selects[:, :, None])
 
 
 @triton.jit(do_not_specialize=["M", "U"])
 def shrink_kernel(
     x_ptr,  # [M, K]
-    A_ptr,  # [C, stride_ac], zeros from K on
     h_ptr,  # [SPLIT_K, M, J, R] fp32, written where place points to
-    strength_ptr,  # [M, J] floating
-    union_ptr,  # [cdiv(M, BLOCK_M), U] int32
-    length_ptr,  # [cdiv(M, BLOCK_M)] int32
-    place_ptr,  # [cdiv(M, BLOCK_M), U, BLOCK_M] int16
-    offset_ptr,  # [S] int32
-    rank_ptr,  # [S] int32
-    scaling_ptr,  # [S] fp32
-    constant_ptr,  # [C] bool
+    plan,  # a Plan
+    pool,  # a Pool
     M,
     K,  # in units of X_UNIT
     J,
@@ -126,8 +99,7 @@ def shrink_kernel(
     U,
     stride_xm,  # in units of X_UNIT
     stride_ac,
-    HAS_STRENGTH: tl.constexpr,  # else strength = scaling = 1
-    HAS_CONSTANT: tl.constexpr,  # else no rank row is constant
+    WEIGHTED: tl.constexpr,  # else strength = scaling = 1
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
@@ -139,29 +111,18 @@ def shrink_kernel(
     """One tile x every num_programs(1)-th group of its rank blocks x one of SPLIT_K parts of K."""
     shrink_tile(
         x_ptr,
-        A_ptr,
         h_ptr,
-        strength_ptr,
-        union_ptr,
-        length_ptr,
-        place_ptr,
-        offset_ptr,
-        rank_ptr,
-        scaling_ptr,
-        constant_ptr,
+        plan,
+        pool,
+        Sizes(M, J, R, U),
         tl.program_id(0).to(tl.int64),
         tl.program_id(1),
         tl.num_programs(1),
         tl.program_id(2),
-        M,
         K * X_UNIT,
-        J,
-        R,
-        U,
         stride_xm * X_UNIT,
         stride_ac,
-        HAS_STRENGTH,
-        HAS_CONSTANT,
+        WEIGHTED,
         BLOCK_M,
         BLOCK_U,
         GROUP,

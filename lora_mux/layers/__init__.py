@@ -1,8 +1,8 @@
 """Linear layers that carry adapters.
 
 linear     MuxLinear
-handed_in  routings that are handed to a single layer
-swapping   how a model's layer becomes a MuxLinear and is changed back
+swapping   how a layer of a model becomes one in place, and is changed back
+handed_in  a Routing that is handed to a layer, without a model around it
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters
 sharding   layers that tensor parallelism has split

@@ -21,7 +21,7 @@ class LastPlan:
     shape: torch.Size  # of x
     index: Tensor  # copies, so that what is written to the routing is seen
     weight: Tensor
-    suspensions: int  # of the slots' handles, which end plans
+    suspensions: int  # of the slots, when it was made
     plan: ops.AnyPlan | None
 
     @classmethod

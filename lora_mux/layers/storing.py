@@ -15,7 +15,7 @@ def cut_and_check(
     """The factors that a pool is to hold, in its dtype and on its device.
 
     Args:
-        shard: what this process holds of the layer; None = all of it.
+        shard: the part of the layer that this process holds; None = all of it.
         weights: the factors for the whole layer.
         argument: what error messages call them.
 

@@ -32,7 +32,7 @@ class Target(NamedTuple):
     """A linear layer that can carry adapters."""
 
     linear: nn.Module
-    shard: Shard | None = None  # what this process holds of it; None = all of it
+    shard: Shard | None = None  # the part of it that this process holds; None = all of it
 
 
 def check_linear(module: object, argument: str, gathered: bool = False) -> Target:

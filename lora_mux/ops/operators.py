@@ -1,39 +1,28 @@
 """The torch operators: plan, add_lora (functional), add_lora_ (into y), linear, strength_gradient.
 
-    (slots, strength, union, length, place, state, counters) = lora_mux::plan(index, weight, ...)
-    y' = lora_mux::add_lora(y, x, <pool>, <plan>, ...),  y' = y + the adapters of each row
-    lora_mux::add_lora_(y, x, ...)                       the same, written to y
-    y = lora_mux::linear(x, W, bias, <pool>, <plan>, ...)  the base layer and the adapters at once
+    plan = lora_mux::plan(index, weight, live, ...)
+    y' = lora_mux::add_lora(y, x, *rows, *plan, ...),  y' = y + the adapters of each row
+    lora_mux::add_lora_(y, x, *rows, *plan, ...)       the same, written to y
+    y = lora_mux::linear(x, W, bias, *rows, *plan, ...)  the base layer and the adapters at once
 
 They are opaque to torch.compile and torch.export, so that one graph serves every routing and every
-set of adapters. add_lora has gradients to y, x and strength. On CUDA (ROCm's too) they run the
-Triton kernels, elsewhere the reference, unless `triton` says otherwise. Pool and plan travel as
-loose tensors, in the order of lora_mux.pool.RankRows and of Plan.
+set of adapters. add_lora has gradients to y, x and strength. On CUDA and ROCm they run the Triton
+kernels, elsewhere the reference, unless `triton` says otherwise. An operator takes tensors one by
+one: `rows` are the fields of lora_mux.core.RankRows, `plan` those of lora_mux.kernels.tensors.Plan.
 """
 
+from collections import namedtuple
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..core import RankRows
-from . import plan_in_torch as tiles
-from . import reference, tuned
+from ..kernels.tensors import DEAD, Plan, Pool, empty_plan
+from . import plan_in_torch, reference, tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Plan(NamedTuple):
-    """What all layers of a forward pass share; the formulas are in kernels/src/plan.py."""
-
-    slots: Tensor  # [M, J] int32, -1 = none
-    strength: Tensor  # [M, J] at least fp32, at the first place of each slot in a row
-    union: Tensor  # [T, U] int32
-    length: Tensor  # [T] int32
-    place: Tensor  # [T, U, BLOCK_M] int16, -1 = not selected
-    state: Tensor  # [M] int8: 0 = nothing selected, 1 = something, 2 = a handle that is not alive
-    counters: Tensor  # [64, 4] int32 zeros, in which fused launches count and which they leave 0
 
 
 class How(NamedTuple):
@@ -44,32 +33,48 @@ class How(NamedTuple):
     triton: bool | None = None  # None = on CUDA
 
 
-POOL = (
-    "Tensor A_rows, Tensor B_rows, Tensor? constant, Tensor offset, Tensor rank, Tensor scaling, "
-)
-PLAN = (
-    "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state, "
-    "Tensor counters"
-)
-HOW = ", SymInt max_rank, bool batch_invariant=False, bool? triton=None"
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    bool: "bool",
+    bool | None: "bool?",
+}
+
+
+def schema(fields: Any) -> str:
+    """The fields of a NamedTuple class as arguments of an operator: "Tensor slots, ..."."""
+    types = get_type_hints(fields, localns={"Tensor": Tensor})
+    defaults = {name: f"={value}" for name, value in fields._field_defaults.items()}
+    return ", ".join(
+        f"{SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in fields._fields
+    )
+
+
+# What follows the tensors of its own in the arguments of every operator but plan.
+SHARED = ", ".join(schema(fields) for fields in (RankRows, Plan, How))
+# The arguments of add_lora; also its gradients, which have the same names.
+AddLora: Any = namedtuple("AddLora", ["y", "x", *RankRows._fields, *Plan._fields, *How._fields])
+NO_GRADIENTS = AddLora(*[None] * len(AddLora._fields))
 # Library costs a third of what custom_op's Python wrapper does: docs/backends.md has the figures.
 LIBRARY: Any = torch.library.Library("lora_mux", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define(
-    "plan(Tensor index, Tensor weight, Tensor live, SymInt capacity, SymInt block_m, "
-    f"bool? triton=None) -> ({PLAN})",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 for _signature in (
-    f"add_lora(Tensor y, Tensor x, {POOL}{PLAN}{HOW}) -> Tensor",
-    f"add_lora_(Tensor(a!) y, Tensor x, {POOL}{PLAN}{HOW}) -> ()",
-    f"linear(Tensor x, Tensor weight, Tensor? bias, {POOL}{PLAN}{HOW}) -> Tensor",
-    f"strength_gradient(Tensor grad, Tensor x, {POOL}{PLAN}{HOW}) -> Tensor",
+    "plan(Tensor index, Tensor weight, Tensor live, SymInt capacity, SymInt block_m, "
+    f"bool? triton=None) -> ({schema(Plan)})",
+    f"add_lora(Tensor y, Tensor x, {SHARED}) -> Tensor",
+    f"add_lora_(Tensor(a!) y, Tensor x, {SHARED}) -> ()",
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {SHARED}) -> Tensor",
+    f"strength_gradient(Tensor grad, Tensor x, {SHARED}) -> Tensor",
 ):
     LIBRARY.define(_signature, tags=torch.Tag.pt2_compliant_tag)
 
+_ROWS = len(RankRows._fields)
+_TENSORS = _ROWS + len(Plan._fields)
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[RankRows, Plan, How]:
-    return RankRows(*arguments[:6]), Plan(*arguments[6:13]), How(*arguments[13:])
+
+def _unpack(shared: tuple[Any, ...]) -> tuple[RankRows, Plan, How]:
+    """The arguments that all operators share, as what they are."""
+    return RankRows(*shared[:_ROWS]), Plan(*shared[_ROWS:_TENSORS]), How(*shared[_TENSORS:])
 
 
 def _on_triton(tensor: Tensor, triton: bool | None) -> bool:
@@ -92,9 +97,9 @@ def _plan(
     capacity: int,
     block_m: int,
     triton: bool | None = None,
-) -> tuple[Tensor, ...]:
+) -> Plan:
     if not _on_triton(index, triton):
-        return tiles.plan(index, weight, live, capacity, block_m)
+        return plan_in_torch.plan(index, weight, live, capacity, block_m)
     from ..kernels import launch
 
     return launch.plan(index, _computable(weight), live, capacity, block_m)
@@ -108,52 +113,42 @@ def _plan_fake(
     capacity: int,
     block_m: int,
     triton: bool | None = None,
-) -> tuple[Tensor, ...]:
-    M, J = index.shape
-    T, U = tiles.shapes(M, J, capacity, block_m)
-    return (
-        index.new_empty((M, J), dtype=torch.int32),
-        weight.new_empty((M, J), dtype=torch.promote_types(weight.dtype, torch.float32)),
-        index.new_empty((T, U), dtype=torch.int32),
-        index.new_empty((T,), dtype=torch.int32),
-        index.new_empty((T, U, block_m), dtype=torch.int16),
-        index.new_empty((M,), dtype=torch.int8),
-        index.new_empty(tiles.COUNTERS, dtype=torch.int32),
-    )
+) -> Plan:
+    return empty_plan(index, weight, capacity, block_m)
 
 
 @_kernel("add_lora_")
-def _add_lora_(y: Tensor, x: Tensor, *arguments: Any) -> None:
-    rows, plan, how = _unpack(arguments)
+def _add_lora_(y: Tensor, x: Tensor, *shared: Any) -> None:
+    rows, plan, how = _unpack(shared)
     if _on_triton(y, how.triton):
         _triton_add_(y, x, rows, plan, how)
         return
     added = reference.add_lora(y, x, rows, reference.plan(plan.slots, plan.strength))
-    y.copy_(torch.where((plan.state == 2)[:, None], torch.nan, added))
+    y.copy_(torch.where((plan.state == DEAD)[:, None], torch.nan, added))
 
 
 @_kernel("add_lora")
-def _add_lora(y: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+def _add_lora(y: Tensor, x: Tensor, *shared: Any) -> Tensor:
     out = y.clone(memory_format=torch.contiguous_format)
-    _add_lora_(out, x, *arguments)
+    _add_lora_(out, x, *shared)
     return out
 
 
 @_kernel("linear")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    rows, plan, how = _unpack(arguments)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Tensor:
+    rows, plan, how = _unpack(shared)
     if _on_triton(x, how.triton):
         fused = _triton_linear(x, weight, bias, rows, plan, how)
         if fused is not None:
             return fused
     y = torch.nn.functional.linear(x, weight, bias)
-    _add_lora_(y, x, *arguments)
+    _add_lora_(y, x, *shared)
     return y
 
 
 @_kernel("strength_gradient")
-def _strength_gradient(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    rows, plan, how = _unpack(arguments)
+def _strength_gradient(grad: Tensor, x: Tensor, *shared: Any) -> Tensor:
+    rows, plan, how = _unpack(shared)
     if _on_triton(grad, how.triton):
         return _triton_strength_gradient(grad, x, rows, plan, how)
     gradient = reference.strength_gradient(grad, x, rows, plan.slots)
@@ -161,50 +156,56 @@ def _strength_gradient(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
 
 
 @_fake("add_lora_")
-def _add_lora__fake(y: Tensor, x: Tensor, *arguments: Any) -> None:
+def _add_lora__fake(y: Tensor, x: Tensor, *shared: Any) -> None:
     return None
 
 
 @_fake("add_lora")
-def _add_lora_fake(y: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+def _add_lora_fake(y: Tensor, x: Tensor, *shared: Any) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 @_fake("linear")
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @_fake("strength_gradient")
-def _strength_gradient_fake(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[7], memory_format=torch.contiguous_format)
+def _strength_gradient_fake(grad: Tensor, x: Tensor, *shared: Any) -> Tensor:
+    _, plan, _ = _unpack(shared)
+    return torch.empty_like(plan.strength, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, *arguments = inputs
-    ctx.save_for_backward(x, *arguments[:13])
-    ctx.how = How(*arguments[13:])
+    _, x, *shared = inputs
+    ctx.save_for_backward(x, *shared[:_TENSORS])
+    ctx.how = shared[_TENSORS:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor) -> Any:
     """dy = grad; dx is add_lora again, with A and B in each other's place."""
     x, *tensors = ctx.saved_tensors
-    rows, plan = RankRows(*tensors[:6]), Plan(*tensors[6:])
+    rows, plan, how = _unpack((*tensors, *ctx.how))
     # A base that answers in another dtype than x's would be multiplied in fp32 for nothing.
     upstream = grad.to(x.dtype)
     grad_x = grad_strength = None
-    if ctx.needs_input_grad[1]:
-        swapped = rows._replace(A_rows=rows.B_rows, B_rows=rows.A_rows, constant=None)
+    needed = AddLora(*ctx.needs_input_grad)
+    if needed.x:
         zeros = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        grad_x = torch.ops.lora_mux.add_lora(zeros, upstream, *swapped, *plan, *ctx.how)
-    if ctx.needs_input_grad[9]:
-        grad_strength = torch.ops.lora_mux.strength_gradient(upstream, x, *rows, *plan, *ctx.how)
-    return grad, grad_x, *[None] * 7, grad_strength, *[None] * 8
+        grad_x = torch.ops.lora_mux.add_lora(zeros, upstream, *_transposed(rows), *plan, *how)
+    if needed.strength:
+        grad_strength = torch.ops.lora_mux.strength_gradient(upstream, x, *rows, *plan, *how)
+    return NO_GRADIENTS._replace(y=grad, x=grad_x, strength=grad_strength)
 
 
 torch.library.register_autograd(
     "lora_mux::add_lora", _backward, setup_context=_setup_context, lib=LIBRARY
 )
+
+
+def _transposed(rows: RankRows) -> RankRows:
+    """The adapters from y to x: A and B in each other's place. A bias does not depend on x."""
+    return rows._replace(A_rows=rows.B_rows, B_rows=rows.A_rows, constant=None)
 
 
 def _computable(tensor: Tensor) -> Tensor:
@@ -214,41 +215,23 @@ def _computable(tensor: Tensor) -> Tensor:
     return tensor.float() if launch.INTERPRETED and tensor.dtype is torch.bfloat16 else tensor
 
 
+def _pool(rows: RankRows) -> Pool:
+    """The same tensors, as the launchers take them."""
+    A_rows, B_rows, *tables = rows
+    return Pool(_computable(A_rows), _computable(B_rows), *tables)
+
+
 def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> None:
     from ..kernels import launch
 
     if not (y.numel() and plan.slots.shape[1]):
         return
-    A_rows, B_rows = _computable(rows.A_rows), _computable(rows.B_rows)
+    pool = _pool(rows)
     x, out = _row_major(_computable(x)), _row_major(_computable(y))
-    config = _config(x, out, A_rows, plan, how)
-    h = x.new_empty(launch.h_shape(plan.slots, how.max_rank, config), dtype=torch.float32)
-    launch.shrink(
-        x,
-        A_rows,
-        h,
-        plan.strength,
-        plan.union,
-        plan.length,
-        plan.place,
-        rows.offset,
-        rows.rank,
-        rows.scaling,
-        rows.constant,
-        config,
-    )
-    launch.expand(
-        h,
-        B_rows,
-        out,
-        plan.union,
-        plan.length,
-        plan.place,
-        plan.state,
-        rows.offset,
-        rows.rank,
-        config,
-    )
+    config = _config(x, out, pool.A_rows, plan, how)
+    h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
+    launch.shrink(x, h, plan, pool, config)
+    launch.expand(h, out, plan, pool, config)
     if out is not y:
         y.copy_(out)
 
@@ -259,83 +242,49 @@ def _triton_linear(
     """The fused launch; None where there is none to make."""
     from ..kernels import config, launch
 
-    counter = launch.own_counter(plan.counters)
-    if counter is None or not (x.numel() and weight.numel() and plan.slots.shape[1]):
+    stream = launch.stream_number(x.device)
+    if stream is None or not (x.numel() and weight.numel() and plan.slots.shape[1]):
         return None
-    A_rows, B_rows, W = (_computable(factor) for factor in (rows.A_rows, rows.B_rows, weight))
-    inputs = _row_major(_computable(x))
+    pool, W, inputs = _pool(rows), _computable(weight), _row_major(_computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
         inputs = inputs.contiguous()
     (M, K), N = x.shape, W.shape[0]
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
-    chosen = tuned.fused(launch.device_name(x.device), case, plan.place.shape[2])
+    chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
     if chosen is None:
         chosen = config.choose_fused(M, N, launch.architecture(x.device))
-    before = None if config.SHRINKS_WITHIN >= M else _config(inputs, W.T, A_rows, plan, how)
-    assert rows.constant is not None
-    y = launch.linear(
-        inputs,
-        W,
-        bias,
-        A_rows,
-        B_rows,
-        plan.strength,
-        plan.union,
-        plan.length,
-        plan.place,
-        plan.state,
-        rows.offset,
-        rows.rank,
-        rows.scaling,
-        rows.constant,
-        counter,
-        how.max_rank,
-        chosen,
-        before,
-    )
+    before = None
+    if M > config.SHRINKS_WITHIN:
+        before = _config(inputs, W.T, pool.A_rows, plan, how)
+    y = launch.linear(inputs, W, bias, plan, pool, how.max_rank, stream, chosen, before)
     return y.to(x.dtype)
 
 
 def _triton_strength_gradient(
     grad: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How
 ) -> Tensor:
+    """<B^T grad, A x> * scaling at the first place of each slot, else 0."""
     from ..kernels import launch
 
     gradient = plan.strength.new_zeros(plan.strength.shape)
     if not gradient.numel():
         return gradient
     products = []
-    for vectors, factor, constant in (
-        (x, rows.A_rows, rows.constant),
-        (grad, rows.B_rows, None),
-    ):
-        vectors, factor = _row_major(_computable(vectors)), _computable(factor)
-        config = _config(vectors, vectors, factor, plan, how)
-        shape = launch.h_shape(plan.slots, how.max_rank, config)
+    for vectors, pool in ((x, _pool(rows)), (grad, _pool(_transposed(rows)))):
+        vectors = _row_major(_computable(vectors))
+        config = _config(vectors, vectors, pool.A_rows, plan, how)
+        shape = launch.h_shape(plan, how.max_rank, config)
         h = x.new_zeros(shape, dtype=torch.float32)
-        launch.shrink(
-            vectors,
-            factor,
-            h,
-            None,
-            plan.union,
-            plan.length,
-            plan.place,
-            rows.offset,
-            rows.rank,
-            rows.scaling,
-            constant,
-            config,
-        )
+        launch.shrink(vectors, h, plan, pool, config, weighted=False)
         products.append(h.sum(0))
     scaling = torch.where(plan.slots >= 0, rows.scaling[plan.slots.clamp(min=0)], 0.0)
     return gradient.copy_((products[0] * products[1]).sum(2) * scaling)
 
 
 def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
+    """The measured Config for a batch, or the chosen one."""
     from ..kernels import config, launch
 
-    block_m = plan.place.shape[2]
     case = tuned.Case(
         rows=x.shape[0],
         in_features=x.shape[1],
@@ -346,17 +295,17 @@ def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
     )
     # Measured ones differ with the rows, so that a row's bits would.
     if not how.batch_invariant:
-        measured = tuned.find(launch.device_name(x.device), case, block_m)
+        measured = tuned.find(launch.device_name(x.device), case, plan.block_m)
         if measured is not None:
             return measured
     return config.choose(
         **case._asdict(),
         architecture=launch.architecture(x.device),
-        block_m=block_m,
+        block_m=plan.block_m,
         batch_invariant=how.batch_invariant,
     )
 
 
 def _row_major(tensor: Tensor) -> Tensor:
-    """With an inner stride of 1, which the kernels length on; itself when it is so already."""
+    """With an inner stride of 1, as the kernels take it for granted; itself where it has that."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

@@ -37,7 +37,7 @@ MUTATIONS = {
         PLAN, "tl.where(here, weight, 0.0)", "here * weight", TEST_KERNELS
     ),
     "plan: a dead handle is a selection": Mutation(
-        PLAN, "tl.where(dead, 2,", "tl.where(dead, 1,", TEST_KERNELS
+        PLAN, "tl.where(dead, DEAD,", "tl.where(dead, SELECTS,", TEST_KERNELS
     ),
     "plan: rows past the end select": Mutation(
         PLAN, "mask_m = offs_m < M", "mask_m = offs_m <= M", TEST_KERNELS
@@ -51,8 +51,8 @@ MUTATIONS = {
     "shrink: no strength": Mutation(
         SHRINK, "(strength * scaling[None, :])", "(scaling[None, :] + 0.0 * strength)", TEST_KERNELS
     ),
-    "shrink: a rank row too many": Mutation(
-        SHRINK, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
+    "blocks: a rank row too many": Mutation(
+        RANK_BLOCKS, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
     ),
     "shrink: a column of x too many": Mutation(SHRINK, "offs_k < K)", "offs_k <= K)", TEST_KERNELS),
     "shrink: each split sums everything": Mutation(
@@ -68,7 +68,7 @@ MUTATIONS = {
         TEST_KERNELS,
     ),
     "shrink: only the first window": Mutation(
-        SHRINK, "union_tile + window + u", "union_tile + u", TEST_KERNELS
+        SHRINK, "total, union_tile + window", "total, union_tile", TEST_KERNELS
     ),
     "shrink: h of rows that do not select": Mutation(
         SHRINK, "mask=selects[:, :, None])", "mask=(place >= -1)[:, :, None])", TEST_KERNELS
@@ -83,12 +83,9 @@ MUTATIONS = {
         EXPAND, 'tl.abs(low) < float("inf")', "low == low", TEST_KERNELS
     ),
     "expand: every row is written": Mutation(
-        EXPAND, "mask=(changes | (state == 2))[:, None]", "mask=(offs_m < M)[:, None]", TEST_KERNELS
+        EXPAND, "(changes | (state == DEAD))[:, None]", "(offs_m < M)[:, None]", TEST_KERNELS
     ),
     "expand: a dead handle is the base": Mutation(EXPAND, 'float("nan")', "0.0", TEST_KERNELS),
-    "expand: a rank row too many": Mutation(
-        EXPAND, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
-    ),
     "expand: a column of y too many": Mutation(
         EXPAND, "(offs_n < N)", "(offs_n <= N)", TEST_KERNELS
     ),
@@ -96,7 +93,7 @@ MUTATIONS = {
         EXPAND, "static_range(SPLIT_K)", "static_range(1)", TEST_KERNELS
     ),
     "expand: the first block of each adapter": Mutation(
-        EXPAND, "* R + first[None, :]", "* R", TEST_KERNELS
+        EXPAND, "* R + blocks.first[None, :]", "* R", TEST_KERNELS
     ),
     "expand: masked by multiplying": Mutation(
         EXPAND,
@@ -130,10 +127,10 @@ MUTATIONS = {
         LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))", TEST_KERNELS
     ),
     "plan: counters begin as they come": Mutation(
-        PLAN, "tl.store(counters_ptr +", "tl.load(counters_ptr +", TEST_FUSED
+        PLAN, "tl.store(plan.counters +", "tl.load(plan.counters +", TEST_FUSED
     ),
     "fused: nobody waits": Mutation(
-        FUSED, "if tl.load(length_ptr + pid_m) > 0:", "if pid < 0:", TEST_FUSED
+        FUSED, "if tl.load(plan.length + pid_m) > 0:", "if pid < 0:", TEST_FUSED
     ),
     "fused: waits for one too few": Mutation(
         FUSED, "while done < programs", "while done < programs - 1", TEST_FUSED
@@ -145,7 +142,7 @@ MUTATIONS = {
         FUSED, 'sem="acquire"', 'sem="relaxed"', TEST_FUSED
     ),
     "fused: counters stay": Mutation(FUSED, "tl.num_programs(0) - 1", "-1", TEST_FUSED),
-    "fused: no bias": Mutation(FUSED, "if HAS_BIAS:", "if False:", TEST_FUSED),
+    "fused: no bias": Mutation(FUSED, "if bias_ptr is not None:", "if False:", TEST_FUSED),
     "fused: a dead handle is the base": Mutation(FUSED, 'float("nan")', "0.0", TEST_FUSED),
     "fused: a column of W too many": Mutation(
         FUSED, "offs_m < M, offs_n < N", "offs_m < M, offs_n <= N", TEST_FUSED
@@ -162,5 +159,5 @@ MUTATIONS = {
     "fused: one part of K": Mutation(
         FUSED, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", TEST_FUSED
     ),
-    "fused: all streams share": Mutation(LAUNCH, "if place < STREAMS", "if True", TEST_FUSED),
+    "fused: all streams share": Mutation(LAUNCH, "if number < STREAMS", "if True", TEST_FUSED),
 }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_mux
-from interpreter import Memory, waiting_first
+from interpreter import Memory, note_launches, waiting_first
 from layer import ROUTINGS, Bench
 from lora_mux import Routing
 from lora_mux.errors import BackendError
@@ -145,16 +145,16 @@ class TestWaiting:
         shrinks, bases = memory.programs["store", "h"], memory.programs["load", "W"]
         assert shrinks and not shrinks & bases
         assert max(shrinks) < min(bases)
-        assert memory.programs["atomic", "counter"] == set(range(max(bases) + 1))
+        assert memory.programs["atomic", "counters"] == set(range(max(bases) + 1))
 
     def test_a_tile_without_adapters_does_not_wait(self) -> None:
         problem = FusedProblem(rows=3, select=each([[-1], [-1], [-1]]))
         memory = Memory()
         with memory.of_launches():
             problem.check(problem.run())
-        programs = len(memory.programs["atomic", "counter"])
-        adds = programs + len(memory.programs["atomic", "counter"] - memory.programs["load", "W"])
-        assert memory.bytes["atomic", "counter"] == 4 * adds
+        programs = len(memory.programs["atomic", "counters"])
+        adds = programs + len(memory.programs["atomic", "counters"] - memory.programs["load", "W"])
+        assert memory.bytes["atomic", "counters"] == 4 * adds
 
 
 class TestMemory:
@@ -188,34 +188,18 @@ class TestLayer:
 
     HOW: Any = {"backend": "triton", "fused": True, "dtype": torch.bfloat16}
 
-    @staticmethod
-    def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Names of the kernels that are launched from now on, in order."""
-        from lora_mux.kernels import launch
-
-        names: list[str] = []
-        for name in ("plan", "shrink", "expand", "fused"):
-            own = getattr(launch, name)
-
-            def noted(*arguments: Any, name: str = name, own: Any = own) -> Any:
-                names.append(name)
-                return own(*arguments)
-
-            monkeypatch.setattr(launch, name, noted)
-        return names
-
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ROUTINGS)
     def test_values(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = Bench(**self.HOW | {"dtype": dtype})
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
         assert names == ["plan", "fused"]
 
     def test_many_rows_have_their_shrink_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = Bench((3, 20), (24, 40), **self.HOW)
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         with torch.no_grad():
             bench.check(bench.x(190), torch.randint(-1, 2, (190, 2)))
         assert names == ["plan", "shrink", "fused"]
@@ -229,7 +213,7 @@ class TestLayer:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench = Bench(**self.HOW)
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         x = bench.x(2, 3)
         with torch.no_grad():
             assert torch.equal(bench.layer(x), bench.linear(x))
@@ -245,7 +229,7 @@ class TestLayer:
 
     def test_what_autograd_follows_is_computed_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = Bench(**self.HOW)
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         index = torch.tensor(ROUTINGS["subsets"])
         bench.check(bench.x(4), index)
         bench.linear.requires_grad_(False)
@@ -282,7 +266,7 @@ class TestLayer:
         monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
         layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
         a = layer.add_adapter("a", torch.randn(3, 16), torch.randn(N, 3), alpha=3)
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         x = torch.randn(2, 16).to(dtype)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
             y = layer(x, Routing(torch.tensor([[a], [-1]])))
@@ -305,7 +289,7 @@ class TestLayer:
         for name, weights in factors.items():
             mux.add_adapter(name, weights, scaling=0.5)
         x = torch.randn(3, 24).bfloat16()
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         with torch.no_grad(), mux.route([("a", "b"), None, {"b": 2.0}]):
             y = model(x)
         assert names == ["plan", "fused", "fused"]
@@ -326,7 +310,7 @@ class TestLayer:
     def test_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = Bench(**self.HOW)
         compiled = torch.compile(bench.layer, fullgraph=True, backend="aot_eager")
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         x = bench.x(4)
         for name in ("subsets", "single"):
             index = torch.tensor([*bench.handles, -1])[torch.tensor(ROUTINGS[name])]
@@ -338,7 +322,7 @@ class TestLayer:
         from lora_mux.kernels import launch
 
         bench = Bench(**self.HOW)
-        names = self.launches(monkeypatch)
+        names = note_launches(monkeypatch)
         monkeypatch.setattr(launch, "_STREAMS", dict.fromkeys(range(-launch.STREAMS, 0), 0))
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor(ROUTINGS["subsets"]))

@@ -199,12 +199,6 @@ class TestBatchInvariance:
         assert len(chosen) == 1
 
 
-def plan_of(problem: Problem, block_m: int) -> tuple[Tensor, ...]:
-    from lora_mux.kernels import launch
-
-    return launch.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m)
-
-
 @pytest.mark.parametrize(
     ("name", "block_m"), [(n, b) for n in CASES for b in (16, 64) if n not in LONG or b == 16]
 )
@@ -213,29 +207,44 @@ def test_plan_is_that_of_torch(name: str, block_m: int) -> None:
     from lora_mux.ops import plan_in_torch
 
     problem = CASES[name]
-    slots, strength, union, length, place, state, counters = plan_of(problem, block_m)
-    others = plan_in_torch.plan(
-        problem.index, problem.weight, problem.live, len(problem.rank), block_m
-    )
+    plan = problem.plan(block_m)
+    batch = problem.index, problem.weight, problem.live, len(problem.rank)
+    other = plan_in_torch.plan(*batch, block_m)
     want = torch.where(problem.index < 0, -1, problem.index & 0xFFFF)
-    assert torch.equal(slots.long(), want) and torch.equal(others[0], slots)
-    assert torch.equal(others[5], state)
-    assert torch.equal(others[6], counters) and not counters.any()
+    assert torch.equal(plan.slots.long(), want) and torch.equal(other.slots, plan.slots)
+    assert torch.equal(other.state, plan.state)
+    assert torch.equal(other.counters, plan.counters) and not plan.counters.any()
     for t in range(-(-len(want) // block_m)):
         rows = want[t * block_m : (t + 1) * block_m]
         chosen = sorted(set(rows[rows >= 0].tolist()))
         U = len(chosen)
-        assert union[t, : length[t]].tolist() == chosen == others[2][t, : others[3][t]].tolist()
-        assert torch.equal(place[t, :U], others[4][t, :U])
+        for made in (plan, other):
+            assert made.union[t, : made.length[t]].tolist() == chosen
+        assert torch.equal(plan.place[t, :U], other.place[t, :U])
         for m, row in enumerate(rows.tolist() + [[]] * (block_m - len(rows))):
             firsts = [row.index(slot) if slot in row else -1 for slot in chosen]
-            assert place[t, :U, m].tolist() == firsts
+            assert plan.place[t, :U, m].tolist() == firsts
             for slot, first in zip(chosen, firsts, strict=True):
                 if first >= 0:
                     weights = problem.weight[t * block_m + m].tolist()
                     total = sum(w for w, s in zip(weights, row, strict=True) if s == slot)
-                    for made in (strength, others[1]):
-                        assert abs(float(made[t * block_m + m, first]) - total) < 1e-5
+                    for made in (plan, other):
+                        assert abs(float(made.strength[t * block_m + m, first]) - total) < 1e-5
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_the_shapes_of_a_plan_are_those_of_every_maker(block_m: int) -> None:
+    """The kernel's, torch's and the fake operator's: compiled graphs rely on the last."""
+    from lora_mux.kernels.tensors import empty_plan
+    from lora_mux.ops import plan_in_torch
+
+    problem = Problem(rows=21)
+    batch = problem.index, problem.weight, problem.live, len(problem.rank)
+    fake = empty_plan(problem.index, problem.weight, len(problem.rank), block_m)
+    for made in (problem.plan(block_m), plan_in_torch.plan(*batch, block_m)):
+        for name, tensor in made._asdict().items():
+            empty = getattr(fake, name)
+            assert (tensor.shape, tensor.dtype) == (empty.shape, empty.dtype), name
 
 
 class TestMemory:

@@ -44,8 +44,8 @@ def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> No
     """Without it loads are of 2 bytes instead of 16."""
     _, shrink, expand = report["values"][case]
     for launch, names in (
-        (shrink, ("x_ptr", "A_ptr", "h_ptr", "R", "stride_ac", "X_UNIT")),
-        (expand, ("h_ptr", "B_ptr", "y_ptr", "R", "stride_bc", "Y_UNIT")),
+        (shrink, ("x_ptr", "pool.A_rows", "h_ptr", "R", "stride_ac", "X_UNIT")),
+        (expand, ("h_ptr", "pool.B_rows", "y_ptr", "R", "stride_bc", "Y_UNIT")),
     ):
         found = {name: launch["specialised"].get(name) for name in names}
         assert found == dict.fromkeys(names, "16")
@@ -64,7 +64,7 @@ def test_the_fused_launch(report: dict[str, Any]) -> None:
     assert few[1]["grid"] == [4 * 2 + 3, 1, 1]
     assert [one["name"] for one in many] == ["plan_kernel", "shrink_kernel", "fused_kernel"]
     assert many[2]["grid"] == [2 * 3, 1, 1]
-    names = "x_ptr W_ptr A_ptr B_ptr y_ptr h_ptr R stride_ac stride_bc X_UNIT Y_UNIT counter_ptr"
+    names = "x_ptr W_ptr pool.A_rows pool.B_rows y_ptr h_ptr R stride_ac stride_bc X_UNIT Y_UNIT"
     for launches in (few, many):
         assert all(launches[-1]["specialised"][name] == "16" for name in names.split())
 

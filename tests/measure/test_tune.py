@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from interpreter import note_launches
 from layer import Bench
 from lora_mux.cli import main
 from lora_mux.errors import BackendError
@@ -125,9 +127,9 @@ def test_a_config_that_is_none_is_refused(table: Path) -> None:
 def test_tune_fuses_where_it_was_faster(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {})
     monkeypatch.setattr(tune, "FUSED_CHOICES", {"stages": (2,)})
     sizes = ["--in-features", "16", "--out-features", "24", "--rank", "16", "--adapters", "3"]
@@ -136,15 +138,7 @@ def test_tune_fuses_where_it_was_faster(
     content = json.loads(table.read_text())
     assert [entry["rows"] for entry in content["fused"]] == [4, 190]
 
-    seen: list[str] = []
-    for name in ("fused", "expand"):
-        own = getattr(launch, name)
-
-        def noted(*arguments: Any, name: str = name, own: Any = own) -> None:
-            seen.append(name)
-            own(*arguments)
-
-        monkeypatch.setattr(launch, name, noted)
+    names = note_launches(monkeypatch)
     for times, expected in (((2.0, 1.0), "fused"), ((1.0, 2.0), "expand")):
         for entry in content["fused"]:
             entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
@@ -154,16 +148,16 @@ def test_tune_fuses_where_it_was_faster(
         with torch.no_grad():
             bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
             bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
-        assert seen.pop() == expected and not seen
+        assert names.pop() == expected and "expand" not in names and "fused" not in names
 
 
 @pytest.mark.interpreter
 def test_tune_writes_a_table_that_layers_then_use(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
     sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
     assert main(["tune", "--device", "cpu", "--rows", "4", "--dtype", "fp32", *sizes]) == 0

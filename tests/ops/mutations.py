@@ -117,14 +117,17 @@ MUTATIONS = {
     "operators: the gradient of x keeps the bias": Mutation(
         OPERATORS,
         "B_rows=rows.A_rows, constant=None)",
-        "B_rows=rows.B_rows)",
+        "B_rows=rows.A_rows)",
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "operators: the gradient of strength without scaling": Mutation(
         OPERATORS, ".sum(2) * scaling)", ".sum(2))", TEST_OPERATORS_AND_TEST_TRITON_BACKEND
     ),
     "operators: dead handles are the base on the CPU": Mutation(
-        OPERATORS, "(plan.state == 2)", "(plan.state == 3)", TEST_OPERATORS_AND_TEST_TRITON_BACKEND
+        OPERATORS,
+        "(plan.state == DEAD)",
+        "(plan.state > DEAD)",
+        TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "ops: writes to what is not ours": Mutation(TILED, "if owned and", "if", TEST_TRITON_BACKEND),
     "ops: gradients are lost": Mutation(

@@ -33,6 +33,7 @@ _package = types.ModuleType("kernels_src")
 _package.__path__ = [str(Path(__file__).parents[2] / "kernels" / "src")]
 sys.modules["kernels_src"] = _package
 config = importlib.import_module("kernels_src.config")
+tensors = importlib.import_module("kernels_src.tensors")
 plan_kernel = importlib.import_module("kernels_src.plan").plan_kernel
 shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
 expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
@@ -50,35 +51,28 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-PLAN = {"union_ptr": "*i32", "length_ptr": "*i32", "place_ptr": "*i16"}
-TABLES = {"offset_ptr": "*i32", "rank_ptr": "*i32"}
 
-
-def signatures(dtype: str) -> dict[str, dict[str, str]]:
+def signatures(dtype: str) -> dict[str, dict[str, Any]]:
     """The arguments of each kernel that are no constexpr, as the launchers pass them."""
     x = f"*{dtype}"
+    plan = tensors.Plan(
+        **dict.fromkeys(("slots", "union", "length", "counters"), "*i32"),
+        **{"strength": "*fp32", "place": "*i16", "state": "*i8"},
+    )
+    tables = {"offset": "*i32", "rank": "*i32", "scaling": "*fp32"}
+    both = {"plan": plan, "pool": tensors.Pool(A_rows=x, B_rows=x, constant="*u1", **tables)}
+    pointers = {
+        "plan": {"index_ptr": "*i64", "weight_ptr": "*fp32", "live_ptr": "*i32", "plan": plan},
+        "shrink": {"x_ptr": x, "h_ptr": "*fp32", **both},
+        "expand": {"h_ptr": "*fp32", "y_ptr": x, **both},
+        "fused": {"x_ptr": x, "W_ptr": x, "bias_ptr": x, "h_ptr": "*fp32", "y_ptr": x, **both},
+    }
     ints = {
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
         "shrink": "M K J R U stride_xm stride_ac",
         "expand": "M N J R U stride_bc stride_ym",
-        "fused": "M K N J R U groups stride_xm stride_wn stride_ac stride_bc stride_ym",
-    }
-    pointers = {
-        "plan": {
-            **{"index_ptr": "*i64", "weight_ptr": "*fp32", "live_ptr": "*i32"},
-            **{"slots_ptr": "*i32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8"},
-            "counters_ptr": "*i32",
-        },
-        "shrink": {
-            **{"x_ptr": x, "A_ptr": x, "h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN},
-            **{**TABLES, "scaling_ptr": "*fp32", "constant_ptr": "*u1"},
-        },
-        "expand": {"h_ptr": "*fp32", "B_ptr": x, "y_ptr": x, **PLAN, "state_ptr": "*i8", **TABLES},
-        "fused": {
-            **dict.fromkeys("x_ptr W_ptr bias_ptr A_ptr B_ptr y_ptr".split(), x),
-            **{"h_ptr": "*fp32", "strength_ptr": "*fp32", **PLAN, "state_ptr": "*i8", **TABLES},
-            **{"scaling_ptr": "*fp32", "constant_ptr": "*u1", "counter_ptr": "*i32"},
-        },
+        "fused": "M K N J R U stream_number groups "
+        "stride_xm stride_wn stride_ac stride_bc stride_ym",
     }
     return {
         kernel: {**pointers[kernel], **dict.fromkeys(names.split(), "i32")}
@@ -107,19 +101,19 @@ def compile_kernel(
         "fused": fused_kernel,
     }
     if kernel == "plan":
-        constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16, "COUNTERS": 256}
+        constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16}
         warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
         constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
     if kernel == "shrink":
-        constants |= {"HAS_STRENGTH": True, "HAS_CONSTANT": True, "X_UNIT": unit}
+        constants |= {"WEIGHTED": True, "X_UNIT": unit}
         constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
         warps, stages = chosen.shrink_warps, chosen.shrink_stages
     if kernel == "expand":
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
-        constants |= {"SHRINKS": shrinks, "HAS_BIAS": True, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"SHRINKS": shrinks, "X_UNIT": unit, "Y_UNIT": unit}
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
         constants["SWIZZLE"] = chosen.swizzle
@@ -127,15 +121,17 @@ def compile_kernel(
     constants["BLOCK_M"] = chosen.block_m
     fn, given = functions[kernel], signatures(dtype)[kernel]
     names = fn.arg_names
+    aligned = []  # paths of the arguments: (i,), or (i, j) in a tuple
+    for name, type_ in given.items():
+        if isinstance(type_, tuple):
+            aligned += [(names.index(name), j) for j in range(len(type_))]
+        elif name in DIVISIBLE or name.endswith("_ptr"):
+            aligned.append((names.index(name),))
     source = ASTSource(
         fn=fn,
         signature={name: given.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in given
-            if name.endswith("_ptr") or name in DIVISIBLE
-        },
+        attrs=dict.fromkeys(aligned, [["tt.divisibility", 16]]),
     )
     options = {"num_warps": warps, "num_stages": stages}
     if architecture.startswith("sm_"):

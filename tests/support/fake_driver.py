@@ -36,14 +36,21 @@ class Launch:
         return str(self.source.fn.__name__)
 
     def specialised(self) -> dict[str, Any]:
-        """argument -> 16 when divisible by it, or the value that was compiled in."""
-        names = self.source.fn.arg_names
+        """argument -> 16 when divisible by it, or the value that was compiled in.
+
+        A field of a tuple is "plan.union".
+        """
         found = {
-            names[path[0]]: 16
+            self._name(path): 16
             for path, attributes in self.source.attrs.items()
             if ["tt.divisibility", 16] in attributes
         }
-        return found | {names[path[0]]: v for path, v in self.source.constants.items()}
+        return found | {self._name(path): v for path, v in self.source.constants.items()}
+
+    def _name(self, path: tuple[int, ...]) -> str:
+        first, *rest = path
+        name = str(self.source.fn.arg_names[first])
+        return ".".join([name, *(self.source.signature[name]._fields[i] for i in rest)])
 
     def replay(self) -> None:
         """Compute it again, on what its arguments hold now."""

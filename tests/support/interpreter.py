@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,17 +176,42 @@ class _Spied:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def call(*tensors: Any, **constants: Any) -> None:
-            names = self.kernel.arg_names[: len(tensors)]
-            for argument, tensor in zip(names, tensors, strict=True):
-                name = argument.removesuffix("_ptr")
-                # A and B are known as A_rows and B_rows.
-                if tensor is not None and tensor.numel() and name not in ("A", "B"):
-                    self.memory.tensors[name] = tensor
+            for name, tensor in named_tensors(self.kernel.arg_names, tensors):
+                self.memory.tensors[name.removesuffix("_ptr")] = tensor
             self.memory.next_kernel()
             with self.memory.watched():
                 self.kernel[grid](*tensors, **constants)
 
         return call
+
+
+def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that lora_mux.kernels.launch launches from now on, in order."""
+    from lora_mux.kernels import launch
+
+    names: list[str] = []
+
+    class Noted:
+        def __init__(self, kernel: Any, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("plan", "shrink", "expand", "fused"):
+        kernel = getattr(launch, f"{name}_kernel")
+        monkeypatch.setattr(launch, f"{name}_kernel", Noted(kernel, name))
+    return names
+
+
+def named_tensors(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a launch that hold something, those in tuples by the names of their fields."""
+    for name, argument in zip(names, arguments, strict=False):
+        if isinstance(argument, tuple):
+            yield from named_tensors(argument._fields, argument)
+        elif isinstance(argument, Tensor) and argument.numel():
+            yield name, argument
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from fake_driver import LAUNCHES
 from interpreter import mend_bf16
 from lora_mux import ops
 from lora_mux.kernels import launch
+from lora_mux.kernels.tensors import Pool
 from lora_mux.ops import operators
 from oracle import Adapter, forward
 from problem import FusedProblem, Problem
@@ -50,7 +51,7 @@ def described() -> list[dict[str, Any]]:
             "grid": one.grid,
             "shared": one.metadata.shared,
             "specialised": {k: str(v) for k, v in one.specialised().items()},
-            "signature": {k: str(v) for k, v in one.source.signature.items()},
+            "signature": one.source.signature,
         }
         for one in LAUNCHES
     ]
@@ -178,7 +179,7 @@ def fake_tensors() -> list[dict[str, Any]]:
     with FakeTensorMode():
         half, ints = {"dtype": torch.bfloat16}, {"dtype": torch.int32}
         x, y = torch.empty(rows, K, **half), torch.empty(rows, N, **half)
-        pool = (
+        pool = Pool(
             *(torch.empty(C, K, **half), torch.empty(C, N, **half)),
             *(torch.empty(C, dtype=torch.bool), torch.empty(S, **ints), torch.empty(S, **ints)),
             torch.empty(S),

@@ -3,6 +3,7 @@
 Used by the interpreter's tests, by the fake driver's, by the GPU's and by the benchmark's gate.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,20 +89,23 @@ class Problem:
         return max(self.ranks, default=0)
 
     @property
-    def pool(self) -> tuple[Tensor, ...]:
-        """In the order of the operators' arguments."""
-        return (
-            *(self.A_rows, self.B_rows, self.constant),
-            *(self.offset, self.rank, self.scaling),
-        )
+    def pool(self) -> Any:
+        """A Pool, in the order of the operators' arguments."""
+        from lora_mux.kernels.tensors import Pool
 
-    def run(self, block_m: int = 0, batch_invariant: bool = False, **replaced: Any) -> Tensor:
-        """y with the adapters, by the launchers; `replaced` are fields of the config."""
-        import dataclasses
+        return Pool(*(getattr(self, name) for name in Pool._fields))
 
+    def plan(self, block_m: int) -> Any:
+        """The Plan, by its launcher."""
+        from lora_mux.kernels import launch
+
+        return launch.plan(self.index, self.weight, self.live, len(self.rank), block_m)
+
+    def choose(self, block_m: int | None = None, batch_invariant: bool = False) -> Any:
+        """The Config for shrink and expand."""
         from lora_mux.kernels import config, launch
 
-        chosen = config.choose(
+        return config.choose(
             rows=self.rows,
             in_features=self.K,
             out_features=self.N,
@@ -109,21 +113,22 @@ class Problem:
             selections=self.J,
             itemsize=launch.product_itemsize(self.x, self.y, self.A_rows),
             architecture=launch.architecture(self.x.device),
-            block_m=block_m or None,
+            block_m=block_m,
             batch_invariant=batch_invariant,
         )
-        chosen = dataclasses.replace(chosen, **replaced)
-        plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
-        slots, strength, union, length, place, state, _ = plan
-        h = self.x.new_empty(launch.h_shape(slots, self.max_rank, chosen), dtype=torch.float32)
-        tables = self.offset, self.rank
-        y = self.y.clone()
+
+    def run(
+        self, block_m: int | None = None, batch_invariant: bool = False, **replaced: Any
+    ) -> Tensor:
+        """y with the adapters, by the launchers; `replaced` are fields of the config."""
+        from lora_mux.kernels import launch
+
+        chosen = dataclasses.replace(self.choose(block_m, batch_invariant), **replaced)
+        plan, y = self.plan(chosen.block_m), self.y.clone()
+        h = self.x.new_empty(launch.h_shape(plan, self.max_rank, chosen), dtype=torch.float32)
         if y.numel() and self.J:
-            launch.shrink(
-                *(self.x, self.A_rows, h, strength, union, length, place, *tables),
-                *(self.scaling, self.constant, chosen),
-            )
-            launch.expand(h, self.B_rows, y, union, length, place, state, *tables, chosen)
+            launch.shrink(self.x, h, plan, self.pool, chosen)
+            launch.expand(h, y, plan, self.pool, chosen)
         return y
 
     def base(self) -> tuple[Tensor, Tensor]:
@@ -195,27 +200,22 @@ class FusedProblem(Problem):
 
     def run(self, shrinks: bool = True, times: int = 1, **replaced: Any) -> Tensor:
         """y by the launchers, `times` times over on the same plan."""
-        import dataclasses
-
         from lora_mux.kernels import config, launch
 
-        architecture = launch.architecture(self.x.device)
-        chosen = config.choose_fused(self.rows, self.N, architecture)
+        device = self.x.device
+        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
         chosen = dataclasses.replace(chosen, **replaced)
-        plan = launch.plan(self.index, self.weight, self.live, len(self.rank), chosen.block_m)
-        _, strength, union, length, place, state, counters = plan
-        how = self.max_rank, launch.product_itemsize(self.x), architecture, chosen.block_m
-        separate = config.choose(self.rows, self.K, self.N, how[0], self.J, *how[1:])
-        tables = self.offset, self.rank, self.scaling, self.constant
+        plan, stream = self.plan(chosen.block_m), launch.stream_number(device)
+        assert stream is not None
+        before = None if shrinks else self.choose(chosen.block_m)
         ys = [
             launch.linear(
-                *(self.x, self.W, self.b, self.A_rows, self.B_rows, strength, union, length),
-                *(place, state, *tables, launch.own_counter(counters), self.max_rank, chosen),
-                None if shrinks else separate,
+                *(self.x, self.W, self.b, plan, self.pool),
+                *(self.max_rank, stream, chosen, before),
             )
             for _ in range(times)
         ]
-        self.counters = counters
+        self.counters = plan.counters
         for y in ys[1:]:
             torch.testing.assert_close(y, ys[0], rtol=0, atol=0, equal_nan=True)
         return ys[0]

@@ -1,0 +1,83 @@
+"""Tensors that belong together: operators, launchers and kernels hand them on whole.
+
+In a kernel they are pointers under the same names. Importing this file takes neither Triton nor
+torch: the operators are defined from these fields where Triton is missing, and
+tests/support/codegen.py compiles the kernels where torch is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SLOT_MASK = 0xFFFF  # a handle is generation << 16 | slot
+# Plan.state of a row: it selects nothing; it selects an adapter; a handle of it is not alive.
+BASE, SELECTS, DEAD = 0, 1, 2
+# Streams that fused launches of one forward pass may be on, each with a pair of counters.
+STREAMS = 64
+
+
+class Plan(NamedTuple):
+    """What the rows of a batch select, for all layers of a forward pass; plan.py has formulas.
+
+    M rows with J places each, in T tiles of BLOCK_M rows; U bounds the slots of a tile's union.
+    """
+
+    slots: Tensor  # [M, J] int32, -1 = none
+    strength: Tensor  # [M, J] at least fp32, at the first place of each slot in a row
+    union: Tensor  # [T, U] int32, up to length
+    length: Tensor  # [T] int32
+    place: Tensor  # [T, U, BLOCK_M] int16, -1 = not selected; up to length
+    state: Tensor  # [M] int8: BASE, SELECTS or DEAD
+    counters: Tensor  # [STREAMS, 2] int32 zeros; fused launches count in them and leave them 0
+
+    @property
+    def block_m(self) -> int:
+        """The rows of a tile."""
+        return self.place.shape[2]
+
+
+class Pool(NamedTuple):
+    """The adapters of a layer: slot i has the rank rows offset[i] .. offset[i] + rank[i] - 1.
+
+    Rows of A begin every stride(0) >= K elements, with zeros from K on; those of B likewise.
+    """
+
+    A_rows: Tensor  # [C, at least K]
+    B_rows: Tensor  # [C, at least N]
+    constant: Tensor | None  # [C] bool: a rank row that carries a bias; None = no row does
+    offset: Tensor  # [S] int32
+    rank: Tensor  # [S] int32
+    scaling: Tensor  # [S] at least fp32
+
+
+def tiles_and_union(rows: int, places: int, capacity: int, block_m: int) -> tuple[int, int]:
+    """(T, U) of a Plan: tiles and one more, and the most slots, of `capacity`, of a union.
+
+    One more tile than there are, so that T is not 1 for few rows and more for others: torch.export
+    and dynamic graphs would make that two cases.
+    """
+    import torch
+
+    most: int = torch.sym_min(block_m * places, capacity)  # type: ignore[no-untyped-call]
+    union: int = torch.sym_max(most, 1)  # type: ignore[no-untyped-call]
+    return (rows + block_m - 1) // block_m + 1, union
+
+
+def empty_plan(index: Tensor, weight: Tensor, capacity: int, block_m: int) -> Plan:
+    """A Plan for index and weight [M, J], whose tensors hold nothing yet."""
+    import torch
+
+    M, J = index.shape
+    T, U = tiles_and_union(M, J, capacity, block_m)
+    return Plan(
+        slots=index.new_empty((M, J), dtype=torch.int32),
+        strength=weight.new_empty((M, J), dtype=torch.promote_types(weight.dtype, torch.float32)),
+        union=index.new_empty((T, U), dtype=torch.int32),
+        length=index.new_empty((T,), dtype=torch.int32),
+        place=index.new_empty((T, U, block_m), dtype=torch.int16),
+        state=index.new_empty((M,), dtype=torch.int8),
+        counters=index.new_empty((STREAMS, 2), dtype=torch.int32),
+    )
