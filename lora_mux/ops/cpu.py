@@ -115,7 +115,7 @@ class Plan:
 
     weight: Tensor  # [M, J]
     slots: Tensor  # [M, J] int64, -1 = none
-    # By dtype, sizes and spans, so that layers that are alike share them.
+    # By dtype, sizes and spans: layers that are alike share them.
     _products: dict[object, list[Product]] = field(default_factory=dict, init=False)
     _prepared: WeakKeyDictionary[Version, Prepared] = field(
         default_factory=WeakKeyDictionary, init=False
@@ -181,8 +181,9 @@ class Plan:
         return used
 
     def _in(self, pool: Pool, x: torch.dtype, y: torch.dtype) -> Prepared:
-        """What was prepared in a pool for such x and y, or is now."""
-        known = self._prepared.get(pool.version)
+        """What is prepared in a pool for x and y of these dtypes."""
+        version = pool.version  # read once: another thread may write to the pool meanwhile
+        known = self._prepared.get(version)
         buffers = pool._buffers  # nn.Module's own look-up takes 10 us where caches are cold
         if (
             known is None
@@ -191,7 +192,7 @@ class Plan:
             or known.x_dtype != x
             or known.y_dtype != y
         ):
-            known = self._prepared[pool.version] = self._prepare(pool, x, y)
+            known = self._prepared[version] = self._prepare(pool, x, y)
         return known
 
     def _prepare(self, pool: Pool, x: torch.dtype, y: torch.dtype) -> Prepared:
