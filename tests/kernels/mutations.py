@@ -119,12 +119,12 @@ MUTATIONS = {
     ),
     "launch: a tile too few": Mutation(
         LAUNCH,
-        "expand_kernel[(triton.cdiv(M, config.block_m)",
+        "expand_kernel[(_cdiv(M, config.block_m)",
         "expand_kernel[(max(1, M // config.block_m)",
         TEST_KERNELS,
     ),
     "launch: columns too few": Mutation(
-        LAUNCH, "triton.cdiv(N, config.block_n))", "max(1, N // config.block_n))", TEST_KERNELS
+        LAUNCH, "_cdiv(N, config.block_n))", "max(1, N // config.block_n))", TEST_KERNELS
     ),
     "plan: counters begin as they come": Mutation(
         PLAN, "tl.store(plan.counters +", "tl.load(plan.counters +", TEST_FUSED
