@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from interpreter import note_launches
-from layer import Bench
+from layer import LayerCase
 from lora_mux.cli import main
 from lora_mux.errors import BackendError
 from lora_mux.kernels import launch
@@ -144,10 +144,10 @@ def test_tune_fuses_where_it_was_faster(
             entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
         table.write_text(json.dumps(content))
         _forget()
-        bench = Bench((16, 16, 16), (16, 24), torch.bfloat16, backend="triton")
+        case = LayerCase((16, 16, 16), (16, 24), torch.bfloat16, backend="triton")
         with torch.no_grad():
-            bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
-            bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
+            case.check(case.x(4), torch.tensor([[0], [1], [-1], [2]]))
+            case.check(case.x(0), torch.empty(0, 1, dtype=torch.int64))
         assert names.pop() == expected and "expand" not in names and "fused" not in names
 
 
@@ -179,10 +179,10 @@ def test_tune_writes_a_table_that_layers_then_use(
         shrink(*arguments)
 
     monkeypatch.setattr(launch, "shrink", watched)
-    bench = Bench(ranks=(16, 16, 16), backend="triton")
-    bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
+    case = LayerCase(ranks=(16, 16, 16), backend="triton")
+    case.check(case.x(4), torch.tensor([[0], [1], [-1], [2]]))
     assert [(config.block_n, config.split_k) for config in seen] == [(16, 4)]
-    invariant = Bench(ranks=(16, 16, 16), backend="triton", batch_invariant=True)
+    invariant = LayerCase(ranks=(16, 16, 16), backend="triton", batch_invariant=True)
     invariant.check(invariant.x(4), torch.tensor([[0], [1], [-1], [2]]))
     assert seen[-1].block_n != 16  # measured ones differ with the rows
 

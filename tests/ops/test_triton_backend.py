@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_mux
-from layer import ROUTINGS, Bench, check_relative_norm
+from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
 from lora_mux.ops import dispatch
 
@@ -24,9 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_values(name: str, dtype: torch.dtype) -> None:
-    bench = Bench(dtype=dtype, backend="triton")
+    case = LayerCase(dtype=dtype, backend="triton")
     with torch.no_grad():
-        bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+        case.check(case.x(4), torch.tensor(ROUTINGS[name]))
 
 
 @given(data=st.data())
@@ -37,9 +37,9 @@ def test_drawn_cases(data: st.DataObject) -> None:
     ranks = tuple(data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6)))
     rows, J = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 5))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
-    bench = Bench(ranks, size, dtype, bias=data.draw(st.booleans()), backend="triton")
+    case = LayerCase(ranks, size, dtype, bias=data.draw(st.booleans()), backend="triton")
     index = torch.randint(-1, len(ranks), (rows, J))
-    check_relative_norm(bench, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
+    check_relative_norm(case, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
 
 
 @pytest.mark.slow
@@ -51,37 +51,37 @@ def test_many_drawn_cases(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0)], ids=str)
 def test_shapes_of_x(shape: tuple[int, ...]) -> None:
-    bench = Bench(backend="triton")
-    x = bench.x(*shape)
+    case = LayerCase(backend="triton")
+    x = case.x(*shape)
     with torch.no_grad():
-        y = bench.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
+        y = case.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
     assert y.shape == (*shape, 160)
 
 
 def test_one_routing_row_per_sample() -> None:
-    bench = Bench(backend="triton")
-    x, index = bench.x(2, 3), torch.tensor([[0, 1], [2, -1]])
+    case = LayerCase(backend="triton")
+    x, index = case.x(2, 3), torch.tensor([[0, 1], [2, -1]])
     with torch.no_grad():
-        by_sample = bench.layer(x, Routing(torch.tensor([*bench.handles, -1])[index]))
-        by_row = bench.check(x, index.repeat_interleave(3, 0))
+        by_sample = case.layer(x, Routing(torch.tensor([*case.handles, -1])[index]))
+        by_row = case.check(x, index.repeat_interleave(3, 0))
     assert torch.equal(by_sample, by_row)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_the_references(dtype: torch.dtype) -> None:
     """To x, y and weight, of duplicates and biases too, where the reference is autograd's."""
-    bench = Bench(ranks=(3, 20, 1), size=(24, 40), dtype=dtype, backend="triton")
+    case = LayerCase(ranks=(3, 20, 1), size=(24, 40), dtype=dtype, backend="triton")
     bias = torch.randn(40)
     A, B = torch.randn(5, 24), torch.randn(40, 5)
-    handles = [*bench.handles, bench.layer.add_adapter("b", A, B, alpha=5, bias=bias), -1]
+    handles = [*case.handles, case.layer.add_adapter("b", A, B, alpha=5, bias=bias), -1]
     index = torch.tensor(handles)[torch.tensor([[0, 1], [1, 1], [-1, -1], [3, 0], [2, 4]])]
-    twin = lora_mux.MuxLinear(bench.linear, backend="reference")
-    for i, adapter in enumerate(bench.adapters):
+    twin = lora_mux.MuxLinear(case.linear, backend="reference")
+    for i, adapter in enumerate(case.adapters):
         twin.add_adapter(f"a{i}", adapter.A, adapter.B, scaling=adapter.scaling)
     twin.add_adapter("b", A, B, alpha=5, bias=bias)
-    x, weight, upstream = bench.x(5), torch.randn(5, 2), torch.randn(5, 40).to(dtype)
+    x, weight, upstream = case.x(5), torch.randn(5, 2), torch.randn(5, 40).to(dtype)
     found = []
-    for layer in (bench.layer, twin):
+    for layer in (case.layer, twin):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = layer(inputs[0], Routing(index, inputs[1]))
         y.backward(upstream)
@@ -94,14 +94,14 @@ def test_gradients_are_the_references(dtype: torch.dtype) -> None:
 
 
 def test_second_gradients_reach_the_input() -> None:
-    bench = Bench(ranks=(3,), size=(8, 6), backend="triton")
-    x = bench.x(2).requires_grad_()
+    case = LayerCase(ranks=(3,), size=(8, 6), backend="triton")
+    x = case.x(2).requires_grad_()
     upstream = torch.randn(2, 6, requires_grad=True)
-    y = bench.layer(x, Routing(torch.tensor([[bench.handles[0]], [-1]])))
+    y = case.layer(x, Routing(torch.tensor([[case.handles[0]], [-1]])))
     (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), upstream)
-    jacobian = bench.linear.weight.detach().repeat(2, 1, 1)
-    jacobian[0] += bench.adapters[0].scaling * bench.adapters[0].B @ bench.adapters[0].A
+    jacobian = case.linear.weight.detach().repeat(2, 1, 1)
+    jacobian[0] += case.adapters[0].scaling * case.adapters[0].B @ case.adapters[0].A
     want = torch.einsum("mnk,mk->mn", jacobian, 2 * torch.einsum("mnk,mn->mk", jacobian, upstream))
     torch.testing.assert_close(second, want)
 
@@ -129,14 +129,14 @@ def test_a_foreign_bases_tensor_is_not_written_to() -> None:
 
 
 def test_base_rows_keep_every_bit() -> None:
-    bench = Bench(backend="triton", dtype=torch.bfloat16)
-    x = bench.x(5)
+    case = LayerCase(backend="triton", dtype=torch.bfloat16)
+    x = case.x(5)
     index = torch.tensor([[0], [-1], [2], [-1], [-1]])
     with torch.no_grad():
-        y = bench.check(x, index)
-        assert torch.equal(y[[1, 3, 4]], bench.linear(x)[[1, 3, 4]])
-        nothing = bench.layer(x, Routing(torch.full((5, 2), -1)))
-        assert torch.equal(nothing, bench.linear(x))
+        y = case.check(x, index)
+        assert torch.equal(y[[1, 3, 4]], case.linear(x)[[1, 3, 4]])
+        nothing = case.layer(x, Routing(torch.full((5, 2), -1)))
+        assert torch.equal(nothing, case.linear(x))
 
 
 class TestHandles:
@@ -144,29 +144,29 @@ class TestHandles:
 
     @pytest.mark.parametrize("handle", [3, 77, 65535, 1 << 16, 2**31 - 1, 2**62])
     def test_never_given_out(self, handle: int) -> None:
-        bench = Bench(ranks=(2, 3, 4), backend="triton")
-        x = bench.x(3)
+        case = LayerCase(ranks=(2, 3, 4), backend="triton")
+        x = case.x(3)
         routing = Routing(
-            torch.tensor([[bench.handles[0], -1], [bench.handles[1], handle], [-1] * 2])
+            torch.tensor([[case.handles[0], -1], [case.handles[1], handle], [-1] * 2])
         )
         with torch.no_grad():
-            y = bench.layer(x, routing)
+            y = case.layer(x, routing)
         assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
         with pytest.raises(lora_mux.errors.UnknownAdapterError, match=r"1 of 3 rows.*NaN: 1$"):
             routing.check()
 
     @pytest.mark.parametrize("tenant", [False, True])
     def test_freed(self, tenant: bool) -> None:
-        bench = Bench(ranks=(2, 3, 4), backend="triton")
-        x, index = bench.x(2), torch.tensor([[bench.handles[1]], [bench.handles[0]]])
+        case = LayerCase(ranks=(2, 3, 4), backend="triton")
+        x, index = case.x(2), torch.tensor([[case.handles[1]], [case.handles[0]]])
         routing = Routing(index)
         with torch.no_grad():
-            before = bench.layer(x, routing)
+            before = case.layer(x, routing)
             routing.check()
-            bench.layer.remove_adapter("a1")
+            case.layer.remove_adapter("a1")
             if tenant:
-                bench.layer.add_adapter("t", torch.ones(3, 96), torch.ones(160, 3), alpha=1)
-            after = bench.layer(x, routing)
+                case.layer.add_adapter("t", torch.ones(3, 96), torch.ones(160, 3), alpha=1)
+            after = case.layer(x, routing)
         assert after[0].isnan().all() and torch.equal(after[1], before[1])
         with pytest.raises(lora_mux.LoraMuxError, match=r"NaN: 0$"):
             routing.check()
@@ -218,9 +218,9 @@ class TestRefusals:
         dispatch._triton_problem.cache_clear()
 
     def test_auto_raises_on_the_cpu(self) -> None:
-        bench = Bench(backend="auto")
+        case = LayerCase(backend="auto")
         with pytest.raises(lora_mux.LoraMuxError, match="never given out"):
-            bench.layer(bench.x(1), Routing(torch.tensor([[99]])))
+            case.layer(case.x(1), Routing(torch.tensor([[99]])))
 
 
 def blocks(**how: Any) -> tuple[nn.Module, lora_mux.Mux]:
