@@ -35,7 +35,9 @@ METHODS = {
         *("remove", "reserve", "route", "route_tokens", "set_adapter", "set_route", "targets"),
         "unpin",
     ],
-    "MuxLinear": ["adapters", "add_adapter", "forward", "remove_adapter", "reserve"],
+    "MuxLinear": [
+        *("adapters", "add_adapter", "extra_repr", "forward", "remove_adapter", "reserve"),
+    ],
     "Routing": ["check", "expand_rows", "repeat_interleave", "rows", "tile", "to"],
 }
 

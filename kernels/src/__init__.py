@@ -1,5 +1,5 @@
-"""The Triton kernels of lora_mux: plan, shrink, expand, and their launchers.
+"""The Triton kernels of lora_mux (plan, shrink, expand, fused) and their launchers.
 
-Imports torch and triton, and nothing of lora_mux; there only `ops` and `operators` import it,
-when they need it.
+This folder imports torch and triton, and nothing else of lora_mux. lora_mux imports `tensors`
+anywhere, since it needs neither, and the rest only where kernels run.
 """

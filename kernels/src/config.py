@@ -1,6 +1,6 @@
-"""Tile sizes, warps, stages and K splits: one pure function, which returns a checked Config.
+"""Tile sizes, warps, stages and K splits: pure functions that return a checked Config.
 
-The choices are reasoned, not yet measured on a GPU: see kernels/README.md for the reasons.
+The choices are reasoned, but not yet measured on a GPU; kernels/README.md gives the reasons.
 """
 
 from dataclasses import dataclass, field, fields
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a choice depends on of the machine."""
+    """The machine, as far as a choice depends on it."""
 
     name: str  # "sm_90", "gfx942", ...
     processors: int  # multiprocessors (NVIDIA) or compute units (AMD)
@@ -69,12 +69,12 @@ class FusedConfig(TileSizes):
 
 
 def tile_rows(rows: int, itemsize: int, batch_invariant: bool = False) -> int:
-    """BLOCK_M for a batch of `rows`; all layers of a forward pass that share a plan share it.
+    """BLOCK_M for a batch of `rows`; all layers that share a plan share it.
 
-    While the base layer is bound by memory (up to ~184 rows on an H200) small tiles have small
-    unions and fill the machine; with many rows 64 of them share each load of an adapter. Not in
-    fp32: its products take no tensor cores, and from 64 rows on triton before 3.8 computes them in
-    TF32 on sm_100, whatever is asked (triton #10176).
+    While the base layer is bound by memory (up to about 184 rows on an H200), small tiles have
+    small unions and fill the machine. With many rows, 64 of them share each load of an adapter.
+    Not in fp32: its products use no tensor cores, and triton before 3.8 computes those of 64 rows
+    in TF32 on sm_100, whatever is asked (triton #10176).
     """
     if batch_invariant or rows <= 64:
         return 16
@@ -104,8 +104,8 @@ def choose(
         itemsize: bytes of an element of the products: 2, or 4 for fp32.
         architecture: of the device.
         block_m: of the plan; None = tile_rows(rows, itemsize, batch_invariant).
-        batch_invariant: a choice that does not depend on the rows, so that a row's bits do not
-            depend on the batch around it: nor on which blocks share a product of expand.
+        batch_invariant: choose without looking at the rows, so that a row's bits do not depend on
+            the batch around it, nor on which blocks share a product of expand.
     """
     block_m = block_m or tile_rows(rows, itemsize, batch_invariant)
     tiles = 1 if batch_invariant else max(1, -(-rows // block_m))
@@ -135,9 +135,10 @@ def choose(
 
 
 def _registers(block_m: int, half: bool, old: bool) -> int:
-    """Left alone, ptxas spills one to four registers to fit another warp.
+    """The most that a thread may have, with which no shipped config spills.
 
-    With these, three or two programs of four warps on a multiprocessor, no shipped config spills.
+    Left alone, ptxas spills one to four to fit another warp. With 168 three programs of four warps
+    fit on a multiprocessor, with 192 two.
     """
     if not half or (old and block_m > 16):
         return 255
@@ -149,9 +150,9 @@ def _splits(
 ) -> int:
     """How many programs share the K loop of one tile and group of rank blocks.
 
-    Enough that a batch with a single adapter fills the processors, but at least two steps of
-    BLOCK_K for each (one would wait for its loads without anything to overlap), and no more planes
-    of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64.
+    As many as let a batch with a single adapter fill the processors. But each has at least two
+    steps of BLOCK_K (one would wait for its loads with nothing to overlap them), and there are no
+    more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64.
     """
     most = min(8 if block_m < 64 else 4, architecture.processors // tiles)
     steps = -(-in_features // block_k)
@@ -161,8 +162,8 @@ def _splits(
     return splits
 
 
-# While the layer is bound by memory the programs of shrink hide behind those of W: until about
-# 184 rows on an H200. With more rows they would only stand before them.
+# While the layer is bound by memory, up to about 184 rows on an H200, the programs of shrink hide
+# behind those of W. With more rows they would only stand in front of them.
 SHRINKS_WITHIN = 184
 
 
@@ -215,7 +216,7 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
 def _columns(rows: int, block_m: int, out_features: int, processors: int) -> int:
     """BLOCK_N: the least time for whole waves of programs.
 
-    A program reads block_n rows of W from memory and all of x from the L2 cache, which is some
+    A program reads block_n rows of W from memory, and all of x from the L2 cache, which is about
     three times as fast.
     """
     tiles = -(-rows // block_m)

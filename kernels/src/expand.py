@@ -1,9 +1,9 @@
-"""expand: y += B h, all adapters of a row in one pass.
+"""expand: y += B h, for all adapters of a row in one pass.
 
     y[m, n] += sum_i sum_r sum_s B[offset[i] + r, n] * h[s, m, j, r],    r < rank[i]
 
-over the slots i of row m, with j the first place of i in the row. A row that adds nothing here
-keeps every bit; a row that named a handle that is not alive becomes NaN.
+over the slots i of row m, where j is the first place of i in the row. A row to which nothing is
+added keeps every bit. A row whose state is DEAD becomes NaN.
 """
 
 import triton
@@ -29,7 +29,7 @@ def expand_tile(
     SPLIT_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """(acc + B h transposed, [BLOCK_M] whether a row has an adapter here).
+    """(acc + the transpose of B h, [BLOCK_M] whether a row has an adapter in this layer).
 
     With h on the right, wgmma takes it from shared memory. From registers, as its left operand,
     ptxas before 13.3 miscompiles it (triton #9433).

@@ -2,16 +2,16 @@
 
     y[m, n] = sum_k W[n, k] x[m, k] + bias[n] + sum_i sum_r B[offset[i] + r, n] * h[m, j, r]
 
-with h as in shrink.py. The first programs of the grid compute h and count themselves; every other
+with h as in shrink.py. The first programs of the grid compute h and count themselves. Every other
 one computes a tile of W x, waits for that count only then, and adds B h before its single store.
-Why waiting ends, and why h is seen: kernels/README.md.
+kernels/README.md says why waiting ends and why h is seen.
 """
 
 import triton
 import triton.language as tl
 
 from .expand import expand_tile
-from .plan import BASE, DEAD
+from .plan import BASE, COUNTERS, DEAD
 from .rank_blocks import Sizes
 from .shrink import shrink_tile
 
@@ -37,7 +37,7 @@ def await_shrinks(counter_ptr, programs):
 def tile_of(pid, tiles, columns, SWIZZLE: tl.constexpr):
     """(row tile, column block) of a base program: SWIZZLE row tiles share each block of W.
 
-    They run at about the same time, so that W comes from memory once and then from the L2 cache.
+    They run at about the same time, so W comes from memory once and then from the L2 cache.
     """
     first = pid // (SWIZZLE * columns) * SWIZZLE
     group = tl.minimum(tiles - first, SWIZZLE)
@@ -59,7 +59,7 @@ def base_tile(
     BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """W x transposed, [BLOCK_N, BLOCK_M]: 64 columns of y fill a wgmma, few rows of x do not."""
+    """W x transposed, [BLOCK_N, BLOCK_M]: 64 columns fill a wgmma, few rows do not."""
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < N
     x_rows = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
@@ -118,7 +118,7 @@ def fused_kernel(
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M)
     shrinks = tiles * groups * SPLIT_K if SHRINKS else 0
-    counter_ptr = plan.counters + stream_number * 2
+    counter_ptr = plan.counters + stream_number * COUNTERS
     if pid < shrinks:
         shrink_tile(
             x_ptr,

@@ -268,7 +268,7 @@ def _unit(tensor: Tensor) -> int:
 
 def _groups(U: int, R: int, config: Config | FusedConfig, most: int) -> int:
     """Programs of shrink for a tile and split: one for each group of blocks, up to `most`."""
-    groups = triton.cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
+    groups: int = triton.cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
     return min(groups, max(1, most))
 
 

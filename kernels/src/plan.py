@@ -1,14 +1,15 @@
-"""plan: what the rows of each tile select, once per forward pass, for all layers.
+"""plan: what the rows of each tile select, computed once per forward pass for all layers.
 
     slots[m, j] = slot of the handle index[m, j], or -1
     union[t, :length[t]] = sorted({slots[m, j] : m in tile t, slots[m, j] >= 0})
     place[t, u, m] = min {j : slots[t * BLOCK_M + m, j] = union[t, u]}, or -1 when there is none
     strength[m, j] = sum of weight[m, j'] over the j' with slots[m, j'] = slots[m, j], for a first j
-    counters = 0: what fused launches of this forward pass count in, each stream its own
-    state[m] = 0: row m selects nothing; 1: it selects; 2: it names a handle that is not alive
+    state[m] = BASE: row m selects nothing; SELECTS: an adapter; DEAD: a handle that is not alive
+    counters = 0: fused launches of this forward pass count in them, those of each stream apart
 
 A handle is generation << 16 | slot; live[slot] is the handle of the slot's present tenant, or -1.
-No sync, no atomics, sizes from shapes alone: it can be captured in a CUDA graph.
+It needs no sync and no atomics, and sizes come from shapes alone, so it can be captured in a CUDA
+graph.
 """
 
 import triton
@@ -18,7 +19,8 @@ from . import tensors
 
 SLOT_MASK = tl.constexpr(tensors.SLOT_MASK)
 BASE, SELECTS, DEAD = (tl.constexpr(n) for n in (tensors.BASE, tensors.SELECTS, tensors.DEAD))
-COUNTERS = tl.constexpr(tensors.STREAMS * 2)
+COUNTERS = tl.constexpr(tensors.COUNTERS)
+ALL_COUNTERS = tl.constexpr(tensors.STREAMS * tensors.COUNTERS)
 
 
 @triton.jit(do_not_specialize=["M", "U"])
@@ -77,7 +79,7 @@ def plan_kernel(
         tl.store(plan.union + pid_m * U + position, ordered, mask=first)
         tl.store(plan.length + pid_m, length)
         if pid_m == 0:
-            tl.store(plan.counters + tl.arange(0, COUNTERS), 0)
+            tl.store(plan.counters + tl.arange(0, ALL_COUNTERS), 0)
 
     for u in range(pid_u * BLOCK_U, tl.minimum(length, (pid_u + 1) * BLOCK_U)):
         slot = tl.sum(tl.where(first & (position == u), ordered, 0))

@@ -2,8 +2,8 @@
 
     h[s, m, j, r] = strength[m, j] * scaling[i] * sum_k A[offset[i] + r, k] * x[m, k]
 
-over the k of split s, for the first place j of slot i in row m. A constant rank row, which carries
-a bias, has 1 in the place of A x. From rank[i] on to the end of its last rank block h is 0; the
+over the k of split s, where j is the first place of slot i in row m. A constant rank row, which
+carries a bias, has 1 in place of A x. h is 0 from rank[i] to the end of the last rank block; the
 other places of a row are not written.
 """
 
@@ -35,7 +35,7 @@ def shrink_tile(
     SPLIT_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """A program's share of h; the arguments are those of shrink_kernel, in elements."""
+    """A program's share of h. The arguments are those of shrink_kernel, with sizes in elements."""
     M, J, R, U = sizes
     tile_m = tl.arange(0, BLOCK_M)
     offs_m = pid_m * BLOCK_M + tile_m

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 SLOT_MASK = 0xFFFF  # a handle is generation << 16 | slot
 # Plan.state of a row: it selects nothing; it selects an adapter; a handle of it is not alive.
 BASE, SELECTS, DEAD = 0, 1, 2
-# Streams that fused launches of one forward pass may be on, each with a pair of counters.
-STREAMS = 64
+# Fused launches of one forward pass may be on 64 streams, each with counters of its own: 16 bytes,
+# of which two numbers are used.
+STREAMS, COUNTERS = 64, 4
 
 
 class Plan(NamedTuple):
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     length: Tensor  # [T] int32
     place: Tensor  # [T, U, BLOCK_M] int16, -1 = not selected; up to length
     state: Tensor  # [M] int8: BASE, SELECTS or DEAD
-    counters: Tensor  # [STREAMS, 2] int32 zeros; fused launches count in them and leave them 0
+    counters: Tensor  # [STREAMS, COUNTERS] int32 zeros; fused launches leave them 0
 
     @property
     def block_m(self) -> int:
@@ -79,5 +80,5 @@ def empty_plan(index: Tensor, weight: Tensor, capacity: int, block_m: int) -> Pl
         length=index.new_empty((T,), dtype=torch.int32),
         place=index.new_empty((T, U, block_m), dtype=torch.int16),
         state=index.new_empty((M,), dtype=torch.int8),
-        counters=index.new_empty((STREAMS, 2), dtype=torch.int32),
+        counters=index.new_empty((STREAMS, COUNTERS), dtype=torch.int32),
     )

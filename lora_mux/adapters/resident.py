@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from ..checkpoints import StoredAdapter
@@ -80,8 +80,9 @@ class Adapters:
         with self._lock:
             self._retire(self._slots.unbind(name))
 
-    @contextmanager
-    def resident(self, make: Callable[[], AnyRoute], leaving: bool = False) -> Iterator[AnyRoute]:
+    def resident(
+        self, make: Callable[[], AnyRoute], leaving: bool = False
+    ) -> AbstractContextManager[AnyRoute]:
         """A block in which a new route can be put in force: its adapters are resident and stay.
 
         Inside the block nothing else changes. Afterwards the route itself keeps its adapters where
@@ -92,6 +93,10 @@ class Adapters:
                 the route is put in force.
             leaving: the route that the new one replaces is not used any more.
         """
+        return self._locked(make)
+
+    @contextmanager
+    def _locked(self, make: Callable[[], AnyRoute]) -> Iterator[AnyRoute]:
         with self._lock:
             yield make()
 

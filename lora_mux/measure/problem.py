@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class Problem:
         from ..kernels.tensors import Pool
 
         rows, K, N, R, J, _ = self.case
-        S, like = adapters, {"device": self.device, "dtype": dtype}
+        S = adapters
+        like: dict[str, Any] = {"device": self.device, "dtype": dtype}
         pool = Pool(
             A_rows=torch.randn(S * R, -(-K // 16) * 16, **like),
             B_rows=torch.zeros(S * R, -(-N // 16) * 16, **like),  # y stays finite

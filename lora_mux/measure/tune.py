@@ -18,12 +18,12 @@ from .problem import Problem
 from .provenance import provenance
 
 if TYPE_CHECKING:
-    from ..kernels.config import Config, FusedConfig
+    from ..kernels.config import Config, FusedConfig, TileSizes
 
-C = TypeVar("C", "Config", "FusedConfig")
+C = TypeVar("C", bound="TileSizes")
 Call = Callable[[C, int], None]  # does its work on the n-th set of buffers
 
-# What is tried for each field, besides what is chosen without measuring.
+# The values tried for each field, besides the one chosen without measuring.
 CHOICES: dict[str, tuple[int, ...]] = {
     "shrink_group": (1, 2, 4),
     "block_k": (32, 64, 128, 256),
@@ -47,7 +47,7 @@ FUSED_CHOICES: dict[str, tuple[int, ...]] = {
     "stages": (2, 3, 4, 5),
     "registers": (128, 168, 255),
 }
-# No more memory than what three of the largest stages take: ptxas refuses anyway, after seconds.
+# Bytes of shared memory, about as much as a program may have: ptxas refuses more, after seconds.
 SHARED = 200_000
 
 
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
         gain = times["chosen"] / times["tuned"]
         print(f"{rows:6} rows: {times['tuned']:.1f} us, {gain:.2f} times as fast as unmeasured")
         if problem.case.itemsize == 2 and launch.FUSES:
-            whole = tune_fused(problem, best, args.rounds)
-            fused.append(whole)
-            apart, one = whole[2]["separate"], whole[2]["fused"]
-            print(f"{'':6} whole layer: {apart:.1f} us, in one launch {one:.1f} us")
+            case, best_fused, times = tune_fused(problem, best, args.rounds)
+            fused.append((case, best_fused, times))
+            separate, one = times["separate"], times["fused"]
+            print(f"{'':6} whole layer: {separate:.1f} us, in one launch {one:.1f} us")
     tuned.write(out, {**provenance(device), "device": launch.device_name(device)}, entries, fused)
     print(f"wrote {out}")
     return 0
@@ -108,9 +108,10 @@ def tune_fused(
 def search(
     problem: Problem, call: Call[C], chosen: C, choices: dict[str, tuple[int, ...]], rounds: int
 ) -> tuple[C, dict[str, float]]:
-    """Change one field after the other, keep what is faster by 2 %; rounds over all fields.
+    """(the best config, its microseconds and those of `chosen`), by changing one field at a time.
 
-    A full grid would take hours where this takes minutes.
+    A value is kept when it is faster by 2 %; `rounds` times over all fields. A full grid would take
+    hours where this takes minutes.
     """
     best = chosen
     for field, values in progress_bar([*choices.items()] * rounds, f"{problem.case.rows} rows"):
@@ -119,7 +120,7 @@ def search(
             candidate = _with(best, field, value)
             if candidate is not None and candidate != best:
                 tried[str(value)] = candidate
-        running = _that_run(call, tried)
+        running = _runnable(call, tried)
         calls = {name: partial(call, config) for name, config in running.items()}
         times = problem.microseconds(calls, runs=30)
         fastest = min(times, key=lambda name: times[name])
@@ -127,31 +128,31 @@ def search(
             best = tried[fastest]
     calls = {"chosen": partial(call, chosen), "tuned": partial(call, best)}
     times = problem.microseconds(calls, runs=100)
-    # Measured once more, side by side: what was picked as the best of many may have been luck.
+    # Measured once more, side by side: the best of many may have been lucky.
     if times["tuned"] > times["chosen"]:
         return chosen, {"chosen": times["chosen"], "tuned": times["chosen"]}
     return best, times
 
 
 def _with(config: C, field: str, value: int) -> C | None:
-    """The config with one field changed; None when it can not be."""
+    """The config with one field changed; None when that is impossible."""
     if field == "registers" and config.registers is None:
-        return None  # AMD's compiler does not know the option
+        return None  # AMD's compiler has no such option
     candidate = replace(config, **{field: value})
     return candidate if _staged(candidate) <= SHARED else None
 
 
 def _staged(config: Any) -> int:
-    """Bytes of shared memory that the loads under way take, of fp32."""
+    """Bytes of shared memory that the loads under way take."""
     rows = config.block_m + 16 * config.shrink_group
     if hasattr(config, "shrink_stages"):
-        return 4 * int(rows * config.block_k * config.shrink_stages)
-    # The fused kernel takes 16-bit types alone.
+        return 4 * int(rows * config.block_k * config.shrink_stages)  # as if of fp32
+    # The fused kernel takes 16-bit types only.
     return 2 * int(max(rows, config.block_m + config.block_n) * config.block_k * config.stages)
 
 
-def _that_run(call: Call[C], tried: dict[str, C]) -> dict[str, C]:
-    """Those that the compiler takes: shared memory and registers end somewhere."""
+def _runnable(call: Call[C], tried: dict[str, C]) -> dict[str, C]:
+    """The configs that compile: others need too much shared memory or too many registers."""
     running = {}
     for name, config in tried.items():
         try:

@@ -11,7 +11,6 @@ kernels, elsewhere the reference, unless `triton` says otherwise. An operator ta
 one: `rows` are the fields of lora_mux.core.RankRows, `plan` those of lora_mux.kernels.tensors.Plan.
 """
 
-from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..core import RankRows
-from ..kernels.tensors import DEAD, Plan, Pool, empty_plan
+from ..kernels.tensors import DEAD, Pool, empty_plan
+from ..kernels.tensors import Plan as Plan
 from . import plan_in_torch, reference, tuned
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,11 +51,10 @@ def schema(fields: Any) -> str:
     )
 
 
-# What follows the tensors of its own in the arguments of every operator but plan.
+# The last arguments of every operator but plan; the first are tensors of its own.
 SHARED = ", ".join(schema(fields) for fields in (RankRows, Plan, How))
-# The arguments of add_lora; also its gradients, which have the same names.
-AddLora: Any = namedtuple("AddLora", ["y", "x", *RankRows._fields, *Plan._fields, *How._fields])
-NO_GRADIENTS = AddLora(*[None] * len(AddLora._fields))
+# The names of add_lora's arguments, in their order.
+ADD_LORA = ("y", "x", *RankRows._fields, *Plan._fields, *How._fields)
 # Library costs a third of what custom_op's Python wrapper does: docs/backends.md has the figures.
 LIBRARY: Any = torch.library.Library("lora_mux", "DEF")  # type: ignore[no-untyped-call]
 for _signature in (
@@ -182,20 +181,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.how = shared[_TENSORS:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dy = grad; dx is add_lora again, with A and B in each other's place."""
     x, *tensors = ctx.saved_tensors
     rows, plan, how = _unpack((*tensors, *ctx.how))
     # A base that answers in another dtype than x's would be multiplied in fp32 for nothing.
     upstream = grad.to(x.dtype)
-    grad_x = grad_strength = None
-    needed = AddLora(*ctx.needs_input_grad)
-    if needed.x:
+    operators, gradients = torch.ops.lora_mux, {"y": grad}
+    # Shorter where the call left options to their defaults.
+    needed = dict(zip(ADD_LORA, ctx.needs_input_grad, strict=False))
+    if needed["x"]:
         zeros = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        grad_x = torch.ops.lora_mux.add_lora(zeros, upstream, *_transposed(rows), *plan, *how)
-    if needed.strength:
-        grad_strength = torch.ops.lora_mux.strength_gradient(upstream, x, *rows, *plan, *how)
-    return NO_GRADIENTS._replace(y=grad, x=grad_x, strength=grad_strength)
+        gradients["x"] = operators.add_lora(zeros, upstream, *_transposed(rows), *plan, *how)
+    if needed["strength"]:
+        gradients["strength"] = operators.strength_gradient(upstream, x, *rows, *plan, *how)
+    return tuple(gradients.get(name) for name in ADD_LORA)
 
 
 torch.library.register_autograd(
@@ -217,8 +217,7 @@ def _computable(tensor: Tensor) -> Tensor:
 
 def _pool(rows: RankRows) -> Pool:
     """The same tensors, as the launchers take them."""
-    A_rows, B_rows, *tables = rows
-    return Pool(_computable(A_rows), _computable(B_rows), *tables)
+    return Pool(_computable(rows.A_rows), _computable(rows.B_rows), *rows[2:])
 
 
 def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> None:

@@ -1,4 +1,4 @@
-"""The plan that the operators hand on, in torch: what `lora_mux.kernels.plan` makes, elsewhere.
+"""The plan in torch, for operators where no kernel runs.
 
 Formulas and layout are those of kernels/src/plan.py.
 """
@@ -6,7 +6,8 @@ Formulas and layout are those of kernels/src/plan.py.
 import torch
 from torch import Tensor
 
-from ..kernels.tensors import BASE, DEAD, SELECTS, SLOT_MASK, STREAMS, Plan, tiles_and_union
+from ..kernels import tensors
+from ..kernels.tensors import Plan
 
 
 def strength_of(slots: Tensor, weight: Tensor) -> Tensor:
@@ -17,15 +18,16 @@ def strength_of(slots: Tensor, weight: Tensor) -> Tensor:
 
 
 def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> Plan:
-    """What lora_mux.kernels.launch.plan returns, of index [M, J] and weight [M, J]."""
+    """The Plan of index and weight [M, J]; the arguments are those of kernels' launch.plan."""
     M, J = index.shape
-    tiles, U = tiles_and_union(M, J, capacity, block_m)
+    tiles, U = tensors.tiles_and_union(M, J, capacity, block_m)
     index = index.to(torch.int64)
-    slot = index & SLOT_MASK
+    slot = index & tensors.SLOT_MASK
     alive = (live[slot] == index) & (index >= 0)
     slots = torch.where(alive, slot, -1).to(torch.int32)
     dead = ~alive & (index != -1)
-    state = torch.where(alive.any(1), SELECTS, BASE).masked_fill(dead.any(1), DEAD)
+    state = torch.where(alive.any(1), tensors.SELECTS, tensors.BASE)
+    state = torch.where(dead.any(1), tensors.DEAD, state)
 
     of_tile = slots.new_full((tiles * block_m, J), -1)
     of_tile[:M] = slots
@@ -46,5 +48,5 @@ def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: in
         length=length.to(torch.int32),
         place=torch.where(place < J, place, -1).to(torch.int16),
         state=state.to(torch.int8),
-        counters=slots.new_zeros(STREAMS, 2),
+        counters=slots.new_zeros(tensors.STREAMS, tensors.COUNTERS),
     )

@@ -11,14 +11,17 @@ import lora_mux
 from layer import LayerCase
 from lora_mux import ops
 from lora_mux.core.pool import RankRows
-from lora_mux.ops import plan_in_torch, reference
+from lora_mux.core.slots import SLOT_BITS
+from lora_mux.kernels import tensors
+from lora_mux.ops import operators, plan_in_torch, reference
 from problem import Problem
 
 OPS: Any = torch.ops.lora_mux
 
 
-def plan_of(problem: Problem, block_m: int = 16) -> tuple[Tensor, ...]:
-    return tuple(OPS.plan(problem.index, problem.weight, problem.live, len(problem.rank), block_m))
+def plan_of(problem: Problem, block_m: int = 16) -> tensors.Plan:
+    batch = problem.index, problem.weight, problem.live, len(problem.rank)
+    return tensors.Plan(*OPS.plan(*batch, block_m))
 
 
 def finite(problem: Problem) -> Problem:
@@ -37,6 +40,25 @@ PROBLEMS = {
 }
 
 
+def test_schemas_are_made_of_the_tuples() -> None:
+    """What callers rely on: the order of the arguments, their types and their defaults."""
+    rows = "Tensor A_rows, Tensor B_rows, Tensor? constant, Tensor offset, Tensor rank, Tensor"
+    plan = "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state"
+    how = "SymInt max_rank, bool batch_invariant=False, bool? triton=None"
+    shared = f"{rows} scaling, {plan}, Tensor counters, {how}"
+    assert shared == operators.SHARED
+    schema = str(OPS.add_lora.default._schema)
+    assert schema == f"lora_mux::add_lora(Tensor y, Tensor x, {shared}) -> Tensor"
+    assert operators.ADD_LORA == tuple(a.name for a in OPS.add_lora.default._schema.arguments)
+    assert str(OPS.plan.default._schema).endswith(f"-> ({plan}, Tensor counters)")
+
+
+def test_kernels_and_core_mean_the_same() -> None:
+    """Neither imports the other."""
+    assert tensors.Pool._fields == RankRows._fields
+    assert (1 << SLOT_BITS) - 1 == tensors.SLOT_MASK
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 class TestContract:
     """opcheck: schema, fakes, autograd and AOT dispatch of each operator."""
@@ -52,10 +74,12 @@ class TestContract:
 
     def test_add_lora(self, name: str) -> None:
         problem = finite(PROBLEMS[name])
-        slots, strength, *rest = plan_of(problem)
+        plan = plan_of(problem)
         for grad in (False, True):
-            y, x, s = (t.clone().requires_grad_(grad) for t in (problem.y, problem.x, strength))
-            self.check(OPS.add_lora.default, y, x, *problem.pool, slots, s, *rest, 24)
+            followed = problem.y, problem.x, plan.strength
+            y, x, strength = (t.clone().requires_grad_(grad) for t in followed)
+            arguments = *problem.pool, *plan._replace(strength=strength), 24
+            self.check(OPS.add_lora.default, y, x, *arguments)
 
     def test_linear(self, name: str) -> None:
         problem = finite(PROBLEMS[name])
@@ -89,14 +113,14 @@ def test_values_of_either_implementation(name: str, triton: bool) -> None:
 
 def test_fp64_gradients_numerically() -> None:
     problem = finite(Problem(rows=4, K=5, N=6, ranks=(2, 3), J=2))
-    slots, strength, *rest = plan_of(problem)
+    plan = plan_of(problem)
     pool = [t.double() if t.is_floating_point() else t for t in problem.pool]
 
-    def run(y: Tensor, x: Tensor, s: Tensor) -> Tensor:
-        made: Tensor = OPS.add_lora(y, x, *pool, slots, s, *rest, 3)
+    def run(y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        made: Tensor = OPS.add_lora(y, x, *pool, *plan._replace(strength=strength), 3)
         return made
 
-    inputs = [t.double().requires_grad_() for t in (problem.y, problem.x, strength)]
+    inputs = [t.double().requires_grad_() for t in (problem.y, problem.x, plan.strength)]
     assert torch.autograd.gradcheck(run, inputs)
 
 
