@@ -102,8 +102,7 @@ class Prepared(NamedTuple):
 
     A_rows: Tensor  # the pool's; torch.func.functional_call puts others there
     B_rows: Tensor
-    x_dtype: torch.dtype
-    y_dtype: torch.dtype
+    given: tuple[torch.dtype, torch.dtype]  # of x and y
     dtype: torch.dtype  # of the products
     sums: torch.dtype  # of y while products are added to it
     products: list[tuple[Product, Factors | None]]  # None = to be copied for each call
@@ -140,15 +139,15 @@ class Plan:
         if y.ndim != 2:
             y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
             return self.add(y_rows, x_rows, pool, owned).reshape(y.shape)
-        _, _, given_x, given_y, dtype, sums, products = self._in(pool, x.dtype, y.dtype)
-        if given_x != dtype:
+        _, _, (_, given), dtype, sums, products = self._in(pool, x.dtype, y.dtype)
+        if x.dtype != dtype:
             x = x.to(dtype)
-        out = y if owned and given_y == sums else y.to(sums, copy=True)
+        out = y if owned and given == sums else y.to(sums, copy=True)
         for product, factors in products:
             product.add_to(out, x, *(factors or product.factors(pool, dtype)))
-        if sums == given_y:
+        if sums == given:
             return out
-        rounded = out.to(given_y)
+        rounded = out.to(given)
         return rounded if self.selecting is None else torch.where(self.selecting, rounded, y)
 
     @cached_property
@@ -189,8 +188,7 @@ class Plan:
             known is None
             or known.A_rows is not buffers["A_rows"]
             or known.B_rows is not buffers["B_rows"]
-            or known.x_dtype != x
-            or known.y_dtype != y
+            or known.given != (x, y)
         ):
             known = self._prepared[version] = self._prepare(pool, x, y)
         return known
@@ -220,7 +218,7 @@ class Plan:
             (p, p.factors(pool, dtype) if views and isinstance(p.rank_rows, slice) else None)
             for p in self._products[key]
         ]
-        return Prepared(A_rows, B_rows, x, y, dtype, sums, products)
+        return Prepared(A_rows, B_rows, (x, y), dtype, sums, products)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (self.weight, self.slots)  # a copy prepares for pools of its own

@@ -82,13 +82,13 @@ MUTATIONS = {
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "cpu: writes to what is not ours": Mutation(
-        CPU, "if owned and given_y == sums", "if given_y == sums", TEST_CPU_AND_TEST_LINEAR
+        CPU, "if owned and given == sums", "if given == sums", TEST_CPU_AND_TEST_LINEAR
     ),
     "cpu: prepared for buffers that were replaced": Mutation(
         CPU, 'or known.A_rows is not buffers["A_rows"]', "", TEST_CPU_AND_TEST_LINEAR
     ),
     "cpu: prepared for another dtype": Mutation(
-        CPU, "or known.x_dtype != x", "", TEST_CPU_AND_TEST_LINEAR
+        CPU, "or known.given != (x, y)", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "cpu: gradients are lost": Mutation(
         CPU, "if tracked(y, x, self.weight):", "if False:", TEST_CPU_AND_TEST_LINEAR

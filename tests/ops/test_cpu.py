@@ -427,7 +427,7 @@ def test_nothing_is_copied_per_row() -> None:
     with torch.no_grad():
         done = work(lambda: case.layer(x, lora_mux.Routing(index)))
     # The base's y, the moved x, h, and what is added: three tensors of 4 MB and a small one.
-    assert done["allocated_bytes"] < 16e6
+    assert done.allocated_bytes < 16e6
 
 
 def test_a_copy_of_a_plan_prepares_for_its_own_pools() -> None:

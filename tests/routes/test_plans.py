@@ -3,10 +3,10 @@
 import torch
 
 from lora_mux.ops import Method
-from lora_mux.routes.plans import Layers, Plans
+from lora_mux.routes.plans import Plans
 
 CPU = torch.device("cpu")
-LAYERS = Layers(4, CPU, Method("cpu"))
+LAYERS = 4, CPU, Method("cpu")
 
 
 def test_layers_of_a_pass_share_a_plan_if_all_is_alike() -> None:
@@ -14,9 +14,9 @@ def test_layers_of_a_pass_share_a_plan_if_all_is_alike() -> None:
     made = plans.add(LAYERS, None, None)
     assert plans.find(LAYERS, None) is made
     others = (
-        LAYERS._replace(rows=5),
-        LAYERS._replace(device=torch.device("meta")),
-        LAYERS._replace(method=Method("reference")),
+        (5, CPU, Method("cpu")),
+        (4, torch.device("meta"), Method("cpu")),
+        (4, CPU, Method("reference")),
     )
     assert [plans.find(layers, None) for layers in others] == [None] * 3
     plans.clear()
