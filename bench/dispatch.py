@@ -26,17 +26,14 @@ def nothing(*arguments: Any) -> None:
     return None
 
 
-def forms(schema: Any) -> dict[str, Callable[..., Any]]:
-    """name -> a callable with that schema which does nothing."""
+def forms(schema: Any, library: Any) -> dict[str, Callable[..., Any]]:
+    """name -> a callable with that schema which does nothing; they live as long as the library."""
     signature = str(schema).removeprefix(schema.name)
-    library: Any = torch.library.Library("lora_mux_bench", "FRAGMENT")
     library.define(f"nothing{signature}")
     library.impl("nothing", nothing, "CompositeExplicitAutograd")
     custom = torch.library.custom_op(
         "lora_mux_bench::custom", nothing, mutates_args=("y",), schema=signature
     )
-    # The operator lives as long as its library.
-    custom.library = library
     return {
         "plain function": nothing,
         "torch.library.Library": torch.ops.lora_mux_bench.nothing,
@@ -52,8 +49,9 @@ def arguments(schema: Any) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--calls", type=int, default=2000, help="in a run (2000)")
-    parser.add_argument("--runs", type=int, default=20, help="of each form, at most (20)")
+    # Few, so that there are runs that no other process interrupts.
+    parser.add_argument("--calls", type=int, default=20, help="in a run (20)")
+    parser.add_argument("--runs", type=int, default=500, help="of each form, at most (500)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "dispatch.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,7 +65,8 @@ def main() -> None:
 
         return run
 
-    runs = {name: run_of(call) for name, call in forms(schema).items()}
+    library: Any = torch.library.Library("lora_mux_bench", "FRAGMENT")
+    runs = {name: run_of(call) for name, call in forms(schema, library).items()}
     with torch.inference_mode():
         times = microseconds(runs, 1, torch.device("cpu"), args.runs)
     record = {
