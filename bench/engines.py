@@ -1,15 +1,15 @@
-"""vLLM's and SGLang's kernels as providers, where a folder with them is named.
+"""vLLM's and SGLang's kernels as providers, if LORA_MUX_PEERS names a folder that has them.
 
-None of their code is here. LORA_MUX_PEERS names a folder with a module `peers` that makes plain
-functions of their kernels, on plain tensors:
+None of their code is here. The folder holds a module `peers`, which wraps their kernels in plain
+functions on plain tensors:
 
     vllm_weights(A, B, scales), vllm_plan(slots, max_loras)
     vllm_lora_multi(y, x, *weights, plans, w)
     sglang_pack(A, B, ranks), sglang_plan(backend, slots, ranks, scales, decode=)
     sglang_lora_multi(y, x, *packed, plans, w), reset_caches()
 
-in which A [adapters, R, K] and B [adapters, N, R] are padded to the largest rank. They know one
-adapter for a row: a row with J of them takes J passes over x scaled by its weights.
+A [adapters, R, K] and B [adapters, N, R] are padded to the largest rank. The engines take one
+adapter a row, so a row with J adapters takes J passes over x, scaled by its weights.
 """
 
 import importlib
@@ -57,7 +57,7 @@ def sglang(backend: str) -> Provider:
         peers = harness()
         peers.reset_caches()  # kept by the address of tensors that may be gone
         A, B = stacked(problem)
-        # Its older backends have no "no adapter": an adapter of rank 0 stands for it.
+        # Its older backends know no row without an adapter: one of rank 0 stands in.
         none = torch.zeros_like(A[:1]), torch.zeros_like(B[:1])
         A, B = torch.cat([A, none[0]]), torch.cat([B, none[1]])
         ranks = torch.tensor([*map(len, problem.A), 0], dtype=torch.int32)

@@ -1,8 +1,8 @@
 """What switching and mixing cost over a whole model, against PEFT: python bench/model.py
 
-A stack of 200 linear layers of width 8 with 64 adapters loaded: arithmetic is nothing, so that what
-is seen is what a framework does for each layer and adapter. Minima of interleaved runs on the CPU.
-Then the graphs that torch.compile makes for lists of names that it has not seen.
+A stack of 200 linear layers of width 8 with 64 adapters loaded. Arithmetic costs next to nothing
+there, so the times show what a framework does for each layer and adapter. Minima of interleaved
+runs on the CPU. Then the number of graphs that torch.compile makes for new lists of names.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def graphs(model: Callable[..., Any], calls: list[Callable[[Any], object]]) -> i
 
 
 def routed(mux: lora_mux.Mux, names: list[str], x: torch.Tensor) -> Callable[[Any], object]:
-    """A call of our model in which each row has the adapter that `names` says."""
+    """A call of our model in which row i has the adapter names[i]."""
 
     def call(model: Any) -> None:
         with mux.route(names):
@@ -123,11 +123,11 @@ def main() -> None:
                 "mixed forward": lambda: theirs(x, adapter_names=names),
             }
         )
-        # Above after other calls, as in serving; here after itself, with warm caches.
+        # Above it comes after other calls, as in serving; here after itself, with warm caches.
         again = "set_adapter, again and again"
         ours_ms |= milliseconds({again: lambda: mux.set_adapter("a1")})
         peft_ms |= milliseconds({again: lambda: theirs.set_adapter("a1")})
-        # Few layers: what counts is the number of graphs.
+        # Three layers do: only the number of graphs counts here.
         few = with_peft(3, args.adapters)
         ours, few_mux = with_ours(3, few, args.adapters)
         lists = [names[i:] + names[:i] for i in range(5)]

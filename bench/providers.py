@@ -1,8 +1,8 @@
 """Ways to compute a problem, ours and others', each a function (problem, base) -> call.
 
 `base()` returns a new y [M, N] that holds the base layer's answer, and call() returns y with the
-adapters added: what has to be prepared once for many layers (sorting rows, packing weights) is
-done before, and is not timed. A provider that can not do a problem raises NotApplicable.
+adapters added. Work that many layers share (sorting rows, packing weights) is done before the call
+and is not timed. A provider that cannot do a problem raises NotApplicable.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ Provider: TypeAlias = Callable[[Problem, Call], Call]
 
 
 class NotApplicable(Exception):
-    """Why a provider can not do a problem here."""
+    """Why a provider cannot do a problem here."""
 
 
 def base_alone(problem: Problem, base: Call) -> Call:
-    """The base layer without adapters: the floor, and not the answer."""
+    """The base layer without adapters: the floor, not the answer."""
     return base
 
 
 def merged(problem: Problem, base: Call) -> Call:
-    """The adapters merged into the weight: what a single selection for all rows costs."""
+    """The adapters merged into the weight, if all rows select the same ones."""
     if not bool((problem.index == problem.index[:1]).all()) or bool(
         (problem.weight != problem.weight[:1]).any()
     ):
@@ -43,7 +43,7 @@ def merged(problem: Problem, base: Call) -> Call:
 
 
 def masked(problem: Problem, base: Call) -> Call:
-    """Two products with the rank rows of all adapters, and a mask between."""
+    """Two products with the rank rows of all adapters, and a mask between them."""
     A, B = torch.cat(problem.A), torch.cat(problem.B, 1)
     ranks = torch.tensor([len(A) for A in problem.A], device=A.device)
     mask = problem.strength.repeat_interleave(ranks, 1).to(A.dtype)  # [M, sum of ranks]
@@ -120,7 +120,7 @@ def grouped_mm(problem: Problem, base: Call) -> Call:
 
 
 def peft_mixed(problem: Problem, base: Call) -> Call:
-    """PEFT's mixed batch; as many passes as a row has places, since it knows one adapter a row."""
+    """PEFT's mixed batch: one pass for each place of a row, since it takes one adapter a row."""
     try:
         import peft
     except ImportError as error:
@@ -156,7 +156,7 @@ def peft_mixed(problem: Problem, base: Call) -> Call:
 
 
 def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provider:
-    """The adapters of a MuxLinear; the plan, which all layers of a model share, is made before."""
+    """The adapters of a MuxLinear; the plan, which layers of a model share, is made beforehand."""
 
     def prepare(problem: Problem, base: Call) -> Call:
         layer, routing = mux_linear(problem, backend, batch_invariant)
@@ -165,25 +165,26 @@ def ours(backend: ops.Backend = "auto", batch_invariant: bool = False) -> Provid
         plan = ops.plan(routing, layer.mux_slots, method)
         if plan is None:
             return base
-        return lambda: ops.add_lora(base(), x, pool, plan, owned=True)
+        assert not isinstance(plan, ops.FusedPlan)
+        return lambda: plan.add(base(), x, pool, owned=True)
 
     return prepare
 
 
 def ours_fused(problem: Problem, base: Call) -> Call:
-    """The whole layer in one launch; the plan is made before."""
+    """The whole layer in one launch; the plan is made beforehand."""
     layer, routing = mux_linear(problem, "triton", fused=True)
     x, weight = problem.x, layer.weight
     method = ops.method(layer.mux_settings, x, len(x), layer.mux_pool, weight)
-    if not method.fused:
+    if method.form != "fused":
         raise NotApplicable("the fused kernel takes 16-bit types")
     plan = ops.plan(routing, layer.mux_slots, method)
-    assert isinstance(plan, ops.TiledPlan)
-    return lambda: ops.linear(x, weight, None, layer.mux_pool, plan)
+    assert isinstance(plan, ops.FusedPlan)
+    return lambda: plan.linear(x, weight, None, layer.mux_pool)
 
 
 def ours_as_a_module(backend: ops.Backend = "auto") -> Provider:
-    """A MuxLinear that is called with its routing: the plan is part of it."""
+    """A MuxLinear called with its routing, so the plan is part of the call."""
 
     def prepare(problem: Problem, base: Call) -> Call:
         layer, routing = mux_linear(problem, backend)
@@ -193,7 +194,7 @@ def ours_as_a_module(backend: ops.Backend = "auto") -> Provider:
 
 
 def plan_alone(problem: Problem, base: Call) -> Call:
-    """What a forward pass pays once, for all its layers; not an answer."""
+    """What a forward pass pays once for all its layers; not an answer."""
     layer, routing = mux_linear(problem, "triton")
     method = ops.method(layer.mux_settings, problem.x, len(problem.x), layer.mux_pool)
 

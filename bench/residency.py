@@ -1,9 +1,10 @@
-"""What adapters cost that are not all resident, against PEFT: python bench/residency.py
+"""What more adapters than fit into memory cost, against PEFT: python bench/residency.py
 
 A stack of linear layers on the CPU, adapters in PEFT folders (a few folders under many names), and
-pools that hold some of them. Registering; the first use of an adapter that is not resident, against
-a plain copy of as many bytes; routes that hit, and routes that evict each time. PEFT's load_adapter
-and set_adapter on the same files in the same run. Files are in the page cache.
+pools that hold some of them. Four times are taken: registering; the first use of an adapter that is
+not resident, against a plain copy of as many bytes; routes to resident adapters; and routes that
+evict another adapter each time. PEFT's load_adapter and set_adapter run on the same files in the
+same run. The files are in the page cache.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     registered = time.perf_counter() - start
     size = args.rank * row_bytes
     source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
-    cold = itertools.cycle(names[: 2 * args.resident])  # twice as many as there is room for
+    cold = itertools.cycle(names[: 2 * args.resident])  # twice as many as fit
     first = milliseconds(lambda: routed(mux, next(cold)), args.resident)  # into free rows
     evicting = milliseconds(lambda: routed(mux, next(cold)), 4 * args.resident)
     hot = itertools.cycle([n for n, h in mux.memory().adapters.items() if h.resident][:8])
@@ -112,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # PEFT looks for the base model's config
+        warnings.simplefilter("ignore")  # PEFT's, about the base model's missing config
         folders = save_folders(stack(args.layers, args.width), args.rank, args.folders, Path(root))
         sizes = {key: getattr(args, key) for key in (*sizes, "folders", "peft")}
         record = {

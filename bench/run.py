@@ -6,21 +6,21 @@
     python bench/run.py --cpu         the CPU's cells, 12 minutes; --quick: the smallest layer;
                                       --count: FLOPs and allocated bytes, no times
 
-Every provider must first agree with the formula in fp64; only then it is timed, interleaved with
-the others. On a GPU also the machine's own limits: a launch, a copy, and the base layer by cuBLAS.
-Records go to bench/results/; bench/plot.py draws them.
-TRITON_INTERPRET=1 python bench/run.py --tiny tries the script without a GPU; no speeds.
+Every provider must first agree with the formula in fp64. Only then is it timed, interleaved with
+the others. On a GPU the machine's own limits are measured too: a launch, a copy, and the base layer
+by cuBLAS. Records go to bench/results/, and bench/plot.py draws them.
+TRITON_INTERPRET=1 python bench/run.py --tiny tries the script without a GPU; ignore its times.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -29,13 +29,13 @@ import workloads
 from engines import PEERS
 from lora_mux.measure import timing
 from lora_mux.measure.provenance import ROOT, provenance
-from lora_mux.measure.timing import Times, microseconds, sets_for_cold_l2
 from providers import CPU, CUDA, NO_ANSWERS, WHOLE_LAYERS, Call, NotApplicable, Provider
-from work import work
+from work import Work, work
 from workloads import Problem, Workload
 
-# Of the norm, against fp64. In bf16 the others round h, x or both; a wrong adapter costs 1.
-GATE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# The largest error against fp64, as a share of the answer's norm. In bf16 the others round h, x or
+# both; a wrong adapter makes it 1.
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRIDS: dict[str, Callable[[], Iterator[Workload]]] = {
     "smoke": workloads.smoke,
     "headline": workloads.headline,
@@ -43,6 +43,57 @@ GRIDS: dict[str, Callable[[], Iterator[Workload]]] = {
     "cpu": workloads.cpu,
     "tiny": workloads.tiny,
 }
+
+
+class Timed(NamedTuple):
+    """How long a provider takes."""
+
+    sets: int  # of buffers, which its calls go through in turn
+    microseconds: timing.Times
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of one provider on one workload."""
+
+    provider: str
+    gate: Literal["passed", "failed", "not applicable", "none"]  # none: it gives no answer
+    error: float | None = None  # against the formula in fp64, as a share of the answer's norm
+    reason: str | None = None  # why it is not applicable
+    figures: Timed | Work | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What stands in a line of JSON."""
+        told = {"reason": self.reason} if self.gate == "not applicable" else {"error": self.error}
+        figures = {} if self.figures is None else self.figures._asdict()
+        return {"provider": self.provider, "gate": self.gate, **told, **figures}
+
+
+# The calls of each provider, one for each set of buffers -> what they cost.
+Meter: TypeAlias = Callable[[Mapping[str, Sequence[Call]]], Mapping[str, Timed | Work]]
+
+
+@dataclass(frozen=True)
+class Timer:
+    """A meter of times; its fields are arguments of timing.microseconds."""
+
+    device: torch.device
+    runs: int = 100
+    seconds: float = timing.SECONDS
+    least: int = 3
+
+    def __call__(self, ready: Mapping[str, Sequence[Call]]) -> dict[str, Timed]:
+        sets = max(map(len, ready.values()), default=1)
+        calls = {name: lambda n, made=made: made[n]() for name, made in ready.items()}
+        times = timing.microseconds(
+            calls, sets, self.device, self.runs, seconds=self.seconds, least=self.least
+        )
+        return {name: Timed(sets, took) for name, took in times.items()}
+
+
+def count(ready: Mapping[str, Sequence[Call]]) -> dict[str, Work]:
+    """A meter of what a call does, on a CPU."""
+    return {name: work(made[0]) for name, made in ready.items()}
 
 
 def linear_base(problem: Problem) -> Call:
@@ -53,57 +104,52 @@ def linear_base(problem: Problem) -> Call:
     return lambda: linear(problem.x)
 
 
-def adapters_only(problem: Problem) -> Call:
+def no_base(problem: Problem) -> Call:
     """No base layer: y is there already, and each call adds to it."""
     y = nn.functional.linear(problem.x, problem.W)
     return lambda: y
 
 
-def measured(
-    workload: Workload,
-    providers: dict[str, Provider],
-    device: torch.device,
-    alone: bool,
-    count: bool,
-) -> Iterator[dict[str, Any]]:
-    """A record for each provider; `alone`: of the adapters without the base layer.
+# What is measured: a layer with its adapters, or the adapters' part by itself.
+BASES = {"layer": linear_base, "adapters": no_base}
 
-    `count`: of what a call does instead of how long it takes.
-    """
+
+def measure(
+    workload: Workload,
+    what: str,
+    providers: Mapping[str, Provider],
+    device: torch.device,
+    meter: Meter,
+) -> list[Record]:
+    """A record of each provider: checked against fp64, and metered if it may be."""
     w = workload
     bytes_of_a_call = w.torch_dtype.itemsize * (w.K * w.N + w.rows * (w.K + w.N))
-    sets = sets_for_cold_l2(bytes_of_a_call, device)
+    sets = timing.sets_for_cold_l2(bytes_of_a_call, device)
     problems = [workloads.problem(w, device, seed=n) for n in range(sets)]
-    ready: dict[str, list[Call]] = {}
-    for name, provider in providers.items():
-        try:
-            if alone and name in WHOLE_LAYERS:
-                raise NotApplicable("a whole layer")
-            y, error = provider(problems[0], linear_base(problems[0]))(), None
-            if name not in NO_ANSWERS:
-                error = problems[0].error(y)
-                if not error <= GATE[w.torch_dtype]:
-                    yield {"provider": name, "gate": "failed", "error": error}
-                    continue
-            base = adapters_only if alone else linear_base
-            ready[name] = [provider(problem, base(problem)) for problem in problems]
-        except NotApplicable as reason:
-            yield {"provider": name, "gate": "not applicable", "reason": str(reason)}
-        else:
-            if device.type == "cuda" and not _can_be_captured(ready[name][0]):
-                del ready[name]
-                reason = "reads the GPU's values: no CUDA graph"
-                yield {"provider": name, "gate": "not applicable", "reason": reason}
-            else:
-                gate = "none" if error is None else "passed"
-                yield {"provider": name, "gate": gate, "error": error}
-    if count:
-        yield from ({"provider": name, **work(made[0])} for name, made in ready.items())
-        return
-    calls = {name: lambda n, made=made: made[n]() for name, made in ready.items()}
-    runs = 100 if device.type == "cuda" else 1000  # there time is up before, except for small ones
-    for name, times in microseconds(calls, sets, device, runs).items():
-        yield {"provider": name, "sets": sets, "microseconds": times}
+    checked = [check(name, provider, problems, what) for name, provider in providers.items()]
+    figures = meter({record.provider: calls for record, calls in checked if calls})
+    return [replace(record, figures=figures.get(record.provider)) for record, _ in checked]
+
+
+def check(
+    name: str, provider: Provider, problems: Sequence[Problem], what: str
+) -> tuple[Record, list[Call]]:
+    """The provider's record, and its call for each problem; no calls if it is not to be metered."""
+    first, error = problems[0], None
+    try:
+        if what == "adapters" and name in WHOLE_LAYERS:
+            raise NotApplicable("a whole layer")
+        y = provider(first, linear_base(first))()
+        if name not in NO_ANSWERS:
+            error = first.error(y)
+            if not error <= LARGEST_ERROR[first.workload.torch_dtype]:
+                return Record(name, "failed", error), []
+        calls = [provider(problem, BASES[what](problem)) for problem in problems]
+        if y.is_cuda and not _can_be_captured(calls[0]):
+            raise NotApplicable("reads the GPU's values: no CUDA graph")
+    except NotApplicable as reason:
+        return Record(name, "not applicable", reason=str(reason)), []
+    return Record(name, "none" if error is None else "passed", error), calls
 
 
 def _can_be_captured(call: Call) -> bool:
@@ -119,7 +165,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     """The machine's own: a launch and two in a graph, in microseconds, and a copy, in TB/s."""
     x = torch.zeros(1, device=device)
     source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device).unbind()
-    times = microseconds(
+    times = timing.microseconds(
         {
             "launch": lambda n: x.add_(1),
             "two launches": lambda n: (x.add_(1), x.add_(1)),
@@ -135,38 +181,36 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def merge(records: Iterator[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """One record for each provider: its gate and its times."""
-    merged: dict[str, dict[str, Any]] = {}
-    for record in records:
-        merged.setdefault(record["provider"], {}).update(record)
-    return merged
-
-
-def show(workload: Workload, what: str, records: dict[str, dict[str, Any]], statistic: str) -> None:
+def show(workload: Workload, what: str, records: Sequence[Record], statistic: str) -> None:
     """The workload and what each provider took, as a share of the base layer."""
     w = workload
     print(
         f"{w.site} {w.dtype}, {w.rows} rows, {w.adapters} adapters of rank {w.ranks}, "
         f"J = {w.selections}, {w.popularity}: {what}"
     )
-    times: dict[str, Times] = {n: r["microseconds"] for n, r in records.items() if "sets" in r}
-    base = times.get("base", {}).get(statistic)
-    for name, record in records.items():
-        if name in times:
-            ratio = f" {times[name][statistic] / base:6.3f} x base" if base else ""
-            print(f"    {name:24} {times[name][statistic]:10.1f} us{ratio}")
-        elif "flops" in record:
-            megabytes = record["allocated_bytes"] / 1e6
-            print(f"    {name:24} {record['flops'] / 1e6:10.1f} MFLOP {megabytes:10.2f} MB")
-        elif record["gate"] == "failed":
-            print(f"    {name:24} WRONG by {record['error']:.1e} of the norm")
-        else:
-            print(f"    {name:24} {record['reason']}")
-    sys.stdout.flush()
+    took = {
+        record.provider: record.figures.microseconds[statistic]
+        for record in records
+        if isinstance(record.figures, Timed)
+    }
+    for record in records:
+        print(f"    {record.provider:24} {_outcome(record, took)}", flush=True)
 
 
-def main() -> int:
+def _outcome(record: Record, took: Mapping[str, float]) -> str:
+    if record.provider in took:
+        own, base = took[record.provider], took.get("base")
+        return f"{own:10.1f} us" + (f" {own / base:6.3f} x base" if base else "")
+    if isinstance(record.figures, Work):
+        flops, allocated = record.figures
+        return f"{flops / 1e6:10.1f} MFLOP {allocated / 1e6:10.2f} MB"
+    if record.gate == "failed":
+        return f"WRONG by {record.error:.1e} of the norm"
+    return record.reason or ""
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -176,36 +220,42 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="with --cpu: the smallest layer only")
     parser.add_argument("--count", action="store_true", help="with --cpu: FLOPs, bytes, no times")
     parser.add_argument("--out", type=Path, help="default: bench/results/<grid>-<time>.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if (args.count or args.quick) and args.grid != "cpu":
         parser.error("--count and --quick go with --cpu")
-    on_cpu = args.grid == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
-    if not on_cpu and not torch.cuda.is_available():
+    return args
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    cpu_cells = args.grid == "cpu"
+    interpreted = not cpu_cells and os.environ.get("TRITON_INTERPRET") == "1"
+    device = torch.device("cpu" if cpu_cells or interpreted else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no GPU; --cpu needs none", file=sys.stderr)
         return 2
-    device = torch.device("cpu" if on_cpu else "cuda")
-    grid = workloads.cpu(args.quick) if args.grid == "cpu" else GRIDS[args.grid]()
-    providers = CPU if args.grid == "cpu" else {**CUDA, **PEERS}
+    if cpu_cells:
+        grid, providers, parts = workloads.cpu(args.quick), CPU, ["layer"]
+        # Minima of three runs scatter by 40 % beside other processes.
+        meter: Meter = count if args.count else Timer(device, runs=1000, least=8)
+    else:
+        grid, providers, parts = GRIDS[args.grid](), {**CUDA, **PEERS}, ["layer", "adapters"]
+        meter = Timer(device, seconds=0.0) if interpreted else Timer(device)
     moment = datetime.now(timezone.utc)
     out = args.out or ROOT / "bench" / "results" / f"{args.grid}-{moment:%Y%m%d-%H%M%S}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    common = {**provenance(device), "speed": args.grid == "cpu" or not on_cpu}
-    if not common["speed"]:
-        timing.SECONDS = 0.0
-    elif args.grid == "cpu":
-        timing.LEAST = 8  # minima of three scatter by 40 % beside other processes
+    common = {**provenance(device), "speed": not interpreted}
     failed = 0
     with out.open("w", encoding="utf-8") as file, torch.inference_mode():
         if device.type == "cuda":
             print(json.dumps({**common, "ceilings": ceilings(device)}), file=file, flush=True)
         for workload in grid:
-            for what in ("layer",) if args.grid == "cpu" else ("layer", "adapters"):
-                found = measured(workload, providers, device, what == "adapters", args.count)
-                records = merge(found)
-                for record in records.values():
-                    failed += record["gate"] == "failed" and record["provider"].startswith("lora")
-                    line = {**common, "workload": asdict(workload), "what": what, **record}
-                    print(json.dumps(line), file=file, flush=True)
+            for what in parts:
+                records = measure(workload, what, providers, device, meter)
+                for record in records:
+                    failed += record.gate == "failed" and record.provider.startswith("lora")
+                    head = {**common, "workload": asdict(workload), "what": what}
+                    print(json.dumps({**head, **record.fields()}), file=file, flush=True)
                 show(workload, what, records, "p50" if device.type == "cuda" else "min")
     print(f"wrote {out}")
     return 1 if failed else 0

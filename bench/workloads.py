@@ -86,7 +86,7 @@ class Problem:
 
 
 def problem(workload: Workload, device: torch.device, seed: int = 0) -> Problem:
-    """The tensors; `seed` tells apart the sets of buffers that keep the cache cold."""
+    """The tensors; each set of buffers that keeps the cache cold has a `seed` of its own."""
     w = workload
     generator = torch.Generator(device).manual_seed(w.seed + seed)
 
@@ -130,13 +130,13 @@ def _selections(w: Workload, generator: torch.Generator) -> Tensor:
 
 
 def tiny() -> Iterator[Workload]:
-    """For a look at the scripts without a GPU; fp16, for the interpreter multiplies bf16's bits."""
+    """To try the scripts without a GPU. In fp16: the interpreter multiplies the bits of bf16."""
     shape = {"selections": 2, "base_share": 0.2, "weighted": False}
     yield Workload("tiny", 64, 48, 5, 3, (8,), dtype="float16", **shape)
 
 
 def smoke() -> Iterator[Workload]:
-    """The sites of an 8B model; decode and prefill; one adapter, eight, four of eight for a row."""
+    """The sites of an 8B model, decode and prefill, with 1 adapter, 8, and 4 of 8 in each row."""
     for (site, size), rows in itertools.product(list(SITES.items())[:4], (1, 32, 128, 2048)):
         for adapters, selections in ((1, 1), (8, 1), (8, 4)):
             yield Workload(site, *size, rows, adapters, selections=selections)
@@ -180,7 +180,7 @@ def headline() -> Iterator[Workload]:
 
 
 def cpu(quick: bool = False) -> Iterator[Workload]:
-    """Issue 4's cells: widths, rows, distinct adapters, dtypes, selections of a row."""
+    """The cells of docs/benchmarks.md: widths, rows, distinct adapters, dtypes, selections."""
     for dtype, width, tokens, adapters, J in itertools.product(
         ("float32", "bfloat16"), (1024, 2048, 4096), (1, 16), (1, 4, 16, 64), (1, 2, 4)
     ):

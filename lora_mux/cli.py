@@ -20,17 +20,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (2: the arguments or the installation are wrong)."""
     parser = argparse.ArgumentParser(
         prog="lora-mux",
-        description="A different subset of LoRA adapters for every row of a batch.",
+        description="A different mix of LoRA adapters in every row of a batch.",
+        epilog="`lora-mux COMMAND --help` lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"lora-mux {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="versions, devices, and the backend that would be used")
-    demo.add_arguments(
-        commands.add_parser("demo", help="one batch of a real model, checked against PEFT")
+    commands.add_parser(
+        "info",
+        help="show versions, devices, and the backend that would run",
+        description="Show versions, devices, and the backend that would run, and why.",
     )
-    bench.add_arguments(commands.add_parser("bench", help="what adapters cost on a layer of yours"))
+    demo.add_arguments(
+        commands.add_parser("demo", help="run one batch of a real model and compare it with PEFT")
+    )
+    bench.add_arguments(
+        commands.add_parser("bench", help="time a layer of your sizes with and without adapters")
+    )
     tune.add_arguments(
-        commands.add_parser("tune", help="find the kernels' best tiles for a GPU and a layer")
+        commands.add_parser("tune", help="find the kernels' best tiles for your GPU and layer")
     )
     args = parser.parse_args(argv)
     if args.command == "info":
@@ -39,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return {"demo": demo.run, "bench": bench.run, "tune": tune.run}[args.command](args)
     except LoraMuxError as error:
-        print(f"lora-mux: {error}", file=sys.stderr)
+        print(f"lora-mux {args.command}: {error}", file=sys.stderr)
         return 2
 
 
 def info() -> str:
-    """What is installed here, and which backend `backend="auto"` would use and why."""
+    """What is installed here, which backend `backend="auto"` would use, and why."""
     lines = [f"lora-mux      {__version__}", f"python        {platform.python_version()}"]
     lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
     lines += [f"device        {device}" for device in _devices()]

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import lora_mux
-from lora_mux import cli, demo
+from lora_mux import cli
+from lora_mux.demo.command import adapter_weights
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,13 +44,48 @@ def test_info_says_what_is_not_installed(
     ],
 )
 def test_adapters_option(text: str, weights: dict[str, float]) -> None:
-    assert demo.adapter_weights(text) == weights
+    assert adapter_weights(text) == weights
 
 
 @pytest.mark.parametrize("text", ["", "name=", "name=x", "=1", "name,name=2", "name=nan", "a,,b"])
 def test_adapters_option_refuses(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="name=1.0,noisy=0.5"):
-        demo.adapter_weights(text)
+        adapter_weights(text)
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["bench"], ["tune"]])
+def test_help_fits_a_terminal(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 0 and len(lines) > 5 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rows", "0", "--rows: expected a whole number of at least 1, got '0'"),
+        ("--rank", "many", "--rank: expected a whole number of at least 1, got 'many'"),
+        ("--device", "gpu", "--device: expected cpu, cuda or cuda:INDEX, got 'gpu'"),
+        ("--device", "meta", "--device: expected cpu, cuda or cuda:INDEX, got 'meta'"),
+    ],
+)
+def test_bench_refuses(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", option, value])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--device", "cuda"])
+    assert "torch sees no GPU for 'cuda'; cpu works everywhere" in capsys.readouterr().err
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

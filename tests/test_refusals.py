@@ -1,6 +1,6 @@
-"""Every refusal: an error of ours that names argument, expected and got, and changes nothing.
+"""Every refusal raises an error of ours that names argument, expected and got, and changes nothing.
 
-Checkpoint folders have their own table in test_checkpoint.py.
+Checkpoint folders have tables of their own, in tests/checkpoints.
 """
 
 import re

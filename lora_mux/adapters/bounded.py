@@ -1,8 +1,9 @@
 """Adapters beyond the memory of the device: pools of a fixed size, and the rest on the host."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from .copy_stream import CopyStream
 from .memory_budget import rank_rows_within
 from .placement import Placement, find_room
 from .resident import Adapters, AnyRoute
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -82,15 +85,16 @@ class BoundedAdapters(Adapters):
     def _name(self, handle: int, name: str, replace: bool) -> None:
         """Give a registered adapter its name, and the residence and pin of the one before."""
 
-        def needed() -> list[int]:
+        def before_and_needed() -> tuple[int | None, Iterable[int]]:
             self._slots.check_new(name, replace)
             before = self._slots.get(name)
-            if before is None or not (before in self._pinned or self._router.is_sticky(before)):
-                return []
-            return [handle]
+            stays = before is not None and (
+                before in self._pinned or self._router.is_sticky(before)
+            )
+            return before, [handle] if stays else []
 
-        with self._made_resident(needed):
-            if self._slots.get(name) in self._pinned:
+        with self._made_resident(before_and_needed) as before:
+            if before in self._pinned:
                 self._pinned.add(handle)
             self._bind(name, handle)
 
@@ -99,18 +103,16 @@ class BoundedAdapters(Adapters):
         with self._lock, self._writing():
             super().remove(name)
 
-    @contextmanager
-    def resident(self, make: Callable[[], AnyRoute], leaving: bool = False) -> Iterator[AnyRoute]:
+    def resident(
+        self, make: Callable[[], AnyRoute], leaving: bool = False
+    ) -> AbstractContextManager[AnyRoute]:
         """A block in which a new route can be put in force: its adapters are resident and stay."""
-        route: AnyRoute
 
-        def needed() -> Iterable[int]:
-            nonlocal route
+        def route_and_handles() -> tuple[AnyRoute, Iterable[int]]:
             route = make()
-            return self._handles_of(route)
+            return route, self._handles_of(route)
 
-        with self._made_resident(needed, leaving):
-            yield route
+        return self._made_resident(route_and_handles, leaving)
 
     def _handles_of(self, route: Route | None) -> Iterable[int]:
         if route is None or not route.handles:
@@ -122,13 +124,18 @@ class BoundedAdapters(Adapters):
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
         wanted = list(names)
-        with self._made_resident(lambda: self._slots.lookup(wanted).values()):
+        with self._made_resident(lambda: (None, self._slots.lookup(wanted).values())):
             pass
 
     def pin(self, name: str) -> None:
         """Make an adapter resident, and keep it so."""
-        with self._made_resident(lambda: self._slots.lookup([name]).values()) as handles:
-            self._pinned.update(handles)
+
+        def handle_of_name() -> tuple[int, Iterable[int]]:
+            handle = self._slots.lookup([name])[name]
+            return handle, [handle]
+
+        with self._made_resident(handle_of_name) as handle:
+            self._pinned.add(handle)
 
     def unpin(self, name: str) -> None:
         """Let an adapter make room for others again."""
@@ -137,17 +144,22 @@ class BoundedAdapters(Adapters):
 
     @contextmanager
     def _made_resident(
-        self, needed: Callable[[], Iterable[int]], leaving: bool = False
-    ) -> Iterator[list[int]]:
-        """A block that holds the lock, in which the handles that `needed` returns are resident.
+        self, find: Callable[[], tuple[Result, Iterable[int]]], leaving: bool = False
+    ) -> Iterator[Result]:
+        """A block that holds the lock, and in which adapters are resident.
 
-        Files are read without the lock. `needed` is called again afterwards, because names and
-        routes may have changed.
+        Files are read without the lock. Names and routes may change meanwhile, so that `find` is
+        called again afterwards.
+
+        Args:
+            find: returns the result that the block yields, and the handles that it needs.
+            leaving: as in `resident`.
         """
         read: dict[int, PackedTensors] = {}
         while True:
             with self._lock:
-                handles = list(needed())
+                result, needed = find()
+                handles = list(needed)
                 arriving = [handle for handle in handles if handle not in self._resident]
                 placement = self._find_room(arriving, handles, leaving) if arriving else None
                 unread = {h: self._loaded[h].stored for h in arriving if h not in read}
@@ -155,7 +167,7 @@ class BoundedAdapters(Adapters):
                     if placement is not None:
                         self._carry_out(placement, read)
                     self._use(handles)
-                    yield handles
+                    yield result
                     return
             for handle, stored in unread.items():
                 read[handle] = self._read(stored)
@@ -205,8 +217,8 @@ class BoundedAdapters(Adapters):
         """Each pool with what it is to hold of an adapter, whose weights are on every device."""
         for path, layer in self._layers.items():
             part = weights[layer.mux_pool.A_rows.device].get(path)
-            if part is not None and layer.mux_part is not None:
-                part = layer.mux_part.cut(part, path)
+            if part is not None and layer.mux_shard is not None:
+                part = layer.mux_shard.cut(part, path)
             yield layer.mux_pool, part
 
     def _put_out(self, handles: Iterable[int]) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from ..checkpoints import StoredAdapter
@@ -80,8 +80,9 @@ class Adapters:
         with self._lock:
             self._retire(self._slots.unbind(name))
 
-    @contextmanager
-    def resident(self, make: Callable[[], AnyRoute], leaving: bool = False) -> Iterator[AnyRoute]:
+    def resident(
+        self, make: Callable[[], AnyRoute], leaving: bool = False
+    ) -> AbstractContextManager[AnyRoute]:
         """A block in which a new route can be put in force: its adapters are resident and stay.
 
         Inside the block nothing else changes. Afterwards the route itself keeps its adapters where
@@ -92,6 +93,10 @@ class Adapters:
                 the route is put in force.
             leaving: the route that the new one replaces is not used any more.
         """
+        return self._locked(make)
+
+    @contextmanager
+    def _locked(self, make: Callable[[], AnyRoute]) -> Iterator[AnyRoute]:
         with self._lock:
             yield make()
 
@@ -148,7 +153,7 @@ class Adapters:
         shapes = stored.shapes()
         return {
             path: cut_and_check_shapes(
-                layer.mux_pool, layer.mux_part, shapes[path], f"{stored.source}[{path!r}]"
+                layer.mux_pool, layer.mux_shard, shapes[path], f"{stored.source}[{path!r}]"
             )
             for path, layer in self._touched_layers(shapes, stored.source).items()
         }
@@ -157,7 +162,7 @@ class Adapters:
         """Path -> checked factors, as the pool is to hold them."""
         return {
             path: cut_and_check(
-                layer.mux_pool, layer.mux_part, weights[path], f"{source}[{path!r}]"
+                layer.mux_pool, layer.mux_shard, weights[path], f"{source}[{path!r}]"
             )
             for path, layer in self._touched_layers(weights, source).items()
         }

@@ -17,6 +17,7 @@ from .pool import LoraWeights as LoraWeights
 from .pool import Pool as Pool
 from .pool import RankRows as RankRows
 from .pool import Span as Span
+from .pool import Version as Version
 from .pool import is_finite as is_finite
 from .pool import rank_rows as rank_rows
 from .routing import NONE as NONE

@@ -7,7 +7,7 @@ the others; one that does not touch this layer has rank 0 and occupies none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,12 @@ class Span(NamedTuple):
 ALIGNMENT = 16
 
 
+class Version:
+    """One state of a pool's rank rows; what is kept under it, weakly, ends when they change."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Pool(nn.Module):
     """Rank rows, and for each slot where they begin, how many they are, and their scaling.
 
@@ -74,7 +80,7 @@ class Pool(nn.Module):
         self.spans: dict[int, Span] = {}  # slot -> what it has here; none = rank 0
         self.runs = FreeRuns()  # which rank rows are free
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
-        self.bound: Any = None  # what `grouped` made of the buffers; None once anything moves
+        self.version = Version()  # another one whenever rank rows are written or moved
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
@@ -169,7 +175,7 @@ class Pool(nn.Module):
             slots: how many there should be room for, more than `slot`.
         """
         assert slot not in self.spans
-        self.bound = None
+        self.version = Version()
         if weights is None:
             self.reserve(0, slots, 0)
             return
@@ -214,7 +220,7 @@ class Pool(nn.Module):
         assert start is not None and start <= span.offset
         if start == span.offset:
             return
-        self.bound = None
+        self.version = Version()
         old, new = (slice(o, o + span.rows) for o in (span.offset, start))
         left = slice(max(span.offset, start + span.rows), span.offset + span.rows)
         for name in ("A_rows", "B_rows", "constant"):
@@ -243,13 +249,13 @@ class Pool(nn.Module):
             old: Tensor = getattr(self, name)
             grown[name] = old.new_zeros((capacity, *old.shape[1:]))
             grown[name][: old.shape[0]] = old
-        self.bound = None
+        self.version = Version()
         for name, new in grown.items():
             setattr(self, name, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
-        self.bound, scaling = None, self.scaling
+        self.version, scaling = Version(), self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:

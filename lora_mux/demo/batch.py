@@ -24,20 +24,20 @@ DOCS_TASK = "noisy"  # its answers are the descriptions themselves
 
 @dataclass(frozen=True)
 class Row:
-    """One query and the weights of its adapters; no adapters = the base model."""
+    """One query and the weights of its adapters; without adapters the base model reads it."""
 
     query: str
     adapters: Mapping[str, float]
 
     @property
     def label(self) -> str:
-        """The adapters as they are shown: `noisy + 0.7 name`."""
+        """The adapters as the demo shows them: `noisy + 0.7 name`."""
         parts = (n if w == 1 else f"{w:g} {n}" for n, w in self.adapters.items())
         return " + ".join(parts) or "base"
 
     @property
     def task(self) -> str:
-        """What the row is about: the task of its last adapter, or the search of descriptions."""
+        """What the row asks for: the task of its last adapter, or else a description."""
         return next(reversed(list(self.adapters)), DOCS_TASK)
 
 
@@ -68,7 +68,7 @@ def mixed_batch(encoder: Encoder, mux: lora_mux.Mux, rows: Sequence[Row]) -> tup
 def peft_rows(
     encoder: Encoder, base: Any, folder: Path, names: Sequence[str], rows: Sequence[Row]
 ) -> tuple[Tensor, float]:
-    """The same by PEFT: one row at a time, with the same padding, on a plain copy of the base."""
+    """The same rows through PEFT, one at a time but padded alike, on a plain copy of the base."""
     peft: Any = importlib.import_module("peft")
     model = peft.PeftModel.from_pretrained(base, folder / names[0], adapter_name=names[0])
     for name in names[1:]:

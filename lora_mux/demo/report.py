@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from .quality import Score
 
-# Piped output has no width of its own; 80 columns would break the table's cells.
-WIDTH = 120
+# A file or a pipe has no width of its own, and in rich's 80 columns the answers would be cramped.
+WIDTH_OF_A_PIPE = 120
 
 
 class Report:
@@ -19,7 +19,7 @@ class Report:
 
     def __init__(self) -> None:
         console = importlib.import_module("rich.console")
-        width = max(WIDTH, shutil.get_terminal_size().columns)
+        width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
         self._console: Any = console.Console(width=width, highlight=False)
 
     def line(self, text: str) -> None:
@@ -36,7 +36,7 @@ class Report:
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar; call what it gives with a description to go on by one."""
+        """A bar of `total` steps; each call of what it gives, with a text, is one step."""
         bars = importlib.import_module("rich.progress")
         with bars.Progress(console=self._console) as bar:
             task = bar.add_task("", total=total)
@@ -46,7 +46,7 @@ class Report:
         rows = []
         for scores in table:
             best = max(score.accuracy for score in scores)
-            name = f"{'garbled' if scores[0].garbled else 'clean'} -> {scores[0].task}"
+            query = "garbled" if scores[0].garbled else "clean"
             cells = [f"{s.accuracy:.3f}{' *' if s.accuracy == best else ''}" for s in scores]
-            rows.append([name, *cells])
+            rows.append([f"{query} -> {scores[0].task}", *cells])
         self.table(title, ["held-out top-1", *columns], rows)

@@ -1,4 +1,4 @@
-"""What the demo searches: for each task its answers and their vectors, made once by the base."""
+"""What the demo searches: the answers of each task, embedded once by the base model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Index:
 
 
 class Search:
-    """The corpus, its tasks, and an index for each, all made with the base model."""
+    """The corpus, its tasks, and an index of each, which the base model makes."""
 
     def __init__(self, encoder: Encoder, corpus: Corpus) -> None:
         self.encoder = encoder
@@ -51,6 +51,6 @@ class Search:
         return Index(answers, self.encoder.index([task.describe(answer) for answer in answers]))
 
     def queries(self, task: Task, garbled: bool) -> list[str]:
-        """The held-out queries of a task, garbled alike at every call."""
+        """The held-out queries of a task, garbled the same way at every call."""
         rng = random.Random(1)
         return [task.query(item, rng, garbled) for item in self.corpus.held_out]

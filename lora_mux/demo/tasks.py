@@ -1,4 +1,4 @@
-"""What the four adapters are for: a query about an item, and the answers it is ranked against."""
+"""What each of the four adapters does: which query it reads, and which answers it looks for."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Task:
     Attributes:
         name: The task's name, which is also its adapter's.
         garbled: Whether the query is garbled text rather than the clean description.
-        label: The right answer for an item, as it is shown.
-        describe: The text that is embedded for an answer.
+        label: The right answer to the query about an item, as the demo shows it.
+        describe: The text to embed in place of an answer.
         answers: All possible answers, or None when every item brings its own.
     """
 

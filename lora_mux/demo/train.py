@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lora_mux
+
 from .corpus import Corpus, Item
 from .encoder import Encoder, pooled
-from .errors import DemoError
 from .tasks import Task
 
 STEPS = 60
@@ -37,8 +38,8 @@ def train_adapter(
     Args:
         encoder: The frozen base; it embeds the answers and stays as it is.
         task: What to train for.
-        corpus: Its training items are used.
-        on_step: Called after each step with its loss.
+        corpus: Where the training items come from.
+        on_step: Called with the loss of each step.
 
     Returns:
         A PEFT model on a copy of the base, in evaluation mode.
@@ -84,11 +85,13 @@ def _with_new_adapter(base: Any, name: str) -> Any:
     try:
         return peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name)
     except ValueError as error:  # another base, without layers of these names
-        raise DemoError(f"--retrain: {error}") from error
+        raise lora_mux.LoraMuxError(
+            f"--retrain: expected an encoder with layers called {', '.join(TARGETS)}: {error}"
+        ) from error
 
 
 def _sampler(task: Task, items: tuple[Item, ...], rng: random.Random) -> Callable[[], list[Item]]:
-    """Draw training batches; the four kinds are drawn equally often, for most items are methods."""
+    """Draw training batches; each kind is as likely as the others, although most are methods."""
     if task.name != "kind":
         return lambda: rng.sample(items, BATCH)
     groups = [[item for item in items if item.kind == kind] for kind in task.candidates(items)]

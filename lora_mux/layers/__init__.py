@@ -1,15 +1,15 @@
 """Linear layers that carry adapters.
 
-linear    MuxLinear, and how a model's layer becomes one and is changed back
-storing   how an adapter gets into the pools of its layers
-targets   which layers of a model can carry adapters
-sharding  layers that tensor parallelism has split
+linear     MuxLinear
+swapping   how a layer of a model becomes one in place, and is changed back
+handed_in  a Routing that is handed to a layer, without a model around it
+storing    how an adapter gets into the pools of its layers
+targets    which layers of a model can carry adapters
+sharding   layers that tensor parallelism has split
 """
 
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
-from .linear import swap_in as swap_in
-from .linear import swap_out as swap_out
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room
 from .storing import cut_and_check as cut_and_check
@@ -17,6 +17,8 @@ from .storing import cut_and_check_shapes as cut_and_check_shapes
 from .storing import store as store
 from .storing import weights_from_pairs as weights_from_pairs
 from .storing import write as write
+from .swapping import swap_in as swap_in
+from .swapping import swap_out as swap_out
 from .targets import Target as Target
 from .targets import check_linear as check_linear
 from .targets import common_dtype as common_dtype

@@ -2,8 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -12,12 +10,13 @@ from torch.compiler import is_compiling
 
 from .. import ops
 from ..core import LoraWeights, Pool, Routing, Slots, slot_of
-from ..errors import ArgumentTypeError, InputError, RoutingError, TargetError
+from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Router
 from . import sharding
-from .sharding import Part
+from .handed_in import LastPlan, spread
+from .sharding import Shard
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, store
-from .targets import Target, check_linear, device_of, dtype_of, features
+from .targets import check_linear, device_of, dtype_of, features
 
 
 class MuxLinear(nn.Module):
@@ -62,11 +61,10 @@ class MuxLinear(nn.Module):
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
     mux_settings: ops.Settings
-    mux_last: "Last | None"  # of the routings handed in on the CPU
+    mux_shard: Shard | None  # what tensor parallelism has left here; None = the whole layer
     mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
-    mux_base: Callable[..., Tensor] | None = None  # that forward, where it computes the base part
-    mux_part: Part | None  # of a layer that tensor parallelism has split
-    mux_owns_output: bool  # the linear's own forward returns a tensor that is nobody else's
+    mux_owns_output: bool  # the base's forward returns a tensor that is nobody else's
+    mux_last: LastPlan | None  # of the routings handed in on the CPU
 
     def __new__(
         cls,
@@ -95,8 +93,32 @@ class MuxLinear(nn.Module):
         fused: ops.Fused = "auto",
     ) -> None:
         settings = ops.Settings(backend, batch_invariant, fused)
-        target = check_linear(linear, "linear")
-        equip(self, target, Slots(), None, settings, dtype_of(linear, torch.get_default_dtype()))
+        shard = check_linear(linear, "linear").shard
+        dtype = dtype_of(linear, torch.get_default_dtype())
+        self.mux_equip(shard, Slots(), None, settings, dtype)
+
+    def mux_equip(
+        self,
+        shard: Shard | None,
+        slots: Slots,
+        router: Router | None,
+        settings: ops.Settings,
+        dtype: torch.dtype,
+    ) -> None:
+        """Give a linear layer that has become a MuxLinear its empty pool."""
+        patched = vars(self).pop("forward", None)
+        if patched is not None:  # it would hide the class's forward, and the adapters with it
+            # Past nn.Module's own setattr, which would register a forward that is a module.
+            vars(self).update(mux_patched=patched, mux_owns_output=False)
+            if shard is not None:
+                sharding.reinstall(self, patched)
+        sizes = features(self) if shard is None else shard.sizes
+        self.mux_pool = Pool(*sizes, dtype, device_of(self))
+        self.mux_slots = slots
+        self.mux_router = router
+        self.mux_settings = settings
+        self.mux_shard = shard
+        self.mux_last = None
 
     def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features].
@@ -111,80 +133,85 @@ class MuxLinear(nn.Module):
             RoutingError: the routing's rows fit neither the rows nor the samples of x.
             UnknownAdapterError: the index holds a handle whose adapter is not there. On a GPU the
                 row's output becomes NaN instead, and routing.check() raises.
-            BackendError: Triton was asked for by name, and can not run on x.
+            BackendError: Triton was asked for by name, and cannot run on x.
         """
-        part = self.mux_part
-        held = x if part is None else sharding.local(x, part)
-        plan = self._plan(held, routing, fusable=not kwargs)
-        if isinstance(plan, ops.TiledPlan) and plan.method.fused:
-            return ops.linear(x, self.weight, self.bias, self.mux_pool, plan)
-        y: Tensor = (self.mux_base or super().forward)(x, **kwargs)
+        shard = self.mux_shard
+        here = x if shard is None else shard.local(x)
+        plan = self._plan(here, routing, fusable=not kwargs)
+        if isinstance(plan, ops.FusedPlan):
+            return plan.linear(x, self.weight, self.bias, self.mux_pool)
+        # Transformers' closure around a shard calls this forward; any other computes the base part.
+        patched = self.mux_patched if shard is None else None
+        y: Tensor = (patched or super().forward)(x, **kwargs)
         if plan is None:
             return y
-        if part is None:
-            # nn.Module's own look-up takes 10 us where the base has emptied the caches.
-            pool: Any = self._modules["mux_pool"]
-            return ops.add_lora(y, x, pool, plan, self.mux_owns_output)
-        here = sharding.sum_gradients(plan, self._parameters["weight"])
-        return sharding.add_to(
-            y, part, lambda base: ops.add_lora(base, held, self.mux_pool, here, owned=False)
-        )
+        # nn.Module's own look-up takes 10 us where the base has emptied the caches: see ops/cpu.py.
+        pool: Any = self._modules["mux_pool"]
+        if shard is None:
+            return plan.add(y, x, pool, self.mux_owns_output)
+        return shard.add(plan, y, here, pool, self._parameters["weight"])
+
+    def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.AnyPlan | None:
+        """The plan for x; None = nothing to add."""
+        if routing is not None:
+            return self._plan_of(x, routing, fusable)
+        router = self.mux_router
+        if router is None or not router.active:
+            return None
+        self._check_input(x)
+        return router.plan(x, self.mux_pool, self._plain_weight(x) if fusable else None)
+
+    def _plan_of(self, x: Tensor, routing: Routing, fusable: bool) -> ops.AnyPlan | None:
+        """The plan of a routing that was handed in."""
+        if not isinstance(routing, Routing):
+            raise ArgumentTypeError(
+                f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
+            )
+        if self.mux_router is not None and self.mux_router.disabled:
+            return None
+        slots = self.mux_slots
+        last = None if is_compiling() else self.mux_last
+        if last is not None and last.serves(x, routing, slots.suspensions):
+            return last.plan  # for which x and routing were checked
+        self._check_input(x)
+        each = spread(routing, x)
+        trained = routing.weight.requires_grad
+        weight = self._plain_weight(x) if fusable and not trained else None
+        method = ops.method(self.mux_settings, x, each.rows, self.mux_pool, weight)
+        if each.index.device != x.device:
+            slots.resolve(routing.index)  # on the host, where it raises
+            each = each.to(x.device)
+        plan = ops.plan(each, slots, method)
+        if method.form == "cpu" and not trained:  # a plan that autograd follows is not kept alive
+            self.mux_last = LastPlan.of(x, routing, slots.suspensions, plan)
+        return plan
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
-        """The weight where the base is x W^T + bias, and nothing else has a hand in it.
+        """The weight where base and adapters can be one launch: the base is x W^T + bias.
 
-        Not of a forward that is not nn.Linear's own, a parametrised or quantised weight, a part of
-        a split layer, or what autograd follows.
+        None for a forward that is not nn.Linear's own, a parametrised or quantised weight, a shard,
+        or what autograd follows.
         """
-        settings = self.mux_settings
-        if settings.fused is False or not (x.is_cuda or settings.backend == "triton"):
+        if not self.mux_settings.may_fuse(x):
             return None
-        if not self.mux_owns_output or self.mux_part is not None:
+        if not self.mux_owns_output or self.mux_shard is not None:
             return None
         weight, bias = self.weight, self.bias
         plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
         if not plain or weight.device != x.device or weight.stride(1) != 1:
             return None
-        if ops.tracked(x, weight, bias):
-            return None
-        return weight
-
-    def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.Plan | None:
-        router = self.mux_router
-        if routing is None:
-            if router is None or not router.active:
-                return None
-            self._check_input(x)
-            return router.plan(x, self.mux_pool, self._plain_weight(x) if fusable else None)
-        if not isinstance(routing, Routing):
-            raise ArgumentTypeError(
-                f"`routing` must be a lora_mux.Routing or None, got {type(routing).__name__}"
-            )
-        if router is not None and router.disabled:
-            return None
-        # Looked at first, for it vouches for the rest: 10 us less where caches are cold.
-        if not is_compiling() and self.mux_last is not None:
-            if self.mux_last.serves(x, routing, self.mux_slots.suspensions):
-                return self.mux_last.plan
-        self._check_input(x)
-        spread = _spread(routing, x)
-        fusable = fusable and not spread.weight.requires_grad
-        weight = self._plain_weight(x) if fusable else None
-        method = ops.method(self.mux_settings, x, spread.rows, self.mux_pool, weight)
-        if spread.index.device != x.device:
-            self.mux_slots.resolve(routing.index)  # on the host, where it raises
-            spread = spread.to(x.device)
-        made = ops.plan(spread, self.mux_slots, method)
-        # A plan that autograd follows is not kept alive.
-        if method.grouped and not routing.weight.requires_grad:
-            index, weight = routing.index.clone(), routing.weight.clone()
-            self.mux_last = Last(x.shape, index, weight, self.mux_slots.suspensions, made)
-        return made
+        return None if ops.tracked(x, weight, bias) else weight
 
     def _check_input(self, x: Tensor) -> None:
         width = self.mux_pool.in_features
         if x.ndim == 0 or x.shape[-1] != width:
             raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
+
+    def extra_repr(self) -> str:
+        """The linear's own, then how many adapters are here and their rank rows."""
+        spans = self.mux_pool.spans.values()
+        ours = f"adapters={len(spans)}, rank_rows={sum(span.rows for span in spans)}"
+        return ", ".join(filter(None, (super().extra_repr(), ours)))
 
     @property
     def adapters(self) -> Mapping[str, int]:
@@ -220,7 +247,7 @@ class MuxLinear(nn.Module):
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
-        weights = cut_and_check(self.mux_pool, self.mux_part, given, "adapter")
+        weights = cut_and_check(self.mux_pool, self.mux_shard, given, "adapter")
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = store(self.mux_slots, [(self.mux_pool, weights)])
         self.mux_slots.bind(name, handle)
@@ -229,7 +256,7 @@ class MuxLinear(nn.Module):
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room for that many adapters of up to that rank, so that buffers stay in place.
 
-        What a captured CUDA graph reads can not grow: reserve before capturing. A bias counts as
+        What a captured CUDA graph reads cannot grow: reserve before capturing. A bias counts as
         one more rank.
         """
         self._refuse_attached("reserve")
@@ -257,30 +284,6 @@ class MuxLinear(nn.Module):
         return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()
 
 
-@dataclass(frozen=True)
-class Last:
-    """A routing and its plan: often the next one is the same."""
-
-    shape: torch.Size  # of x
-    handles: Tensor  # of the index; copies, so that writes are seen
-    weight: Tensor
-    version: int  # of the slots
-    plan: ops.Plan | None
-
-    def serves(self, x: Tensor, routing: Routing, version: int) -> bool:
-        """Whether the plan is that of x and routing; their values are compared."""
-        index, weight = routing.index, routing.weight
-        return (
-            x.shape == self.shape
-            and version == self.version
-            and x.is_cpu
-            and index.is_cpu
-            and not weight.requires_grad
-            and torch.equal(index, self.handles)
-            and torch.equal(weight, self.weight)
-        )
-
-
 def _rebuild(linear_class: type[nn.Module]) -> MuxLinear:
     return object.__new__(mux_class(linear_class))  # type: ignore[arg-type]
 
@@ -292,53 +295,6 @@ def mux_class(linear_class: Any) -> type[MuxLinear]:
     # F.linear's result is new; what another forward returns may be anybody's.
     owns = linear_class.forward is nn.Linear.forward
     return type(name, (MuxLinear, linear_class), {"__module__": __name__, "mux_owns_output": owns})
-
-
-def equip(
-    layer: MuxLinear,
-    target: Target,
-    slots: Slots,
-    router: Router | None,
-    settings: ops.Settings,
-    dtype: torch.dtype,
-) -> None:
-    """Give a layer whose class is a MuxLinear its empty pool."""
-    part = layer.mux_part = target.part
-    patched = vars(layer).pop("forward", None)
-    if patched is not None:  # it would hide the class's forward, and the adapters with it
-        # Past nn.Module's own setattr, which would register a forward that is a module.
-        vars(layer)["mux_patched"] = patched
-        if part is None:
-            vars(layer).update(mux_base=patched, mux_owns_output=False)
-        else:
-            sharding.reinstall(layer, patched)
-    sizes = features(layer) if part is None else part.sizes
-    layer.mux_pool = Pool(*sizes, dtype, device_of(layer))
-    layer.mux_slots = slots
-    layer.mux_router = router
-    layer.mux_settings = settings
-    layer.mux_last = None
-
-
-def swap_in(target: Target, router: Router, dtype: torch.dtype) -> MuxLinear:
-    """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
-    linear = target.linear
-    linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
-    assert isinstance(linear, MuxLinear)
-    equip(linear, target, router.slots, router, router.settings, dtype)
-    router.anchor = router.anchor or linear.mux_pool
-    return linear
-
-
-def swap_out(layer: MuxLinear) -> None:
-    """The linear layer as it was before swap_in."""
-    patched = layer.mux_patched
-    for name in [name for name in vars(layer) if name.startswith("mux_")]:
-        del vars(layer)[name]
-    del layer.mux_pool
-    if patched is not None:
-        vars(layer)["forward"] = patched
-    layer.__class__ = type(layer).__bases__[1]
 
 
 def follow_materialised(layer: MuxLinear) -> None:
@@ -354,17 +310,3 @@ def follow_materialised(layer: MuxLinear) -> None:
         pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
     if pool.fixed is not None and not pool.runs.capacity:
         pool.fix(pool.fixed)
-
-
-def _spread(routing: Routing, x: Tensor) -> Routing:
-    """The routing with one row per row of x. Equality decides, never divisibility."""
-    rows = prod(x.shape[:-1])
-    if routing.rows == rows:
-        return routing
-    if x.ndim >= 3 and routing.rows == x.shape[0]:
-        return routing.repeat_interleave(rows // routing.rows)
-    samples = f" or {x.shape[0]} (its samples)" if x.ndim >= 3 else ""
-    raise RoutingError(
-        f"`routing` must have {rows} rows (the rows of x {list(x.shape)}){samples}, "
-        f"got {routing.rows}"
-    )

@@ -8,7 +8,6 @@ that no communication is added. transformers splits by closures on the instance,
 parallelize_module by hooks and DTensors.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..core import LoraWeights
+from ..core import LoraWeights, Pool
 from ..errors import AdapterError, TargetError
-from ..ops import HostPlan
 
 
-class Part(NamedTuple):
-    """The part of a layer that this process holds."""
+class Shard(NamedTuple):
+    """What this process holds of a layer."""
 
     way: Literal["columns", "rows"]
     place: int  # of this process, among
@@ -33,13 +31,13 @@ class Part(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """(in_features, out_features) of the part."""
+        """(in_features, out_features) of the shard."""
         if self.way == "columns":
             return self.in_features, self.out_features // self.of
         return self.in_features // self.of, self.out_features
 
     def cut(self, weights: LoraWeights, argument: str) -> LoraWeights:
-        """The part's own factors, of those of the whole layer."""
+        """The shard's own factors, of those of the whole layer."""
         A, B, bias = weights.A, weights.B, weights.bias
         if A.shape[1:] != (self.in_features,) or B.shape[:1] != (self.out_features,):
             raise AdapterError(
@@ -53,13 +51,44 @@ class Part(NamedTuple):
             bias = torch.zeros_like(bias)  # the sum over processes must hold it once
         return replace(weights, A=A.chunk(self.of, 1)[self.place], bias=bias)
 
+    def local(self, x: Tensor) -> Tensor:
+        """What this process holds of a layer's input."""
+        if not is_dtensor(x):
+            return x
+        from torch.distributed.tensor import Partial
+
+        gradient = [Partial()] if self.way == "columns" else None
+        held: Tensor = x.to_local(grad_placements=gradient)  # type: ignore[attr-defined]
+        return held
+
+    def add(self, plan: ops.Plan, y: Any, x: Tensor, pool: Pool, weight: Any) -> Tensor:
+        """y as the engine's own forward returns it, plus the shard's part of the delta.
+
+        Args:
+            x: as `local` returns it.
+            weight: of the layer, a DTensor.
+        """
+        if ops.tracked(plan.strength):
+            plan = plan.with_strength(_summing_gradients(plan.strength, weight.device_mesh))
+        if not is_dtensor(y):
+            return plan.add(y, x, pool, owned=False)
+        from torch.distributed.tensor import DTensor, Partial
+
+        # A row-wise y may be summed up already (a bias does that), so that the delta is a partial
+        # sum of its own.
+        delta = plan.add(torch.zeros_like(y.to_local()), x, pool, owned=False)
+        placements = y.placements if self.way == "columns" else [Partial()]
+        whole: Tensor = y + DTensor.from_local(delta, y.device_mesh, placements, run_check=False)
+        return whole
+
 
 def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is split or replicated over processes."""
     # By name: torch.distributed may not be built in, and costs a second to import.
     return type(tensor).__name__ == "DTensor"
 
 
-def part_of(linear: nn.Module, argument: str) -> Part | None:
+def shard_of(linear: nn.Module, argument: str) -> Shard | None:
     """How a linear layer is split; None when each process holds all of it.
 
     Raises:
@@ -70,7 +99,7 @@ def part_of(linear: nn.Module, argument: str) -> Part | None:
         return None
     sizes = [getattr(linear, name, 0) for name in ("out_features", "in_features")]
     placement, mesh = weight.placements[-1], weight.device_mesh
-    # Strided shards (packed projections) have another class than Shard.
+    # Strided shards (packed projections) have another class than torch's own Shard.
     plain = mesh.ndim == 1 and type(placement).__name__ == "Shard" and weight.ndim == 2
     if not plain or sizes[placement.dim] % mesh.size():
         raise TargetError(
@@ -86,7 +115,7 @@ def part_of(linear: nn.Module, argument: str) -> Part | None:
             f"`{argument}`: its weight is split, and its forward patched on the instance, by "
             "something other than transformers, which is not supported"
         )
-    return Part(
+    return Shard(
         ("columns", "rows")[placement.dim], mesh.get_local_rank(), mesh.size(), *sizes[::-1]
     )
 
@@ -104,50 +133,12 @@ def reinstall(linear: nn.Module, patched: object) -> None:
     held["self"].install_forward(linear, held["mesh"])
 
 
-def local(x: Tensor, part: Part) -> Tensor:
-    """What this process holds of a layer's input."""
-    if not is_dtensor(x):
-        return x
-    from torch.distributed.tensor import Partial
-
-    gradient = [Partial()] if part.way == "columns" else None
-    held: Tensor = x.to_local(grad_placements=gradient)  # type: ignore[attr-defined]
-    return held
-
-
-def add_to(y: Any, part: Part, add: Callable[[Tensor], Tensor]) -> Tensor:
-    """y, with `add` applied to what this process holds of it."""
-    if not is_dtensor(y):
-        return add(y)
-    from torch.distributed.tensor import DTensor, Partial
-
-    # A row-wise y may be summed up already (a bias does that), so that the delta is a partial sum
-    # of its own.
-    held = y.to_local()
-    delta = add(torch.zeros_like(held))
-    placements = y.placements if part.way == "columns" else [Partial()]
-    whole: Tensor = y + DTensor.from_local(delta, y.device_mesh, placements, run_check=False)
-    return whole
-
-
-def sum_gradients(plan: ops.Plan, weight: Any) -> ops.Plan:
-    """The plan, with the gradient of its strengths summed over the processes that hold `weight`.
+def _summing_gradients(strength: Tensor, mesh: Any) -> Tensor:
+    """strength itself, whose gradient is the sum over the processes.
 
     Each knows only its own part of it: by columns <B_k^T dy_k, A x>, by rows <B^T dy, A_k x_k>.
     """
-    if isinstance(plan, ops.TiledPlan):
-        strength = plan.tensors.strength
-    else:
-        strength = plan.weight if isinstance(plan, HostPlan) else plan.strength
-    if not (strength.requires_grad and torch.is_grad_enabled()):
-        return plan
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    def summed(strength: Tensor) -> Tensor:
-        whole = DTensor.from_local(strength, weight.device_mesh, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])
-
-    if isinstance(plan, ops.TiledPlan):
-        return plan._replace(tensors=plan.tensors._replace(strength=summed(strength)))
-    known = plan.reference if isinstance(plan, HostPlan) else plan
-    return known._replace(strength=summed(known.strength))
+    whole = DTensor.from_local(strength, mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])

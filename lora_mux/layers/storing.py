@@ -6,16 +6,16 @@ from torch import Tensor
 
 from ..core import LoraWeights, Pool, Slots, check_number, slot_of
 from ..errors import AdapterError, ArgumentTypeError, PoolCapacityError
-from .sharding import Part
+from .sharding import Shard
 
 
 def cut_and_check(
-    pool: Pool, part: Part | None, weights: LoraWeights, argument: str
+    pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str
 ) -> LoraWeights:
     """The factors that a pool is to hold, in its dtype and on its device.
 
     Args:
-        part: the part of the layer that this process holds; None = all of it.
+        shard: the part of the layer that this process holds; None = all of it.
         weights: the factors for the whole layer.
         argument: what error messages call them.
 
@@ -23,22 +23,22 @@ def cut_and_check(
         AdapterError: shapes or values do not fit the layer.
         ArgumentTypeError: a factor is not a floating tensor.
     """
-    return pool.check(_cut(part, weights, argument), argument)
+    return pool.check(_cut(shard, weights, argument), argument)
 
 
 def cut_and_check_shapes(
-    pool: Pool, part: Part | None, weights: LoraWeights, argument: str
+    pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str
 ) -> LoraWeights:
     """As `cut_and_check`, for factors that have shapes but no values yet."""
-    cut = _cut(part, weights, argument)
+    cut = _cut(shard, weights, argument)
     pool.check_fit(cut, argument)
     return cut
 
 
-def _cut(part: Part | None, weights: LoraWeights, argument: str) -> LoraWeights:
+def _cut(shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeights:
     are_tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
-    if part is not None and are_tensors:  # the pool refuses anything else
-        return part.cut(weights, argument)
+    if shard is not None and are_tensors:  # the pool refuses anything else
+        return shard.cut(weights, argument)
     return weights
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentTypeError, TargetError
-from .sharding import Part, is_dtensor, part_of
+from .sharding import Shard, is_dtensor, shard_of
 
 # The names of the head in transformers' sequence classifiers. PEFT's "all-linear" skips it too.
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     """A linear layer that can carry adapters."""
 
     linear: nn.Module
-    part: Part | None = None  # the part of it that this process holds; None = all of it
+    shard: Shard | None = None  # the part of it that this process holds; None = all of it
 
 
 def check_linear(module: object, argument: str, gathered: bool = False) -> Target:
@@ -61,7 +61,7 @@ def check_linear(module: object, argument: str, gathered: bool = False) -> Targe
             f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
             f"out_features), got {type(module).__name__}"
         )
-    return Target(module, None if gathered else part_of(module, argument))
+    return Target(module, None if gathered else shard_of(module, argument))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a stranger needs to repeat a figure: commit, command, machine, versions."""
+"""What a stranger needs to measure a figure again: commit, command, machine and versions."""
 
 import platform
 import subprocess
@@ -34,14 +34,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """As records and tuned tables name it."""
+    """The device's name in records and tuned tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu()} CPU"
 
 
 def _script() -> str:
-    """As it is called from the root of a clone; no path of this machine."""
+    """The script's path from the root of a clone, or its bare name: no path of this machine."""
     script = Path(sys.argv[0]).resolve()
     return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 
@@ -63,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """None outside of a clone; an installed package must not name the commit of what is around."""
+    """None outside a clone: an installed package must not name the commit of a project around."""
     return _run("git", *arguments) if (ROOT / ".git").exists() else None
 
 

@@ -1,8 +1,8 @@
-"""How long calls take: interleaved, with cold caches on a GPU, by replay of CUDA graphs.
+"""How long calls take: interleaved runs, on a GPU as CUDA graphs with a cold L2 cache.
 
-On a GPU each call is captured over several sets of buffers, so that none is in L2 when its turn
-comes again, and replayed; medians count. On a CPU the clock on the wall is read, and minima count:
-beside other processes they stay within a few percent where medians double.
+On a GPU each call is captured over several sets of buffers, so that L2 no longer holds a set when
+its turn comes again, and then replayed; the median counts. On a CPU the minimum by the wall clock
+counts: beside other processes minima stay within a few percent, while medians double.
 """
 
 import random
@@ -13,33 +13,46 @@ from typing import Any
 
 import torch
 
-# On a CPU the runs of all calls together end after so long, but not before so many of each.
-SECONDS, LEAST = 3.0, 3
+SECONDS = 3.0  # for the runs of all calls together, on a CPU
 
 Call = Callable[[int], object]  # does its work on the n-th set of buffers
-Times = dict[str, float]  # "min", "p20", "p50", "p80", and "runs", how many they are of
+Times = dict[str, float]  # "min", "p20", "p50", "p80" in microseconds, and "runs": how many
 
 
 def microseconds(
-    calls: Mapping[str, Call], sets: int, device: torch.device, runs: int = 100
+    calls: Mapping[str, Call],
+    sets: int,
+    device: torch.device,
+    runs: int = 100,
+    *,
+    seconds: float = SECONDS,
+    least: int = 3,
 ) -> dict[str, Times]:
-    """name -> times of one call, which goes through `sets` sets of buffers in turn.
+    """name -> times of one call, over runs that go through all sets of buffers.
 
     The runs of all calls are interleaved, so that clocks and neighbours hit all of them alike, and
     shuffled: always after the one that empties the caches, a call of 0.3 ms takes 10 % longer.
+
+    Args:
+        calls: The calls by name.
+        sets: How many sets of buffers there are.
+        device: Where the calls do their work: a CUDA or ROCm GPU, or a CPU.
+        runs: Of each call; on a CPU the most.
+        seconds: On a CPU, when to stop: after this long for all calls together.
+        least: On a CPU, the fewest runs of each call, however long they take.
     """
     cuda = device.type == "cuda"
     timers = {name: (graph if cuda else _wall)(call, sets) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
-    for _ in range(runs) if cuda else _while_seconds(SECONDS, at_least=LEAST, at_most=runs):
+    for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
         for name in shuffled.sample(list(timers), len(timers)):
             samples[name].append(timers[name]() / sets)
     return {name: _summary(values) for name, values in samples.items()}
 
 
 def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
-    """How many sets of buffers make sure that none is still in L2: four times its size."""
+    """How many sets of buffers it takes to fill L2 four times: then none is still in it."""
     if device.type != "cuda":
         return 1
     l2: int = torch.cuda.get_device_properties(device).L2_cache_size
@@ -48,7 +61,7 @@ def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
 
 def graph(call: Call, sets: int) -> Callable[[], float]:
     """A timer of one replay over all sets, in microseconds."""
-    # One stream for all: SGLang keys its scratch by stream, and may not allocate while capturing.
+    # One stream throughout: SGLang keys its scratch by stream, and may not allocate in a capture.
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -63,7 +76,7 @@ def graph(call: Call, sets: int) -> Callable[[], float]:
     start, end = (event(enable_timing=True) for _ in range(2))
 
     def timed() -> float:
-        # Keeps the queue busy: on an idle stream the gap before the launch would be timed.
+        # Keep the queue busy: on an idle stream the gap before the launch would be timed as well.
         torch.cuda._sleep(20_000)  # type: ignore[no-untyped-call]
         start.record()
         captured.replay()

@@ -54,9 +54,14 @@ SHARED = 200_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lora-mux tune`."""
     add_sizes(parser)
-    parser.add_argument("--rounds", type=positive, default=2, help="over all fields (2)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help=f"default: {tuned.user_table()}")
+    parser.description = (
+        "Measure tile sizes, warps, stages and splits of the kernels on this GPU, and write the "
+        "best into a table that lora_mux uses from then on."
+    )
+    add = parser.add_argument
+    add("--rounds", type=positive, default=2, metavar="N", help="over all the fields to tune (2)")
+    add("--device", default="cuda", metavar="DEVICE", help="the GPU to tune for (cuda)")
+    add("--out", type=Path, metavar="FILE", help=f"the table ({tuned.user_table()})")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,20 +1,27 @@
 """How the adapters' part is computed: one door, and behind it the reference, the CPU and Triton.
 
-`dispatch` is the door; what it hands out is all that other rooms use.
+dispatch       the door: chooses a form, and makes the plan of a forward pass
+forms          the forms, and what a plan of any form can do
+reference      the formula as einsums, which defines correctness
+cpu            the form for the CPU: a few products, each over many rows and adapters
+cpu_groups     which rows and slots share a product
+tiled          plans for the operators
+operators      torch.library: plan, add_lora, add_lora_, linear, strength_gradient
+plan_in_torch  the operators' plan where no kernel runs
+tuned          tables of measured Configs
 """
 
 from . import tuned as tuned
-from .cpu import HostPlan as HostPlan
+from .dispatch import AnyPlan as AnyPlan
 from .dispatch import Backend as Backend
 from .dispatch import Fused as Fused
-from .dispatch import Method as Method
-from .dispatch import Plan as Plan
 from .dispatch import Settings as Settings
-from .dispatch import TiledPlan as TiledPlan
-from .dispatch import add_lora as add_lora
 from .dispatch import backend_reason as backend_reason
 from .dispatch import capturing as capturing
-from .dispatch import linear as linear
 from .dispatch import method as method
 from .dispatch import plan as plan
-from .dispatch import tracked as tracked
+from .forms import Form as Form
+from .forms import Method as Method
+from .forms import Plan as Plan
+from .forms import tracked as tracked
+from .tiled import FusedPlan as FusedPlan

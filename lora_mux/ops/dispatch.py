@@ -1,29 +1,30 @@
-"""One door to the backends: plan once per forward pass, then add the adapters to each layer's y.
+"""One door to the forms: plan once per forward pass, then add the adapters to each layer's y.
 
-"reference" runs everywhere. "triton" runs `lora_mux.kernels` on CUDA and ROCm, and on the CPU when
-TRITON_INTERPRET=1 is set, slowly, to try the kernels without a GPU. "auto" means Triton where it
-can run, `grouped` on the CPU, and the reference elsewhere and where autograd follows; what was
+Backend "reference" runs everywhere. "triton" runs `lora_mux.kernels` on CUDA and ROCm, and on the
+CPU when TRITON_INTERPRET=1 is set, slowly, to try the kernels without a GPU. "auto" means Triton
+where it can run, the CPU's own form on the CPU, and the reference elsewhere. A backend that was
 asked for by name never falls back.
 """
 
 import functools
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..core import Pool, Routing, Slots
 from ..errors import BackendError
-from . import cpu as grouped
-from . import operators, reference, tuned
-from . import plan_in_torch as tiles
-from .cpu import HostPlan
+from . import cpu, operators, plan_in_torch, reference, tuned
+from .forms import Form, Method, Plan
+from .tiled import FusedPlan, TiledPlan
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 Fused: TypeAlias = Literal["auto"] | bool
+AnyPlan: TypeAlias = Plan | FusedPlan
 
+CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
 OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,59 +49,46 @@ class Settings:
             )
         if not (self.fused == "auto" or isinstance(self.fused, bool)):
             raise BackendError(f"`fused` must be 'auto', True or False, got {self.fused!r}")
-        if self.fused is True and (self.batch_invariant or self.backend == "reference"):
+        if self.fused is True:
+            self._check_fused()
+        elif self.backend == "triton":
+            _require_triton("`backend` 'triton'")
+
+    def _check_fused(self) -> None:
+        if self.batch_invariant or self.backend == "reference":
             got = "batch_invariant=True" if self.batch_invariant else "backend='reference'"
             raise BackendError(
                 f"`fused` must be 'auto' or False with {got}, got True: it is a Triton kernel "
                 "whose tiles depend on the batch"
             )
-        if self.backend == "triton" or self.fused is True:
-            asked = "`fused` True" if self.fused is True else "`backend` 'triton'"
-            problem = _triton_problem()
-            if problem:
-                raise BackendError(
-                    f"{asked} needs triton {OLDEST_TRITON} or newer, {problem}; "
-                    "use 'auto' or 'reference'"
-                )
-            if not (_interpreted() or torch.cuda.is_available()):
-                raise BackendError(
-                    f"{asked} needs a CUDA or ROCm GPU, and torch sees none; use 'auto' "
-                    "or 'reference', or set TRITON_INTERPRET=1 before Python starts to try the "
-                    "kernels on the CPU"
-                )
-            if self.fused is True and not _can_fuse():
-                raise BackendError(
-                    "`fused` must be 'auto' or False on ROCm, got True; see kernels/README.md"
-                )
+        _require_triton("`fused` True")
+        if not _can_fuse():
+            raise BackendError(
+                "`fused` must be 'auto' or False on ROCm, got True; see kernels/README.md"
+            )
+
+    def may_fuse(self, x: Tensor) -> bool:
+        """Whether the base layer and its adapters may become one launch for x."""
+        return self.fused is not False and (x.is_cuda or self.backend == "triton")
 
 
-class Method(NamedTuple):
-    """How the adapters of one layer are added; layers with the same method share a plan."""
-
-    operators: bool  # else on the host, which checks the index
-    triton: bool = False
-    block_m: int = 0  # rows of a tile
-    batch_invariant: bool = False
-    grouped: bool = False  # the CPU's fast form
-    fused: bool = False  # with the base layer, in one launch
-
-
-REFERENCE, GROUPED = Method(operators=False), Method(operators=False, grouped=True)
-
-
-class TiledPlan(NamedTuple):
-    """A plan for the operators."""
-
-    tensors: operators.Plan
-    method: Method
-
-
-Plan: TypeAlias = TiledPlan | HostPlan | reference.Plan
+def _require_triton(asked: str) -> None:
+    """Refuse what was asked for by name where the kernels can never run."""
+    problem = _triton_problem()
+    if problem:
+        raise BackendError(
+            f"{asked} needs triton {OLDEST_TRITON} or newer, {problem}; use 'auto' or 'reference'"
+        )
+    if not (_interpreted() or torch.cuda.is_available()):
+        raise BackendError(
+            f"{asked} needs a CUDA or ROCm GPU, and torch sees none; use 'auto' or 'reference', or "
+            "set TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU"
+        )
 
 
 @functools.cache
 def _triton_problem() -> str:
-    """Why the kernels can not be compiled with the triton that is installed; "" when they can."""
+    """Why the kernels cannot be compiled with the triton that is installed; "" when they can."""
     if importlib.util.find_spec("triton") is None:
         return "which is not installed"
     import triton
@@ -119,9 +107,25 @@ def _interpreted() -> bool:
 
 
 def _can_fuse() -> bool:
+    """Whether the fused kernel is made for this GPU's maker."""
     from ..kernels import launch
 
     return launch.FUSES
+
+
+def choose_form(backend: Backend, device: str, triton: bool, compiling: bool) -> Form:
+    """The form of a layer that is not fused.
+
+    Args:
+        device: the type of x's device.
+        triton: whether the kernels run for x.
+        compiling: torch.compile or torch.export traces, and no index can be read on the host.
+    """
+    if triton:
+        return "triton"
+    if compiling:
+        return "operators"
+    return "cpu" if backend == "auto" and device == "cpu" else "reference"
 
 
 def method(
@@ -134,29 +138,50 @@ def method(
             follow; None = any other.
 
     Raises:
-        BackendError: Triton was asked for by name, and can not run on x.
+        BackendError: Triton was asked for by name, and cannot run on x.
     """
-    compiling = torch.compiler.is_compiling()
-    if settings.backend == "auto" and x.device.type == "cpu" and not compiling:
-        return GROUPED
-    triton = _runs_triton(settings.backend, x, pool.A_rows.dtype)
-    if not triton and not compiling:
+    meant = settings.backend == "triton" or (settings.backend == "auto" and x.is_cuda)
+    triton = meant and _runs_triton(settings.backend, x, pool)
+    form = choose_form(settings.backend, x.device.type, triton, torch.compiler.is_compiling())
+    if form == "cpu":
+        return CPU
+    if form == "reference":
         return REFERENCE
     from ..kernels.config import fused_tile_rows, tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32.
     half = x.dtype == pool.A_rows.dtype and x.element_size() == 2
-    itemsize = 2 if half and not torch.is_autocast_enabled(x.device.type) else 4
-    if triton and itemsize == 2 and weight is not None and weight.dtype == x.dtype:
-        if _fuses(settings, x, rows, pool, weight):
-            return Method(True, True, fused_tile_rows(rows), fused=True)
-    block_m = tile_rows(rows, itemsize, settings.batch_invariant)
-    return Method(True, triton, block_m, settings.batch_invariant)
+    half = half and not torch.is_autocast_enabled(x.device.type)
+    if triton and half and weight is not None and _fuses(settings, x, rows, pool, weight):
+        return Method("fused", fused_tile_rows(rows))
+    block_m = tile_rows(rows, 2 if half else 4, settings.batch_invariant)
+    return Method(form, block_m, settings.batch_invariant)
+
+
+def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
+    """Whether the kernels run for x; for "triton" by name an error where they do not."""
+    adapters = pool.A_rows.dtype
+    fits = x.dtype in TRITON_DTYPES and adapters in TRITON_DTYPES
+    if backend == "auto":
+        return fits and not _triton_problem()
+    if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
+        raise BackendError(
+            f"`backend` 'triton' runs on CUDA and ROCm, got x on {x.device}; move the model, or "
+            "use 'auto' or 'reference'"
+        )
+    if not fits:
+        raise BackendError(
+            f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {x.dtype} and "
+            f"adapters of {adapters}; use 'auto' or 'reference'"
+        )
+    return True
 
 
 def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor) -> bool:
     """Whether one launch is asked for, or was measured to be faster."""
     N, K = weight.shape
+    if weight.dtype != x.dtype:
+        return False
     if N % 8 or K % 8 or weight.stride(0) % 8:
         return False  # rows that are not loaded by 16 bytes: slow, and its registers spill
     if settings.fused != "auto" or settings.batch_invariant or torch.compiler.is_compiling():
@@ -167,25 +192,6 @@ def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor)
 
     case = tuned.Case(max(1, rows), K, N, max(1, pool.max_rank), 1, x.element_size())
     return tuned.fuses(launch.device_name(x.device), case)
-
-
-def _runs_triton(backend: Backend, x: Tensor, pool: torch.dtype) -> bool:
-    if backend == "reference":
-        return False
-    fits = x.dtype in TRITON_DTYPES and pool in TRITON_DTYPES
-    if backend == "auto":
-        return fits and x.is_cuda and not _triton_problem()
-    if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
-        raise BackendError(
-            f"`backend` 'triton' runs on CUDA and ROCm, got x on {x.device}; move the model, or "
-            "use 'auto' or 'reference'"
-        )
-    if not fits:
-        raise BackendError(
-            f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {x.dtype} and "
-            f"adapters of {pool}; use 'auto' or 'reference'"
-        )
-    return True
 
 
 def backend_reason() -> str:
@@ -203,7 +209,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
+def plan(routing: Routing, slots: Slots, method: Method) -> AnyPlan | None:
     """The plan of a routing with one row per row of x, on x's device.
 
     None when no row selects an adapter, where that can be told without a sync.
@@ -213,68 +219,24 @@ def plan(routing: Routing, slots: Slots, method: Method) -> Plan | None:
             do not raise: such a row's output is NaN, and routing.check() raises.
     """
     index, weight = routing.index, routing.weight
-    if not method.operators:
+    if method.on_host:
         resolved = slots.resolve(index)
         if bool((resolved < 0).all()):
             return None
-        if method.grouped:
-            return HostPlan(weight.clone(), resolved)
+        if method.form == "cpu":
+            return cpu.Plan(weight.clone(), resolved)
         return reference.plan(resolved, weight)
     if capturing(index.device):
         slots.captured = True
+    triton = method.form != "operators"
     selected, strength, *rest = torch.ops.lora_mux.plan(
-        index,
-        weight.detach(),
-        slots.live(index.device),
-        slots.capacity,
-        method.block_m,
-        method.triton,
+        index, weight.detach(), slots.live(index.device), slots.capacity, method.block_m, triton
     )
     if weight.requires_grad and torch.is_grad_enabled():
-        strength = tiles.strength_of(selected, weight.to(strength.dtype))
-    # Made once: torch.compile of torch 2.6 can not look into _replace, nor cut a NamedTuple.
+        strength = plan_in_torch.strength_of(selected, weight.to(strength.dtype))
+    # Made once: torch.compile of torch 2.6 cannot look into _replace, nor cut a NamedTuple.
     tensors = operators.Plan(selected, strength, *rest)
     routing.last_pass.row_states = tensors.state
-    return TiledPlan(tensors, method)
-
-
-def add_lora(y: Tensor, x: Tensor, pool: Pool, plan: Plan, owned: bool) -> Tensor:
-    """y [..., N] plus the adapters' part for x [..., K]; y itself when no adapter is here.
-
-    Args:
-        owned: y's storage is nobody else's, so that it may be written to.
-    """
-    if isinstance(plan, HostPlan) and y.ndim == 2 and not tracked(y, x, plan.weight):
-        return grouped.add_lora(y, x, pool, plan, owned)  # no views: 10 us where caches are cold
-    y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    if isinstance(plan, HostPlan):
-        if not tracked(y, x, plan.weight):
-            return grouped.add_lora(y_rows, x_rows, pool, plan, owned).reshape(y.shape)
-        plan = plan.reference
-    if isinstance(plan, reference.Plan):
-        return reference.add_lora(y_rows, x_rows, pool.rows, plan).reshape(y.shape)
-    tensors, method = plan
-    arguments = (
-        *(y_rows, x_rows, *pool.rows, *tensors),
-        *(pool.max_rank, method.batch_invariant, method.triton),
-    )
-    if owned and not tracked(y, x, tensors.strength) and y.is_contiguous():
-        torch.ops.lora_mux.add_lora_(*arguments)
-        return y
-    added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
-    return added.reshape(y.shape)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool, plan: TiledPlan) -> Tensor:
-    """y [..., N] = x W^T + bias and the adapters' part, for x [..., K], in one launch."""
-    tensors, method = plan
-    y: Tensor = torch.ops.lora_mux.linear(
-        *(x.reshape(-1, x.shape[-1]), weight, bias, *pool.rows, *tensors),
-        *(pool.max_rank, method.batch_invariant, method.triton),
-    )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows what is computed from them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if method.form == "fused":
+        return FusedPlan(tensors)
+    return TiledPlan(tensors, method.batch_invariant, triton)

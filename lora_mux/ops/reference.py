@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import RankRows
+from ..core import Pool, RankRows
 
 
 class Plan(NamedTuple):
@@ -21,6 +21,15 @@ class Plan(NamedTuple):
     slots: Tensor  # [U] the distinct slots that the rows select
     selects: Tensor  # [M, U] bool: row m selects slot u
     strength: Tensor  # [M, U] the sum of row m's weights for slot u
+
+    def with_strength(self, strength: Tensor) -> "Plan":
+        """The plan with another tensor of equal values there."""
+        return self._replace(strength=strength)
+
+    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+        """y [..., N] plus the adapters' part for x [..., K], a new tensor even where y is owned."""
+        y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return add_lora(y_rows, x_rows, pool.rows, self).reshape(y.shape)
 
 
 def plan(slots: Tensor, weight: Tensor) -> Plan:

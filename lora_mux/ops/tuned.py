@@ -1,4 +1,4 @@
-"""Tables of measured Configs, which go before the reasoned choice of `lora_mux.kernels.config`.
+"""Tables of measured Configs, which take precedence over the choice of `lora_mux.kernels.config`.
 
 A table is a file of JSON, made by `lora-mux tune` for one GPU:
 
@@ -7,10 +7,10 @@ A table is a file of JSON, made by `lora-mux tune` for one GPU:
                   "selections": 1, "itemsize": 2, "config": {...}, "microseconds": {...}}, ...],
      "fused": [{..., "config": {...}, "microseconds": {"separate": ..., "fused": ...}}, ...]}
 
-Looked for in the package (tables that it ships) and then in the file that the environment variable
-LORA_MUX_TUNED names, else ~/.cache/lora-mux/tuned.json; later ones win. An entry serves its own
-sizes, and rows and ranks within a factor of two. "fused" decides as well where the whole layer is
-one launch: nowhere without an entry.
+The package's own tables are read first, then the file that the environment variable LORA_MUX_TUNED
+names, or ~/.cache/lora-mux/tuned.json. Later entries win. An entry serves layers of its own sizes,
+with rows and ranks within a factor of two. The entries of "fused" also decide which layers become
+one launch; a layer without an entry does not.
 """
 
 import json
@@ -61,7 +61,7 @@ def find(device: str, case: Case, block_m: int) -> "Config | None":
     """The measured Config of the nearest entry, or None; tables are read once in a process.
 
     Raises:
-        BackendError: a table that is no such JSON; it names the file.
+        BackendError: a file that is not such a table; the error names it.
     """
     tables = _tables(device)
     return _nearest([e for e in tables.entries if e[1].block_m == block_m], case)
@@ -76,12 +76,12 @@ def fused(device: str, case: Case, block_m: int) -> "FusedConfig | None":
 
 @lru_cache(maxsize=4096)
 def fuses(device: str, case: Case) -> bool:
-    """Whether the nearest entry says that one launch is faster; without one, not."""
+    """Whether the nearest entry says that one launch is faster; False without an entry."""
     return _nearest(_tables(device).fused, case) is not None
 
 
 def _nearest(entries: "Iterable[tuple[Case, C]]", case: Case) -> "C | None":
-    """Of the same layer, and rows and ranks within a factor of two."""
+    """The value for the same layer whose rows and ranks are nearest, within a factor of two."""
     best, distance = None, 1.0
     for entry, value in entries:
         same = (entry.in_features, entry.out_features, entry.itemsize) == (
@@ -142,7 +142,7 @@ def write(
     entries: "Sequence[tuple[Case, Config, Any]]",
     fused: "Sequence[tuple[Case, FusedConfig, Any]]" = (),
 ) -> None:
-    """A table file, whole or not at all; other cases of the same device that it held stay."""
+    """Write a table file, whole or not at all; other cases of the same device stay in it."""
     held = _held(path, record["device"])
     table: dict[str, Any] = {"record": record}
     for key, made in (("entries", entries), ("fused", fused)):
@@ -159,7 +159,7 @@ def write(
 
 
 def _held(path: Path, device: str) -> dict[str, Any]:
-    """A table file as it is; nothing where it is for another device or not there."""
+    """What a table file holds; nothing if it is missing or is for another device."""
     if not path.is_file():
         return {}
     _read(path, device)  # refuses what is no table

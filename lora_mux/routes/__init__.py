@@ -3,6 +3,7 @@
 route           a routing, and what one of its rows stands for in a batch
 uniform_routes  the routes of set_adapter: the same adapters for all rows
 passes          forward passes whose backward may still come
+plans           the plans that the layers of a pass share
 graphs          what CUDA graphs and compiled models read of the route in force
 router          the one object of a model that all its layers ask
 """

@@ -1,15 +1,15 @@
 """The router: the route of one model, which all its layers read.
 
 There is one small object per model, so that switching adapters costs the same for ten targets and
-for a thousand. At the model's top it learns the batch of the forward pass in progress. A layer's
-input must be equal to that batch in its number of rows; a multiple is never good enough.
+for a thousand. At the model's top it learns the batch of the forward pass in progress. The input
+of a layer must have exactly as many samples; a multiple is never good enough.
 """
 
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,12 @@ from ..core import LastPass, Pool, Routing, Slots, host_may_read, unchecked_rout
 from ..errors import RoutingBusyError, RoutingError
 from .graphs import CapturedRouting, CompiledView
 from .passes import Pass, PassesAwaitingBackward
+from .plans import Plans
 from .route import Batch, Route, batch_of, tensors_in
 
 # Held while Router._owner is read and while the route in force changes: for microseconds, so that
 # one lock serves all routers.
 _TAKE = threading.RLock()
-
-
-class Planned(NamedTuple):
-    """A plan of this forward pass, and the layers that it is for."""
-
-    rows: int
-    device: torch.device
-    method: ops.Method
-    plan: ops.Plan | None
 
 
 class Router:
@@ -41,38 +33,37 @@ class Router:
     def __init__(self, slots: Slots, settings: ops.Settings) -> None:
         self.slots = slots
         self.settings = settings
-        self.anchor: Pool | None = None  # of the first target: says where the model lives
+        self.anchor: Pool | None = None  # the first target's, which shows where the model is
         self.route: Route | None = None  # None = the base model
         self._disables = 0  # depth of disable_adapter blocks
         self._serving = False  # a continuous batching manager computes a batch
-        self._served: Route | None = None  # which is routed so, whatever `route` is
+        self._served: Route | None = None  # the route of that batch, whatever `route` is
         self._generating = False
         self._owner: int | None = None  # the thread inside a `with` block
-        self._outer: tuple[Route | None, ...] = ()  # what its blocks go back to
-        self._depth = 0  # of its blocks
+        self._outer: tuple[Route | None, ...] = ()  # the routes that its blocks go back to
+        self._depth = 0  # how many blocks it is inside
         self._runner: int | None = None  # the thread whose forward is in progress
-        self._heir: tuple[Route, Route] | None = None  # a route, and the one that is to follow it
-        # Of the forward in progress. Two numbers, for torch.compile guards a tuple by its values.
+        self._heir: tuple[Route, Route] | None = None  # a route, and its successor
+        # Of the forward in progress. Not a tuple, whose values torch.compile would guard.
         self._samples: int | None = None
         self._tokens = 0  # of each sample
-        self._plans: list[Planned] = []
-        # The last plan of the host, and what for: the next pass may be alike, as in generate().
-        self._kept: tuple[object, ops.Plan | None] = None, None
+        self._plans = Plans()
         self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
-        self._alive_at = -1  # slots.suspensions when the host last looked at the route's handles
+        self._checked_at = -1  # slots.suspensions when the host last checked the route's handles
         self._captured: list[CapturedRouting] = []
         self._compiled_view = CompiledView()
         self._past: Pass | None = None  # the forward pass whose backward is in progress
         self._awaiting_backward = PassesAwaitingBackward()
-        self.in_force: Route | None = None  # `route`; None where nothing is to be added
+        self.in_force: Route | None = None  # what passes compute; None = the base model
 
     @property
     def disabled(self) -> bool:
+        """Whether a disable_adapter block is open."""
         return self._disables > 0
 
     @property
     def active(self) -> bool:
-        """Whether a row may select an adapter; compiled, whether there are any."""
+        """Whether any row may select an adapter; for compiled models, whether there are any."""
         if torch.compiler.is_compiling():
             return self.slots.capacity > 0
         past = self._past_of_backward()
@@ -80,7 +71,7 @@ class Router:
 
     @property
     def chosen(self) -> Route | None:
-        """What was asked for, even while a continuous batching manager computes a batch."""
+        """The users' route, even while a continuous batching manager computes a batch."""
         return None if self.disabled else self.route
 
     def set(self, route: Route | None) -> None:
@@ -192,7 +183,7 @@ class Router:
             self._forget_route()
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the model: learn the batch, refuse one that is not as routed."""
+        """Forward pre-hook of the model: learn the batch, and refuse one that does not fit."""
         if not torch.compiler.is_compiling():
             self._begin()
         self._forget_forward()
@@ -213,16 +204,16 @@ class Router:
                 self.put(self.route)
 
     def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
-        """Forward hook of the model: what was learnt of the batch ends with it."""
+        """Forward hook of the model: forget the batch."""
         if not torch.compiler.is_compiling():
             if self._runner != threading.get_ident():
-                return  # it was refused: another thread's is in progress
+                return  # this pass was refused, because another thread's is in progress
             if torch.is_grad_enabled():
                 self._follow_into_backward(output)
             self._runner = None
         self._forget_forward()
 
-    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.Plan | None:
+    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.AnyPlan | None:
         """The plan for a layer's input x [..., in_features]; None = nothing to add.
 
         Args:
@@ -231,38 +222,31 @@ class Router:
         now = self._now()
         assert now.route is not None
         rows = prod(x.shape[:-1])
-        # Shapes are checked for each layer; plans of equal row counts are the same.
-        samples = now.samples_of(x)
+        samples = now.samples_of(x)  # for each layer: it refuses shapes
         trained = now.route.routing.weight.requires_grad
         method = ops.method(self.settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        shared = self._samples is not None and not trained
-        # A list, for the sizes of a compiled batch may be symbols, which no dict can look up.
-        for made in self._plans if shared else ():
-            if made.rows == rows and (made.device, made.method) == (x.device, method):
-                return made.plan
-        if shared and method.grouped:  # never while compiling, which would guard the version
+        if self._samples is None or trained:
+            return self._made(now, x, rows, samples, method)
+        layers, case = (rows, x.device, method), None
+        if method.form == "cpu":  # never while compiling, which would guard the version
             case = now.route, rows, samples, now.generating, self.slots.suspensions
-            kept, plan = self._kept
-            if kept != case:
-                plan = self._made(now, x, rows, samples, method)
-                self._kept = case, plan
-        else:
-            plan = self._made(now, x, rows, samples, method)
-        if shared:
-            self._plans.append(Planned(rows, x.device, method, plan))
-        return plan
+        known = self._plans.find(layers, case)
+        if known is None:
+            made = self._made(now, x, rows, samples, method)
+            known = self._plans.add(layers, case, made)
+        return known.plan
 
     def _made(
         self, now: Pass, x: Tensor, rows: int, samples: int | None, method: ops.Method
-    ) -> ops.Plan | None:
+    ) -> ops.AnyPlan | None:
         assert now.route is not None
         routing = self._routing_on(now.route, x.device, method)
         spread = now.route.spread(routing, rows, samples, now.generating)
         return ops.plan(spread, self.slots, method)
 
     def _now(self) -> Pass:
-        """What the layers that run at this moment are to be computed with."""
+        """The pass that the layers running at this moment belong to."""
         if torch.compiler.is_compiling():
             return Pass(self._compiled_view.route, self._samples, self._tokens, self._generating)
         past = self._past_of_backward()
@@ -273,7 +257,7 @@ class Router:
         return self._past if self._past is not None and _in_backward() else None
 
     def _routing_on(self, route: Route, device: torch.device, method: ops.Method) -> Routing:
-        """The route's own rows on a device; handles that the host knows are checked there."""
+        """The route's own rows on a device. The host checks the handles that it can read."""
         given = route.routing
         if torch.compiler.is_compiling():
             # A trace holds no values, so that there is nothing to note on the user's routing.
@@ -281,9 +265,9 @@ class Router:
         if route is not self.in_force:
             return given.to(device)
         routing = self._on.get(device)
-        if host_may_read(given.index) and self._alive_at != self.slots.suspensions:
+        if host_may_read(given.index) and self._checked_at != self.slots.suspensions:
             self.slots.resolve(given.index)
-            self._alive_at = self.slots.suspensions
+            self._checked_at = self.slots.suspensions
         capturing = ops.capturing(device)
         if routing is None:
             if capturing:
@@ -291,8 +275,8 @@ class Router:
                     "run the model once under this route before capturing it in a CUDA graph; "
                     "nothing can be copied to the GPU during the capture"
                 )
-            # A copy: what a graph reads is written to by later routes, and this one may return.
-            routing = self._on[device] = given.to(device, copy=method.operators)
+            # A copy, because later routes overwrite what a graph reads, and this one may return.
+            routing = self._on[device] = given.to(device, copy=not method.on_host)
         if capturing and all(routing is not captured.routing for captured in self._captured):
             if given.weight.requires_grad:
                 raise RoutingError(
@@ -303,7 +287,7 @@ class Router:
         return routing
 
     def _follow_into_backward(self, output: object) -> None:
-        """Let the backward of a pass know it: by then its block may have ended, another begun."""
+        """Let the backward find its pass: by then the block may have ended and another begun."""
         past = self._now()
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
@@ -336,7 +320,7 @@ class Router:
 
     def _forget_route(self) -> None:
         self._on.clear()
-        self._alive_at = -1
+        self._checked_at = -1
         self._refresh()
 
     # Locked, because a manager's thread may begin a batch right after `_serving` was read.
@@ -348,7 +332,9 @@ class Router:
             for captured in self._captured:
                 captured.follow(self.in_force)
             if self.anchor is not None:
-                self._compiled_view.follow(self.in_force, self.anchor.A_rows.device)
+                # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
+                rows: Any = self.anchor._buffers["A_rows"]
+                self._compiled_view.follow(self.in_force, rows.device)
 
     def _refuse_other_runner(self) -> None:
         if self._runner not in (None, threading.get_ident()):

@@ -1,4 +1,4 @@
-"""Bounded pools: what is brought in and when, what makes room, and what never moves."""
+"""Bounded pools: which adapters come in and when, which make room, and which never move."""
 
 import copy
 import json
@@ -266,7 +266,7 @@ class TestComingIn:
 
 
 class TestStaying:
-    """What a live route uses is neither evicted nor moved."""
+    """The adapters of a live route are neither evicted nor moved."""
 
     def test_inside_a_block(self, stage: Stage) -> None:
         with stage.mux.route(["a", "b"]):
@@ -408,7 +408,7 @@ class TestFragments:
 
 
 class TestBadFiles:
-    """A file is read when it is needed: by then it may be gone, or another."""
+    """A file is read when it is needed. By then it may be gone, or be another one."""
 
     def refuse(self, stage: Stage, match: str) -> None:
         stage.mux.prefetch(["b", "c"])
@@ -568,7 +568,7 @@ class TestReplacing:
 
 
 def run_in_thread(act: Callable[[], object]) -> None:
-    """`act` in a thread, and what it raises here."""
+    """Run `act` in a thread, and raise its error here."""
     raised: list[BaseException] = []
 
     def run() -> None:

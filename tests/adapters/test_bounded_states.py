@@ -57,7 +57,7 @@ class Tenancy(RuleBasedStateMachine):
 
     @initialize(ranks=st.lists(RANKS, min_size=len(ALL), max_size=len(ALL)))
     def begin(self, ranks: list[tuple[int, int]]) -> None:
-        """With most of them loaded, for a step that names one that is not does little."""
+        """With most of them loaded, because a step that names an unknown adapter does little."""
         for name, held in zip(ALL[1:], ranks, strict=False):
             self.load(name, held, replace=False, from_tensors=False)
 
@@ -70,7 +70,7 @@ class Tenancy(RuleBasedStateMachine):
         return tenant(self.folder / str(seed), held, seed)
 
     def fits(self, names: set[str]) -> bool:
-        """Nothing else is in the way: whatever is idle can move or go."""
+        """Nothing else is in the way, because idle adapters can move or go."""
         wanted = [self.loaded[name].rows for name in names | self.pinned]
         return all(sum(rows.get(path, 0) for rows in wanted) <= CAPACITY for path in SIZES)
 
@@ -78,7 +78,7 @@ class Tenancy(RuleBasedStateMachine):
         return [[(self.loaded[name], w) for name, w in row.items()] for row in chosen]
 
     def routable(self, rows: list[Any]) -> list[dict[str, float]] | None:
-        """The rows as weights of names; None when one of them is not loaded."""
+        """The rows as name -> weight; None if a name is not loaded."""
         given = [{} if r is None else {r: 1.0} if isinstance(r, str) else r for r in rows]
         return given if all(name in self.loaded for row in given for name in row) else None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import providers
+import run
 import workloads
 from lora_mux.cli import main as command_line
 from lora_mux.measure import timing
@@ -121,22 +123,78 @@ def test_tiny_writes_records_that_plot_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
+TINY = workloads.Workload("tiny", 64, 48, 5, 3, (8,), dtype="float32", weighted=False)
+
+
+@torch.inference_mode()
+def test_measure_times_what_is_right() -> None:
+    """Ours, wrong by a millionth; a wrong one; one that cannot; the base, which is no answer."""
+
+    def wrong(problem: workloads.Problem, base: providers.Call) -> providers.Call:
+        return lambda: base() + 1
+
+    ways = {"right": providers.ours(), "wrong": wrong, "merged": providers.merged}
+    ways["base"] = providers.base_alone
+    timer = run.Timer(CPU, runs=5, seconds=0.0, least=4)
+    found = {r.provider: r for r in run.measure(TINY, "layer", ways, CPU, timer)}
+    assert [*found] == [*ways]
+    gates = {name: record.gate for name, record in found.items()}
+    assert gates == dict(right="passed", wrong="failed", merged="not applicable", base="none")
+    timed = {name for name, record in found.items() if record.figures}
+    assert timed == {"right", "base"}
+    right, wrong_fields = found["right"].fields(), found["wrong"].fields()
+    assert right["sets"] == 1 and right["microseconds"]["runs"] == 4 and right["error"] < 1e-6
+    assert wrong_fields.keys() == {"provider", "gate", "error"} and wrong_fields["error"] > 0.1
+    assert found["merged"].fields()["reason"] == "rows select different adapters"
+
+
+@torch.inference_mode()
+def test_measure_counts() -> None:
+    (record,) = run.measure(TINY, "adapters", {"m": providers.masked}, CPU, run.count)
+    assert record.figures is not None
+    assert record.fields().keys() == {"provider", "gate", "error", "flops", "allocated_bytes"}
+    # Without the base layer: 5 rows with the 24 rank rows, of A and of B.
+    assert record.fields()["flops"] == 2 * 5 * 24 * (64 + 48)
+
+
+def test_cells_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run.py --cpu --quick --count`, with one small cell; what plot.py says of it."""
+    monkeypatch.setattr(workloads, "cpu", lambda quick: iter([TINY] if quick else []))
+    out = tmp_path / "cpu.jsonl"
+    assert run.main(["--cpu", "--quick", "--count", "--out", str(out)]) == 0
+    assert re.search(r"lora_mux as a module +0\.\d MFLOP +0\.\d\d MB", capsys.readouterr().out)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["provider"] for r in records] == [*providers.CPU]
+    assert all(r["flops"] > 0 and r["speed"] and r["what"] == "layer" for r in records)
+    drawn = script("bench/plot.py", str(out), "--out", str(tmp_path))
+    assert drawn.returncode == 0 and "nothing to draw" in drawn.stdout
+
+
+@pytest.mark.parametrize("option", ["--quick", "--count"])
+def test_run_refuses(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--tiny", option])
+    assert "go with --cpu" in capsys.readouterr().err
+
+
 @torch.inference_mode()
 def test_work_is_counted() -> None:
     """Of 64 rows and 16 adapters, which are multiplied all with all in fp32: one product each."""
-    from work import work
+    from work import Work, work
 
     workload = workloads.Workload("256", 256, 128, 64, 16, dtype="float32", weighted=False)
     problem = workloads.problem(workload, torch.device("cpu"))
     base = lambda: torch.nn.functional.linear(problem.x, problem.W)  # noqa: E731
     done = {name: work(provider(problem, base)) for name, provider in providers.CPU.items()}
     flops, y = 2 * 64 * 256 * 128, 64 * 128 * 4
-    assert done["base"] == {"flops": flops, "allocated_bytes": y}
+    assert done["base"] == Work(flops, y)
     by_slot = 2 * 64 * (256 + 128) * 16
-    assert done["segments"]["flops"] == done["gather + bmm"]["flops"] == flops + by_slot
-    assert done["masked"] == {"flops": flops + 16 * by_slot, "allocated_bytes": y + 64 * 256 * 4}
+    assert done["segments"].flops == done["gather + bmm"].flops == flops + by_slot
+    assert done["masked"] == Work(flops + 16 * by_slot, y + 64 * 256 * 4)
     assert done["lora_mux"] == done["lora_mux as a module"]
-    assert flops + by_slot <= done["lora_mux"]["flops"] <= done["masked"]["flops"]
+    assert flops + by_slot <= done["lora_mux"].flops <= done["masked"].flops
     assert work(ours := providers.CPU["lora_mux"](problem, base)) == work(ours)
 
 
@@ -225,6 +283,21 @@ def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
     assert record["milliseconds"]["PEFT"]["load_adapter"]["min"] > 0
 
 
+def test_dispatch_times_getting_into_an_operator(tmp_path: Path) -> None:
+    out = tmp_path / "dispatch.jsonl"
+    done = script("bench/dispatch.py", "--calls", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert records and all(r.keys() >= {"commit", "dirty", "command", "torch"} for r in records)
+
+
+def test_speed_cases_run() -> None:
+    """Each once: whether ours and PEFT's answers are right, without times."""
+    options = ["-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = script("-m", "pytest", "bench", *options)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout
+
+
 def test_timers_interleave() -> None:
     order: list[str] = []
     calls = {name: lambda n, name=name: order.append(name) for name in "ab"}
@@ -240,3 +313,15 @@ def test_lora_mux_bench(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out.splitlines()
     assert "32 -> 16 fp32, 8 adapters of rank 16" in shown[0]
     assert [line.split()[0] for line in shown[-2:]] == ["1", "8"]
+
+
+def test_quick_bench_has_sizes_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as no option says otherwise."""
+    monkeypatch.setattr("lora_mux.measure.bench.QUICK_SECONDS", 0.0)
+    options = ["--dtype", "fp32", "--device", "cpu", "--out-features", "16"]
+    assert command_line(["bench", "--quick", *options]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "1024 -> 16 fp32, 8 adapters of rank 16" in shown[0]
+    assert [line.split()[0] for line in shown[-2:]] == ["1", "32"]

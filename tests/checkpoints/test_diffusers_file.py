@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_the_part_of_each_model(name: str, metadata: bool, tmp_path: Path) -> None:
-    """One file for two models; without metadata its alphas are lost, for diffusers as well."""
+    """One file for two models. Without metadata its alphas are lost, in diffusers as well."""
     base, encoder = flux(), text_encoder()
     state, configs = trained(base, STYLES, **CONFIGS[name])
     of_text, text_configs = trained(encoder, ["q_proj"], r=2, lora_alpha=8)
@@ -201,7 +201,7 @@ def test_a_folder_with_peft_s_files_is_peft_s(tmp_path: Path) -> None:
 
 
 def test_paths_are_no_patterns(tmp_path: Path) -> None:
-    """A stranger's path, of a rank of its own, is compared as it is."""
+    """A stranger's path with a rank of its own is compared literally."""
     odd = {"transformer.[.lora_A.weight": torch.ones(1, 8)}
     odd["transformer.[.lora_B.weight"] = torch.ones(8, 1)
     save_file(tensors(*PAIR) | odd, tmp_path / FILE)

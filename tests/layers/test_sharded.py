@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_mux.core.pool import LoraWeights
-from lora_mux.layers.sharding import Part
+from lora_mux.layers.sharding import Shard
 from paths import SUPPORT
 from peft_oracle import llama
 
@@ -75,7 +75,7 @@ def test_refusals(what: str, says: str, results: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", ["columns", "rows"])
-def test_parts_add_up_to_the_whole(way: Any) -> None:
+def test_shards_add_up_to_the_whole(way: Any) -> None:
     """Each process's factors, with their bias, against the whole in fp64."""
     weights = LoraWeights(torch.randn(3, 12), torch.randn(8, 3), 1.0, torch.randn(8))
     x = torch.randn(5, 12)
@@ -84,10 +84,10 @@ def test_parts_add_up_to_the_whole(way: Any) -> None:
         assert part.bias is not None
         return x @ part.A.T @ part.B.T + part.bias
 
-    parts = [Part(way, place, 4, 12, 8) for place in range(4)]
-    cuts = [part.cut(weights, "adapter") for part in parts]
-    for part, cut in zip(parts, cuts, strict=True):
-        assert part.sizes == (cut.A.shape[1], cut.B.shape[0])
+    shards = [Shard(way, place, 4, 12, 8) for place in range(4)]
+    cuts = [shard.cut(weights, "adapter") for shard in shards]
+    for shard, cut in zip(shards, cuts, strict=True):
+        assert shard.sizes == (cut.A.shape[1], cut.B.shape[0])
     if way == "columns":
         got = torch.cat([delta(cut, x) for cut in cuts], 1)
     else:

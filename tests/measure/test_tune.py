@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from interpreter import note_launches
-from layer import Bench
+from layer import LayerCase
 from lora_mux.cli import main
 from lora_mux.errors import BackendError
 from lora_mux.kernels import launch
@@ -126,9 +127,9 @@ def test_a_config_that_is_none_is_refused(table: Path) -> None:
 def test_tune_fuses_where_it_was_faster(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {})
     monkeypatch.setattr(tune, "FUSED_CHOICES", {"stages": (2,)})
     sizes = ["--in-features", "16", "--out-features", "24", "--rank", "16", "--adapters", "3"]
@@ -143,10 +144,10 @@ def test_tune_fuses_where_it_was_faster(
             entry["microseconds"] = dict(zip(("separate", "fused"), times, strict=True))
         table.write_text(json.dumps(content))
         _forget()
-        bench = Bench((16, 16, 16), (16, 24), torch.bfloat16, backend="triton")
+        case = LayerCase((16, 16, 16), (16, 24), torch.bfloat16, backend="triton")
         with torch.no_grad():
-            bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
-            bench.check(bench.x(0), torch.empty(0, 1, dtype=torch.int64))
+            case.check(case.x(4), torch.tensor([[0], [1], [-1], [2]]))
+            case.check(case.x(0), torch.empty(0, 1, dtype=torch.int64))
         assert names.pop() == expected and "expand" not in names and "fused" not in names
 
 
@@ -154,9 +155,9 @@ def test_tune_fuses_where_it_was_faster(
 def test_tune_writes_a_table_that_layers_then_use(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_mux.measure import timing, tune
+    from lora_mux.measure import problem, timing, tune
 
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(problem, "microseconds", partial(timing.microseconds, seconds=0.0))
     monkeypatch.setattr(tune, "CHOICES", {"block_n": (64,)})
     sizes = ["--in-features", "96", "--out-features", "160", "--rank", "16", "--adapters", "3"]
     assert main(["tune", "--device", "cpu", "--rows", "4", "--dtype", "fp32", *sizes]) == 0
@@ -178,10 +179,10 @@ def test_tune_writes_a_table_that_layers_then_use(
         shrink(*arguments)
 
     monkeypatch.setattr(launch, "shrink", watched)
-    bench = Bench(ranks=(16, 16, 16), backend="triton")
-    bench.check(bench.x(4), torch.tensor([[0], [1], [-1], [2]]))
+    case = LayerCase(ranks=(16, 16, 16), backend="triton")
+    case.check(case.x(4), torch.tensor([[0], [1], [-1], [2]]))
     assert [(config.block_n, config.split_k) for config in seen] == [(16, 4)]
-    invariant = Bench(ranks=(16, 16, 16), backend="triton", batch_invariant=True)
+    invariant = LayerCase(ranks=(16, 16, 16), backend="triton", batch_invariant=True)
     invariant.check(invariant.x(4), torch.tensor([[0], [1], [-1], [2]]))
     assert seen[-1].block_n != 16  # measured ones differ with the rows
 

@@ -263,7 +263,9 @@ def test_export_with_sizes_that_change() -> None:
     program = torch.export.export(served, batch(4, 3), strict=False, dynamic_shapes=dynamic)
     for inputs in (batch(4, 3), batch(2, 50), batch(20, 7)):
         torch.testing.assert_close(program.module()(*inputs), served(*inputs))
-    assert all(isinstance(size, int) for size in mux._router._shown.route.routing.index.shape)
+    assert all(
+        isinstance(size, int) for size in mux._router._compiled_view.route.routing.index.shape
+    )
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
@@ -275,6 +277,6 @@ def test_export_keeps_the_route_in_force(strict: bool) -> None:
     with mux.route(ROUTES["subsets"]) as routing:
         want = model(x)
         program = torch.export.export(model, (x,), strict=strict).module()
-        routing.check()  # of the trace nothing is left to be looked at
+        routing.check()  # the trace left nothing behind to check
     torch.testing.assert_close(program(x), want)
     assert not torch.equal(model(x), want)

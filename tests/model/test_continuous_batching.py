@@ -28,7 +28,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made = attached_llama(tmp_path_factory.mktemp("adapters"))
     base, theirs = made.base, made.peft
     answers = [alone(base, theirs, *pair) for pair in zip(PROMPTS, ROWS, strict=True)]
-    # What each prompt would be answered with without its adapters is something else.
+    # Without its adapters, each prompt gets another answer.
     for prompt, row, answer in zip(PROMPTS, ROWS, answers, strict=True):
         assert row is None or answer != alone(base, theirs, prompt, None)
     made.answers = answers
@@ -134,7 +134,7 @@ def test_requests_that_come_one_by_one(stage: SimpleNamespace) -> None:
             got, want = stage.model(ids).logits, stage.peft(ids).logits
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))
         kept = len(manager.mux_rows)
-    assert kept <= 1  # of what is finished nothing is kept, but for the last batch
+    assert kept <= 1  # nothing is kept of finished requests, except in the last batch
 
 
 def test_a_name_that_comes_again_as_its_first_request_is_forgotten(stage: SimpleNamespace) -> None:
@@ -207,7 +207,7 @@ def test_the_output_head_may_be_a_target(stage: SimpleNamespace) -> None:
 
 
 def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path: Path) -> None:
-    """Each batch brings in what its requests need, and no more is kept for those that wait."""
+    """Each batch brings in the adapters of its requests, and none stays for requests that wait."""
     wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
     save_adapters(stage.base, wanted, tmp_path)
     model = copy.deepcopy(stage.base)
@@ -230,7 +230,7 @@ def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path
 
 @pytest.mark.slow
 def test_compiled(stage: SimpleNamespace) -> None:
-    """Batches are padded then, with tokens of nobody."""
+    """Batches are then padded with tokens that belong to no request."""
     with stage.mux.route(ROWS):
         assert generate_batch(stage.model, default_compile_level=1) == stage.answers
 

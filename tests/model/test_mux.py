@@ -172,7 +172,7 @@ class TestRoutes:
 
 
 class TestWrongBatches:
-    """A batch that is not the routed one raises, whatever divides what."""
+    """A batch with another number of samples raises, even if one number divides the other."""
 
     @pytest.mark.parametrize("tokens", [1, 5, 6])
     def test_a_layer_that_sees_tokens_first(self, tokens: int) -> None:
@@ -209,7 +209,7 @@ class TestWrongBatches:
             model(torch.ones(4, 9, dtype=torch.int64))
 
     def test_tokens_that_equal_rows(self) -> None:
-        """One prompt of three tokens under three routed samples: the flat layer can not tell."""
+        """One prompt of three tokens under three routed samples: the flat layer cannot tell."""
         model, mux = attached()
         with mux.route(["a", "b", "c"]), pytest.raises(lora_mux.LoraMuxError):
             model(torch.randn(1, 3, 8))
@@ -353,7 +353,7 @@ def test_switching_costs_the_same_for_any_number_of_targets_and_adapters(how: st
 
 
 def test_a_name_that_comes_back_is_not_the_adapter_of_before() -> None:
-    """set_adapter keeps its routes: one of a removed adapter would hold a dead handle."""
+    """set_adapter reuses its routes: that of a removed adapter would hold a dead handle."""
     model, mux = attached()
     mux.set_adapter("a")
     before = model(X)

@@ -3,8 +3,11 @@
 from mutation import Mutation
 
 CPU = "ops/cpu.py"
+CPU_GROUPS = "ops/cpu_groups.py"
 DISPATCH = "ops/dispatch.py"
 OPERATORS = "ops/operators.py"
+TILED = "ops/tiled.py"
+TEST_DISPATCH = ("ops/test_dispatch.py",)
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_OPERATORS_AND_TEST_TRITON_BACKEND = ("ops/test_operators.py", "ops/test_triton_backend.py")
@@ -17,71 +20,99 @@ MUTATIONS = {
     "fused: without having been measured": Mutation(
         DISPATCH, "tuned.fuses(launch", "not tuned.fuses(launch", TEST_TUNED
     ),
-    "grouped: repeated rows are added": Mutation(
-        CPU, "selects = (place < count)", "selects = (place <= count)", TEST_CPU_AND_TEST_LINEAR
+    "cpu: repeated rows are added": Mutation(
+        CPU_GROUPS,
+        "selects = (place < count)",
+        "selects = (place <= count)",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: every group is in order": Mutation(
+    "cpu: every group is in order": Mutation(
         CPU,
         "if (np.diff(rows) == 1).all():",
         "if len(np.unique(rows)) == len(rows):",
         TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: no scaling": Mutation(
-        CPU, "[[[span.scaling for", "[[[1.0 for", TEST_CPU_AND_TEST_LINEAR
-    ),
-    "grouped: the first strength for all": Mutation(
+    "cpu: no scaling": Mutation(CPU, "[[[span.scaling for", "[[[1.0 for", TEST_CPU_AND_TEST_LINEAR),
+    "cpu: the first strength for all": Mutation(
         CPU, "bool((wanted == wanted[0]).all())", "True", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: layers share a cut whatever they hold": Mutation(
+    "cpu: layers share a cut whatever they hold": Mutation(
         CPU,
         "key = dtype, sizes, tuple(map(pool.spans.get, self.used))",
         "key = dtype",
         TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: a row gets all adapters": Mutation(
-        CPU, "h.view(bits.dtype).bitwise_and_(bits)", "pass", TEST_CPU_AND_TEST_LINEAR
+    "cpu: a row gets all adapters": Mutation(
+        CPU, "h.view(self.mask.dtype).bitwise_and_(self.mask)", "pass", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: masked by multiplying": Mutation(
-        CPU, "h.view(bits.dtype).bitwise_and_(bits)", "h *= bits != 0", TEST_CPU_AND_TEST_LINEAR
+    "cpu: masked by multiplying": Mutation(
+        CPU,
+        "h.view(self.mask.dtype).bitwise_and_(self.mask)",
+        "h *= self.mask != 0",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: base rows are added to": Mutation(
+    "cpu: base rows are added to": Mutation(
         CPU, "some = selects[0].any(1)", "some = selects[0].any(1) | True", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: base rows are rounded": Mutation(
+    "cpu: base rows are rounded": Mutation(
         CPU,
-        "return rounded if plan.partly is None else",
+        "return rounded if self.selecting is None else",
         "return rounded if True else",
         TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: several products are summed in bf16": Mutation(
-        CPU, "torch.float32) if repeated else dtype)", "dtype))", TEST_CPU_AND_TEST_LINEAR
+    "cpu: several products are summed in bf16": Mutation(
+        CPU,
+        "sums = dtype if one_each else torch.promote_types(dtype, torch.float32)",
+        "sums = dtype",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: no bias": Mutation(
+    "cpu: no bias": Mutation(
         CPU, "biases if constant.any()", "biases if False", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: the last weight of a slot that stands twice": Mutation(
-        CPU,
-        "np.add.at(weight, wanted, strength)",
-        "weight[wanted] = strength",
+    "cpu: the last weight of a slot that stands twice": Mutation(
+        CPU_GROUPS,
+        "np.add.at(weights, wanted, weight)",
+        "weights[wanted] = weight",
         TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: another adapter's rank rows": Mutation(
+    "cpu: another adapter's rank rows": Mutation(
         CPU,
-        "_rows(rank_rows)",
-        "_rows(rank_rows[0] + np.arange(len(rank_rows)))",
+        "rank_rows=_rows(rank_rows)",
+        "rank_rows=_rows(rank_rows[0] + np.arange(len(rank_rows)))",
         TEST_CPU_AND_TEST_LINEAR,
     ),
-    "grouped: writes to what is not ours": Mutation(
+    "cpu: writes to what is not ours": Mutation(
         CPU, "if owned and given == sums", "if given == sums", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: bound to another plan": Mutation(
-        CPU, "or bound.plan is not plan", "", TEST_CPU_AND_TEST_LINEAR
+    "cpu: prepared for buffers that were replaced": Mutation(
+        CPU, 'or known.A_rows is not buffers["A_rows"]', "", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: bound to buffers that were replaced": Mutation(
-        CPU, 'or bound.A_rows is not buffers["A_rows"]', "", TEST_CPU_AND_TEST_LINEAR
+    "cpu: prepared for another dtype": Mutation(
+        CPU, "or known.given != (x, y)", "", TEST_CPU_AND_TEST_LINEAR
     ),
-    "grouped: bound for another dtype": Mutation(
-        CPU, "or bound.given != (x.dtype, y.dtype)", "", TEST_CPU_AND_TEST_LINEAR
+    "cpu: gradients are lost": Mutation(
+        CPU, "if tracked(y, x, self.weight):", "if False:", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "cpu: copies take along what is prepared": Mutation(
+        CPU,
+        "return Plan, (self.weight, self.slots)",
+        "return super().__reduce__()",
+        TEST_CPU_AND_TEST_LINEAR,
+    ),
+    "cpu: all is moved at once": Mutation(
+        CPU, "max(1, MOVED // moved)", "len(group.rows)", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "cpu: all rows are always multiplied with all adapters": Mutation(
+        CPU_GROUPS, "return products <= FEW[bf16] or", "return True or", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "cpu: all adapters share a product": Mutation(
+        CPU_GROUPS, "shared[alone] = -1 - np.flatnonzero(alone)", "pass", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "dispatch: eager on the host while compiling": Mutation(
+        DISPATCH, "if compiling:", "if False:", TEST_DISPATCH
+    ),
+    "dispatch: the reference by name is not the reference": Mutation(
+        DISPATCH, 'backend == "auto" and device == "cpu"', 'device == "cpu"', TEST_DISPATCH
     ),
     "operators: the gradient of x keeps the bias": Mutation(
         OPERATORS,
@@ -104,11 +135,12 @@ MUTATIONS = {
         "(plan.state > DEAD)",
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
-    "ops: writes to what is not ours": Mutation(
-        DISPATCH, "if owned and", "if", TEST_TRITON_BACKEND
-    ),
+    "ops: writes to what is not ours": Mutation(TILED, "if owned and", "if", TEST_TRITON_BACKEND),
     "ops: gradients are lost": Mutation(
-        DISPATCH, "owned and not tracked(y, x, tensors.strength)", "owned", TEST_TRITON_BACKEND
+        TILED,
+        "owned and not tracked(y, x, self.tensors.strength)",
+        "owned",
+        TEST_TRITON_BACKEND,
     ),
     "ops: no flag on the routing": Mutation(
         DISPATCH, "routing.last_pass.row_states =", "_ =", TEST_TRITON_BACKEND

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_mux
-from layer import Bench
+from layer import LayerCase
 from lora_mux import ops
 from lora_mux.core.pool import RankRows
 from lora_mux.core.slots import SLOT_BITS
@@ -155,47 +155,47 @@ class TestCompile:
     def fresh(self) -> None:
         torch._dynamo.reset()
 
-    def bench(self) -> Bench:
-        bench = Bench(ranks=(4, 9, 2), size=(24, 40))
-        bench.layer.reserve(adapters=6, rank=9)
-        return bench
+    def case(self) -> LayerCase:
+        case = LayerCase(ranks=(4, 9, 2), size=(24, 40))
+        case.layer.reserve(adapters=6, rank=9)
+        return case
 
     @pytest.mark.parametrize("grad", [False, True])
     def test_one_graph_for_every_routing_and_adapter(self, grad: bool) -> None:
-        bench, graphs = self.bench(), []
-        compiled = torch.compile(bench.layer, fullgraph=True, backend=counted(graphs))
-        handles = torch.tensor([*bench.handles, -1])
+        case, graphs = self.case(), []
+        compiled = torch.compile(case.layer, fullgraph=True, backend=counted(graphs))
+        handles = torch.tensor([*case.handles, -1])
         with torch.set_grad_enabled(grad):
             for step in range(6):
-                x, index = bench.x(5), handles[torch.randint(0, len(handles), (5, 2))]
+                x, index = case.x(5), handles[torch.randint(0, len(handles), (5, 2))]
                 routing = lora_mux.Routing(index, torch.randn(5, 2))
-                torch.testing.assert_close(compiled(x, routing), bench.layer(x, routing))
+                torch.testing.assert_close(compiled(x, routing), case.layer(x, routing))
                 if step == 2:
-                    bench.layer.remove_adapter("a1")
-                    new = bench.layer.add_adapter(
+                    case.layer.remove_adapter("a1")
+                    new = case.layer.add_adapter(
                         "n", torch.randn(7, 24), torch.randn(40, 7), alpha=3
                     )
-                    handles = torch.tensor([bench.handles[0], new, bench.handles[2], -1])
+                    handles = torch.tensor([case.handles[0], new, case.handles[2], -1])
         assert len(graphs) == 1
 
     def test_row_counts_share_a_dynamic_graph(self) -> None:
-        bench, graphs = self.bench(), []
-        compiled = torch.compile(bench.layer, fullgraph=True, dynamic=True, backend=counted(graphs))
+        case, graphs = self.case(), []
+        compiled = torch.compile(case.layer, fullgraph=True, dynamic=True, backend=counted(graphs))
         for rows in (5, 8, 3, 20):
-            x = bench.x(rows)
-            routing = lora_mux.Routing(torch.tensor(bench.handles)[torch.arange(rows) % 3][:, None])
+            x = case.x(rows)
+            routing = lora_mux.Routing(torch.tensor(case.handles)[torch.arange(rows) % 3][:, None])
             with torch.no_grad():
-                torch.testing.assert_close(compiled(x, routing), bench.layer(x, routing))
+                torch.testing.assert_close(compiled(x, routing), case.layer(x, routing))
         assert len(graphs) == 1
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
     def test_inductor_forward_and_backward(self) -> None:
-        bench = self.bench()
-        compiled = torch.compile(bench.layer, fullgraph=True)
-        index = torch.tensor(bench.handles)[torch.tensor([[0, 1], [2, 2], [1, 0]])]
+        case = self.case()
+        compiled = torch.compile(case.layer, fullgraph=True)
+        index = torch.tensor(case.handles)[torch.tensor([[0, 1], [2, 2], [1, 0]])]
         found = []
-        x0, w0 = bench.x(3), torch.randn(3, 2)
-        for layer in (compiled, bench.layer):
+        x0, w0 = case.x(3), torch.randn(3, 2)
+        for layer in (compiled, case.layer):
             x, weight = x0.clone().requires_grad_(), w0.clone().requires_grad_()
             y = layer(x, lora_mux.Routing(index, weight))
             y.square().sum().backward()
@@ -204,11 +204,11 @@ class TestCompile:
             torch.testing.assert_close(got, want)
 
     def test_a_dead_handle_is_nan_and_flagged(self) -> None:
-        bench = self.bench()
-        compiled = torch.compile(bench.layer, fullgraph=True, backend="aot_eager")
-        routing = lora_mux.Routing(torch.tensor([[bench.handles[0]], [99]]))
+        case = self.case()
+        compiled = torch.compile(case.layer, fullgraph=True, backend="aot_eager")
+        routing = lora_mux.Routing(torch.tensor([[case.handles[0]], [99]]))
         with torch.no_grad():
-            y = compiled(bench.x(2), routing)
+            y = compiled(case.x(2), routing)
         assert y[1].isnan().all() and y[0].isfinite().all()
         with pytest.raises(lora_mux.LoraMuxError, match="NaN: 1"):
             routing.check()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_mux
-from layer import ROUTINGS, Bench, check_relative_norm
+from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
+from lora_mux.ops import dispatch
 
 pytestmark = pytest.mark.interpreter
 
@@ -23,9 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_values(name: str, dtype: torch.dtype) -> None:
-    bench = Bench(dtype=dtype, backend="triton")
+    case = LayerCase(dtype=dtype, backend="triton")
     with torch.no_grad():
-        bench.check(bench.x(4), torch.tensor(ROUTINGS[name]))
+        case.check(case.x(4), torch.tensor(ROUTINGS[name]))
 
 
 @given(data=st.data())
@@ -36,9 +37,9 @@ def test_drawn_cases(data: st.DataObject) -> None:
     ranks = tuple(data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6)))
     rows, J = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 5))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
-    bench = Bench(ranks, size, dtype, bias=data.draw(st.booleans()), backend="triton")
+    case = LayerCase(ranks, size, dtype, bias=data.draw(st.booleans()), backend="triton")
     index = torch.randint(-1, len(ranks), (rows, J))
-    check_relative_norm(bench, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
+    check_relative_norm(case, index, torch.randn(rows, J) if data.draw(st.booleans()) else None)
 
 
 @pytest.mark.slow
@@ -50,37 +51,37 @@ def test_many_drawn_cases(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0)], ids=str)
 def test_shapes_of_x(shape: tuple[int, ...]) -> None:
-    bench = Bench(backend="triton")
-    x = bench.x(*shape)
+    case = LayerCase(backend="triton")
+    x = case.x(*shape)
     with torch.no_grad():
-        y = bench.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
+        y = case.check(x, torch.arange(x[..., 0].numel())[:, None] % 4)
     assert y.shape == (*shape, 160)
 
 
 def test_one_routing_row_per_sample() -> None:
-    bench = Bench(backend="triton")
-    x, index = bench.x(2, 3), torch.tensor([[0, 1], [2, -1]])
+    case = LayerCase(backend="triton")
+    x, index = case.x(2, 3), torch.tensor([[0, 1], [2, -1]])
     with torch.no_grad():
-        by_sample = bench.layer(x, Routing(torch.tensor([*bench.handles, -1])[index]))
-        by_row = bench.check(x, index.repeat_interleave(3, 0))
+        by_sample = case.layer(x, Routing(torch.tensor([*case.handles, -1])[index]))
+        by_row = case.check(x, index.repeat_interleave(3, 0))
     assert torch.equal(by_sample, by_row)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_the_references(dtype: torch.dtype) -> None:
     """To x, y and weight, of duplicates and biases too, where the reference is autograd's."""
-    bench = Bench(ranks=(3, 20, 1), size=(24, 40), dtype=dtype, backend="triton")
+    case = LayerCase(ranks=(3, 20, 1), size=(24, 40), dtype=dtype, backend="triton")
     bias = torch.randn(40)
     A, B = torch.randn(5, 24), torch.randn(40, 5)
-    handles = [*bench.handles, bench.layer.add_adapter("b", A, B, alpha=5, bias=bias), -1]
+    handles = [*case.handles, case.layer.add_adapter("b", A, B, alpha=5, bias=bias), -1]
     index = torch.tensor(handles)[torch.tensor([[0, 1], [1, 1], [-1, -1], [3, 0], [2, 4]])]
-    twin = lora_mux.MuxLinear(bench.linear, backend="reference")
-    for i, adapter in enumerate(bench.adapters):
+    twin = lora_mux.MuxLinear(case.linear, backend="reference")
+    for i, adapter in enumerate(case.adapters):
         twin.add_adapter(f"a{i}", adapter.A, adapter.B, scaling=adapter.scaling)
     twin.add_adapter("b", A, B, alpha=5, bias=bias)
-    x, weight, upstream = bench.x(5), torch.randn(5, 2), torch.randn(5, 40).to(dtype)
+    x, weight, upstream = case.x(5), torch.randn(5, 2), torch.randn(5, 40).to(dtype)
     found = []
-    for layer in (bench.layer, twin):
+    for layer in (case.layer, twin):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = layer(inputs[0], Routing(index, inputs[1]))
         y.backward(upstream)
@@ -93,14 +94,14 @@ def test_gradients_are_the_references(dtype: torch.dtype) -> None:
 
 
 def test_second_gradients_reach_the_input() -> None:
-    bench = Bench(ranks=(3,), size=(8, 6), backend="triton")
-    x = bench.x(2).requires_grad_()
+    case = LayerCase(ranks=(3,), size=(8, 6), backend="triton")
+    x = case.x(2).requires_grad_()
     upstream = torch.randn(2, 6, requires_grad=True)
-    y = bench.layer(x, Routing(torch.tensor([[bench.handles[0]], [-1]])))
+    y = case.layer(x, Routing(torch.tensor([[case.handles[0]], [-1]])))
     (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), upstream)
-    jacobian = bench.linear.weight.detach().repeat(2, 1, 1)
-    jacobian[0] += bench.adapters[0].scaling * bench.adapters[0].B @ bench.adapters[0].A
+    jacobian = case.linear.weight.detach().repeat(2, 1, 1)
+    jacobian[0] += case.adapters[0].scaling * case.adapters[0].B @ case.adapters[0].A
     want = torch.einsum("mnk,mk->mn", jacobian, 2 * torch.einsum("mnk,mn->mk", jacobian, upstream))
     torch.testing.assert_close(second, want)
 
@@ -128,14 +129,14 @@ def test_a_foreign_bases_tensor_is_not_written_to() -> None:
 
 
 def test_base_rows_keep_every_bit() -> None:
-    bench = Bench(backend="triton", dtype=torch.bfloat16)
-    x = bench.x(5)
+    case = LayerCase(backend="triton", dtype=torch.bfloat16)
+    x = case.x(5)
     index = torch.tensor([[0], [-1], [2], [-1], [-1]])
     with torch.no_grad():
-        y = bench.check(x, index)
-        assert torch.equal(y[[1, 3, 4]], bench.linear(x)[[1, 3, 4]])
-        nothing = bench.layer(x, Routing(torch.full((5, 2), -1)))
-        assert torch.equal(nothing, bench.linear(x))
+        y = case.check(x, index)
+        assert torch.equal(y[[1, 3, 4]], case.linear(x)[[1, 3, 4]])
+        nothing = case.layer(x, Routing(torch.full((5, 2), -1)))
+        assert torch.equal(nothing, case.linear(x))
 
 
 class TestHandles:
@@ -143,29 +144,29 @@ class TestHandles:
 
     @pytest.mark.parametrize("handle", [3, 77, 65535, 1 << 16, 2**31 - 1, 2**62])
     def test_never_given_out(self, handle: int) -> None:
-        bench = Bench(ranks=(2, 3, 4), backend="triton")
-        x = bench.x(3)
+        case = LayerCase(ranks=(2, 3, 4), backend="triton")
+        x = case.x(3)
         routing = Routing(
-            torch.tensor([[bench.handles[0], -1], [bench.handles[1], handle], [-1] * 2])
+            torch.tensor([[case.handles[0], -1], [case.handles[1], handle], [-1] * 2])
         )
         with torch.no_grad():
-            y = bench.layer(x, routing)
+            y = case.layer(x, routing)
         assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
         with pytest.raises(lora_mux.errors.UnknownAdapterError, match=r"1 of 3 rows.*NaN: 1$"):
             routing.check()
 
     @pytest.mark.parametrize("tenant", [False, True])
     def test_freed(self, tenant: bool) -> None:
-        bench = Bench(ranks=(2, 3, 4), backend="triton")
-        x, index = bench.x(2), torch.tensor([[bench.handles[1]], [bench.handles[0]]])
+        case = LayerCase(ranks=(2, 3, 4), backend="triton")
+        x, index = case.x(2), torch.tensor([[case.handles[1]], [case.handles[0]]])
         routing = Routing(index)
         with torch.no_grad():
-            before = bench.layer(x, routing)
+            before = case.layer(x, routing)
             routing.check()
-            bench.layer.remove_adapter("a1")
+            case.layer.remove_adapter("a1")
             if tenant:
-                bench.layer.add_adapter("t", torch.ones(3, 96), torch.ones(160, 3), alpha=1)
-            after = bench.layer(x, routing)
+                case.layer.add_adapter("t", torch.ones(3, 96), torch.ones(160, 3), alpha=1)
+            after = case.layer(x, routing)
         assert after[0].isnan().all() and torch.equal(after[1], before[1])
         with pytest.raises(lora_mux.LoraMuxError, match=r"NaN: 0$"):
             routing.check()
@@ -194,32 +195,32 @@ class TestRefusals:
     def test_where_no_kernel_can_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         a = layer.add_adapter("a", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
-        monkeypatch.setattr(ops, "_interpreted", lambda: False)
+        monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
         with pytest.raises(lora_mux.errors.BackendError, match=r"CUDA and ROCm, got x on cpu"):
             layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         says = "needs triton 3.6 or newer, which is not installed"
         with pytest.raises(lora_mux.errors.BackendError, match=says):
             lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         assert "which is not installed" in ops.backend_reason()
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
 
     @pytest.mark.parametrize(
         ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10", True)]
     )
     def test_an_old_triton(self, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        ops._triton_problem.cache_clear()
+        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("triton.__version__", version)
-        assert ops._triton_problem() == ("" if fits else f"got {version}")
-        ops._triton_problem.cache_clear()
+        assert dispatch._triton_problem() == ("" if fits else f"got {version}")
+        dispatch._triton_problem.cache_clear()
 
-    def test_auto_is_the_reference_on_the_cpu(self) -> None:
-        bench = Bench(backend="auto")
+    def test_auto_raises_on_the_cpu(self) -> None:
+        case = LayerCase(backend="auto")
         with pytest.raises(lora_mux.LoraMuxError, match="never given out"):
-            bench.layer(bench.x(1), Routing(torch.tensor([[99]])))
+            case.layer(case.x(1), Routing(torch.tensor([[99]])))
 
 
 def blocks(**how: Any) -> tuple[nn.Module, lora_mux.Mux]:
@@ -348,6 +349,12 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
     assert (got[-1] - want).abs().max() < 2e-4
 
 
+def capturing(patch: pytest.MonkeyPatch) -> None:
+    """Say that a CUDA graph is being captured, to the router and to what makes plans."""
+    for module in (ops, dispatch):
+        patch.setattr(module, "capturing", lambda device: True)
+
+
 @pytest.mark.usefixtures("inference")
 class TestGraphs:
     """What a CUDA graph needs of the host: here capturing is only said, and replaying is looking.
@@ -361,9 +368,9 @@ class TestGraphs:
 
         def capture(model: nn.Module, mux: lora_mux.Mux, x: Tensor) -> Routing:
             model(x)
-            monkeypatch.setattr(ops, "capturing", lambda device: True)
-            model(x)
-            monkeypatch.setattr(ops, "capturing", lambda device: False)
+            with monkeypatch.context() as patch:
+                capturing(patch)
+                model(x)
             return mux._router._captured[-1].routing
 
         return capture
@@ -435,7 +442,7 @@ class TestGraphs:
         layer = lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         layer.reserve(adapters=2, rank=2)
         a = layer.add_adapter("a", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
-        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        capturing(monkeypatch)
         layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
         monkeypatch.undo()
         layer.add_adapter("b", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
@@ -445,6 +452,6 @@ class TestGraphs:
     def test_capturing_wants_a_run_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, mux = blocks()
         mux.set_route(["a", "b"])
-        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        capturing(monkeypatch)
         with pytest.raises(lora_mux.errors.RoutingError, match="once under this route before"):
             model(torch.randn(2, 16))

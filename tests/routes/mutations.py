@@ -3,6 +3,7 @@
 from mutation import Mutation
 
 GRAPHS = "routes/graphs.py"
+PLANS = "routes/plans.py"
 ROUTER = "routes/router.py"
 UNIFORM_ROUTES = "routes/uniform_routes.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
@@ -15,10 +16,10 @@ TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 TEST_BACKWARD = ("routes/test_backward.py",)
 MUTATIONS = {
     "router: any pass is like the last": Mutation(
-        ROUTER, "if kept != case:", "if kept is None:", TEST_CPU_AND_TEST_LINEAR
+        PLANS, "or self._last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "router: a plan for each pass": Mutation(
-        ROUTER, "if kept != case:", "if True:", TEST_CPU_AND_TEST_LINEAR
+        PLANS, "if case is None or", "if True or", TEST_CPU_AND_TEST_LINEAR
     ),
     "router: a graph answers with the base": Mutation(
         GRAPHS, "NOBODY = -2", "NOBODY = -1", TEST_TRITON_BACKEND
@@ -27,7 +28,7 @@ MUTATIONS = {
         ROUTER, "captured.follow(self.in_force", "(self.in_force", TEST_TRITON_BACKEND
     ),
     "router: a plan for each layer": Mutation(
-        ROUTER, "self._plans.append(", "(", TEST_TRITON_BACKEND
+        PLANS, "if planned.layers == layers:", "if False:", TEST_TRITON_BACKEND
     ),
     "router: a backward without its route": Mutation(
         ROUTER, "self._past = past", "pass", TEST_BACKWARD

@@ -1,4 +1,4 @@
-"""A small diffusion transformer, and diffusers without what it warns of when it is imported."""
+"""A small diffusion transformer, and diffusers without the warnings of its import."""
 
 import warnings
 from typing import Any

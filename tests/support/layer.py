@@ -21,7 +21,7 @@ ROUTINGS = {
 }
 
 
-class Bench:
+class LayerCase:
     """A MuxLinear with one adapter per rank, and the same adapters for the oracle."""
 
     def __init__(
@@ -60,24 +60,24 @@ class Bench:
         return y
 
 
-def check_relative_norm(bench: Bench, index: Tensor, weight: Tensor | None) -> None:
+def check_relative_norm(case: LayerCase, index: Tensor, weight: Tensor | None) -> None:
     """A batch against fp64, by the norm of its error."""
     rows, J = index.shape
-    x = bench.x(rows)
+    x = case.x(rows)
     with torch.no_grad():
-        y = bench.layer(x, lora_mux.Routing(torch.tensor([*bench.handles, -1])[index], weight))
+        y = case.layer(x, lora_mux.Routing(torch.tensor([*case.handles, -1])[index], weight))
         strength = torch.ones(rows, J) if weight is None else weight
         chosen = [
-            [(bench.adapters[a], float(w)) for a, w in zip(r, ws, strict=True) if a >= 0]
+            [(case.adapters[a], float(w)) for a, w in zip(r, ws, strict=True) if a >= 0]
             for r, ws in zip(index.tolist(), strength, strict=True)
         ]
-        truth = forward(bench.linear, x, chosen)
+        truth = forward(case.linear, x, chosen)
         assert y.shape == truth.shape and y.dtype == x.dtype
         # Terms may cancel (a single output, weights of both signs): the largest sets the scale.
-        base = forward(bench.linear, x, [[]] * rows)
+        base = forward(case.linear, x, [[]] * rows)
         terms = [
             base,
-            *(forward(bench.linear, x, [c[j : j + 1] for c in chosen]) - base for j in range(J)),
+            *(forward(case.linear, x, [c[j : j + 1] for c in chosen]) - base for j in range(J)),
         ]
         # So may the products of B with h, which a CPU with bf16 instructions rounds: as large as
         # they would be with signs by chance.

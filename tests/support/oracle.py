@@ -43,8 +43,8 @@ def forward(
     return y
 
 
-# Largest error allowed, in units of eps(dtype) * max|y|: one rounding of a base that is itself
-# rounded is 1.0 in half precision; fp32 sums up to 4,096 products, PEFT's own error there is 6.
+# The largest error allowed, in units of eps(dtype) * max|y|. In half precision 1.0 is one rounding
+# of a base that is itself rounded. In fp32 up to 4,096 products are summed; PEFT's error is 6.
 BUDGET = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 

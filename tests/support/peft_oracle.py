@@ -1,4 +1,4 @@
-"""Small models, and adapters that PEFT itself made and saved: the oracle for semantics."""
+"""Small models, and adapters made and saved by PEFT itself: the oracle for semantics."""
 
 import copy
 import warnings
@@ -149,7 +149,7 @@ def save_adapters(
     model: Any = None
     half = {} if dtype is None else {"autocast_adapter_dtype": False}  # else PEFT keeps fp32
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of names that stand in its own prefixes
+        warnings.simplefilter("ignore")  # PEFT warns of names that begin like its own prefixes
         for seed, (name, config) in enumerate(wanted.items()):
             torch.manual_seed(seed)
             if model is None:
@@ -173,7 +173,7 @@ def set_weights(model: Any, weights: Mapping[str, float]) -> None:
 
 
 def attached_llama(folder: Path) -> SimpleNamespace:
-    """A plain model, PEFT's with three adapters, and ours with the same, which lie in folder."""
+    """A plain model, PEFT's with three adapters, and ours with the same ones, saved in a folder."""
     torch.manual_seed(0)
     base = llama()
     wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}

@@ -1,4 +1,4 @@
-"""A small model, adapters of many tenants in PEFT folders, and both for the oracle in fp64."""
+"""A small model and the adapters of many tenants, in PEFT folders and in fp64."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -78,17 +78,17 @@ def truth(model: Model, x: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def check(model: Model, x: Tensor, rows: Sequence[Row]) -> None:
-    """What the model answers under the route in force is the truth."""
+    """Under the route in force, the model answers the truth."""
     with torch.no_grad():
         got = model(x)
-    # Sums whose terms cancel are off by dozens of these units; of another tenant, by millions.
+    # Sums whose terms cancel are off by dozens of these units, another tenant's answer by millions.
     unit = torch.finfo(got.dtype).eps * max(1.0, got.abs().max().item())
     error = (got.double() - truth(model, x, rows)).abs().max().item() / unit
     assert error <= 64, f"{error:.1f} units of eps * max|y|"
 
 
 def attached(rank_rows: int) -> tuple[Model, lora_mux.Mux]:
-    """A model whose pools hold exactly so many rank rows in each layer."""
+    """A model whose pools have exactly `rank_rows` rank rows in each layer."""
     model = Model()
     row = sum(4 * 2 * 16 + 1 for _ in SIZES)  # both widths of both layers round up to 16
     return model, lora_mux.attach(model, memory=rank_rows * row)

@@ -1,0 +1,48 @@
+"""The forms in which adapters are computed, and what a plan of any form can do."""
+
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..core import Pool
+
+# "operators" is the reference behind operators, "triton" the kernels behind the same ones, and
+# "fused" the kernels with the base layer in the same launch.
+Form: TypeAlias = Literal["reference", "cpu", "operators", "triton", "fused"]
+
+
+class Method(NamedTuple):
+    """How the adapters of a layer are computed; layers with the same method share a plan."""
+
+    form: Form
+    block_m: int = 0  # rows of a tile; the host's forms have none
+    batch_invariant: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host reads the index, and raises for a handle that is not alive."""
+        return self.form in ("reference", "cpu")
+
+
+class Plan(Protocol):
+    """Which rows of a batch get which adapters: made once for all layers of a forward pass."""
+
+    @property
+    def strength(self) -> Tensor:
+        """What autograd follows back to the routing's weights."""
+
+    def with_strength(self, strength: Tensor) -> "Plan":
+        """The plan with another tensor of equal values there."""
+
+    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+        """y [..., N] plus the adapters' part for x [..., K]; y itself when no adapter is here.
+
+        Args:
+            owned: nobody else holds y's storage, so that it may be written to.
+        """
+
+
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows what is computed from them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,61 @@
+"""Which form is chosen for what, as values; the forms themselves are judged elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_mux
+from lora_mux import ops
+from lora_mux.ops import dispatch
+
+# backend, type of x's device, whether the kernels run: the form, and the form while compiling.
+FORMS = [
+    ("auto", "cpu", False, "cpu", "operators"),
+    ("auto", "cuda", True, "triton", "triton"),
+    ("auto", "cuda", False, "reference", "operators"),
+    ("auto", "mps", False, "reference", "operators"),
+    ("reference", "cpu", False, "reference", "operators"),
+    ("reference", "cuda", False, "reference", "operators"),
+    ("triton", "cuda", True, "triton", "triton"),
+    ("triton", "cpu", True, "triton", "triton"),  # the interpreter
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "triton", "eager", "compiled"), FORMS)
+def test_forms(backend: Any, device: str, triton: bool, eager: str, compiled: str) -> None:
+    chosen = [dispatch.choose_form(backend, device, triton, compiling) for compiling in (0, 1)]
+    assert chosen == [eager, compiled]
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "form"),
+    [
+        ({}, torch.float32, "cpu"),
+        ({}, torch.float64, "cpu"),
+        ({"backend": "reference"}, torch.float32, "reference"),
+        ({"backend": "triton"}, torch.float32, "triton"),
+        ({"backend": "triton"}, torch.bfloat16, "triton"),
+        ({"backend": "triton", "fused": True}, torch.float32, "triton"),
+        ({"backend": "triton", "fused": True}, torch.bfloat16, "fused"),
+    ],
+    ids=str,
+)
+@pytest.mark.interpreter
+def test_method_of_a_layer(how: dict[str, Any], dtype: torch.dtype, form: str) -> None:
+    layer = lora_mux.MuxLinear(nn.Linear(16, 24, dtype=dtype), **how)
+    x, weight = torch.ones(40, 16, dtype=dtype), layer.weight
+    method = ops.method(layer.mux_settings, x, 40, layer.mux_pool, weight)
+    assert method.form == form and method.on_host == (form in ("cpu", "reference"))
+    assert (method.block_m > 0) == (not method.on_host)
+
+
+@pytest.mark.interpreter
+def test_tiles_of_a_batch_invariant_method_do_not_depend_on_the_batch() -> None:
+    layer = lora_mux.MuxLinear(nn.Linear(16, 24), backend="triton", batch_invariant=True)
+    methods = {
+        ops.method(layer.mux_settings, torch.ones(rows, 16), rows, layer.mux_pool)
+        for rows in (1, 40, 3000)
+    }
+    assert len(methods) == 1
