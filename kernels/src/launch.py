@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Architecture, Config, FusedConfig
+from .config import Architecture, Config, FusedConfig, TileSizes
 from .expand import expand_kernel
 from .fused import fused_kernel
 from .plan import plan_kernel
@@ -226,16 +226,16 @@ def linear(
     return y
 
 
-# Fused launches of one stream follow one another, so that they can share a pair of counters; those
-# of two streams may overlap. Streams live as long as the process, and operators are functions that
-# hand on tensors alone: so the process numbers its streams. A number is never given away again. A
-# new stream with the handle of one that is gone has its number, which nothing else uses by then.
+# Fused launches of one stream follow one another, so they can share a pair of counters; those of
+# two streams may overlap. Global, because streams belong to the process and operators are functions
+# of tensors, which have nowhere to keep a number. No number is given to a second handle. A new
+# stream may have the handle of one that is gone, and then its number, which nothing else uses.
 _STREAMS: dict[int, int] = {}  # a stream's handle -> its number
 _NUMBERING = Lock()
 
 
 def stream_number(device: torch.device) -> int | None:
-    """Which of Plan.counters the current stream has; None when STREAMS others were in use."""
+    """The row of Plan.counters for the current stream; None when STREAMS others had one before."""
     handle = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     number = _STREAMS.get(handle)
     if number is None:
@@ -244,7 +244,7 @@ def stream_number(device: torch.device) -> int | None:
     return number if number < STREAMS else None
 
 
-def h_shape(plan: Plan, max_rank: int, config: Config | FusedConfig) -> tuple[int, int, int, int]:
+def h_shape(plan: Plan, max_rank: int, config: TileSizes) -> tuple[int, int, int, int]:
     """[split_k, M, J, R]; R is `max_rank`, at least every rank, rounded up to whole blocks."""
     blocks = max(1, _cdiv(max_rank, RANK_BLOCK.value))
     return config.split_k, *plan.slots.shape, blocks * RANK_BLOCK.value
@@ -266,13 +266,13 @@ def _unit(tensor: Tensor) -> int:
     return gcd(tensor.shape[1], tensor.stride(0), 16)
 
 
-def _groups(U: int, R: int, config: Config | FusedConfig, most: int) -> int:
+def _groups(U: int, R: int, config: TileSizes, most: int) -> int:
     """Programs of shrink for a tile and split: one for each group of blocks, up to `most`."""
     groups = _cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
     return min(groups, max(1, most))
 
 
-def _registers(config: Config | FusedConfig, unit: int) -> dict[str, int]:
+def _registers(config: TileSizes, unit: int) -> dict[str, int]:
     """A limit for the compiler; only NVIDIA's knows the option.
 
     Rows that are read element by element need more: as many as there are.
@@ -287,11 +287,11 @@ def _window(U: int) -> int:
     return min(UNION_WINDOW, max(16, _power(U)))
 
 
-# triton.cdiv and next_power_of_2 do the same in 2.6 us a call, a sixteenth of a whole launch.
 def _cdiv(n: int, block: int) -> int:
+    """n / block, rounded up: triton.cdiv takes 2.6 us a call, a sixteenth of a whole launch."""
     return -(-n // block)
 
 
 def _power(n: int) -> int:
-    """The next power of two, n itself if it is one."""
+    """The next power of two, or n itself: triton.next_power_of_2 takes as long."""
     return 1 << (n - 1).bit_length()

@@ -16,12 +16,12 @@ RANK_BLOCK = tl.constexpr(16)
 
 
 class Sizes(NamedTuple):
-    """Of a batch, in a kernel: h is [SPLIT_K, M, J, R]."""
+    """The sizes of a batch: h is [SPLIT_K, M, J, R]."""
 
     M: tl.tensor  # rows
     J: tl.tensor  # places of a row
     R: tl.tensor  # a multiple of RANK_BLOCK, at least every rank
-    U: tl.tensor  # bounds the slots of a tile's union
+    U: tl.tensor  # room for a tile's union
 
 
 class Blocks(NamedTuple):
@@ -77,6 +77,9 @@ def rank_rows(blocks, GROUP: tl.constexpr):
 
 @triton.jit
 def find_places(blocks, window, place_ptr, BLOCK_M: tl.constexpr):
-    """[BLOCK_M, GROUP]: the place at which each row selects a block's slot, or -1."""
+    """[BLOCK_M, GROUP]: the place at which each row selects a block's slot, or -1.
+
+    place_ptr [BLOCK_M, 1] is where the rows' places of the union's first slot are.
+    """
     place_rows = place_ptr + (window + blocks.u)[None, :] * BLOCK_M
     return tl.load(place_rows, mask=blocks.exists[None, :], other=-1).to(tl.int32)

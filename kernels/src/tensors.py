@@ -1,8 +1,8 @@
 """Tensors that belong together: operators, launchers and kernels hand them on whole.
 
-In a kernel they are pointers under the same names. Importing this file takes neither Triton nor
-torch: the operators are defined from these fields where Triton is missing, and
-tests/support/codegen.py compiles the kernels where torch is.
+In a kernel they are pointers under the same names. Importing this file needs neither Triton nor
+torch: operators are defined from these fields where Triton is missing, and
+tests/support/codegen.py compiles the kernels where torch is missing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SLOT_MASK = 0xFFFF  # a handle is generation << 16 | slot
-# Plan.state of a row: it selects nothing; it selects an adapter; a handle of it is not alive.
+# Plan.state of a row: it selects nothing; it selects adapters; it names a handle that is not alive.
 BASE, SELECTS, DEAD = 0, 1, 2
-# Fused launches of one forward pass may be on 64 streams, each with counters of its own: 16 bytes,
-# of which two numbers are used.
+# Fused launches of one forward pass may be on 64 streams. Each has counters of its own: 16 bytes,
+# of which the first two numbers are used.
 STREAMS, COUNTERS = 64, 4
 
 
 class Plan(NamedTuple):
-    """What the rows of a batch select, for all layers of a forward pass; plan.py has formulas.
+    """What the rows of a batch select, for all layers of a forward pass; formulas are in plan.py.
 
-    M rows with J places each, in T tiles of BLOCK_M rows; U bounds the slots of a tile's union.
+    M rows have J places each, and lie in T tiles of BLOCK_M rows; U is room for a tile's union.
     """
 
     slots: Tensor  # [M, J] int32, -1 = none
@@ -55,10 +55,13 @@ class Pool(NamedTuple):
 
 
 def tiles_and_union(rows: int, places: int, capacity: int, block_m: int) -> tuple[int, int]:
-    """(T, U) of a Plan: tiles and one more, and the most slots, of `capacity`, of a union.
+    """(T, U) of a Plan: one more than the tiles, and the most slots that a union can hold.
 
-    One more tile than there are, so that T is not 1 for few rows and more for others: torch.export
-    and dynamic graphs would make that two cases.
+    One tile more, so that T is not 1 for few rows and 2 or more for others: torch.export and
+    dynamic graphs would make that two cases.
+
+    Args:
+        capacity: of the slots; more than any slot in use.
     """
     import torch
 

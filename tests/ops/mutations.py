@@ -120,6 +120,12 @@ MUTATIONS = {
         "B_rows=rows.A_rows)",
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
+    "operators: gradients in another order": Mutation(
+        OPERATORS,
+        '("y", "x", *RankRows',
+        '("x", "y", *RankRows',
+        TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
+    ),
     "operators: the gradient of strength without scaling": Mutation(
         OPERATORS, ".sum(2) * scaling)", ".sum(2))", TEST_OPERATORS_AND_TEST_TRITON_BACKEND
     ),
