@@ -189,6 +189,9 @@ class Pool(nn.Module):
         self.spans[slot] = Span(start, used, weights.bias is not None, weights.scaling)
         self.A_rows[start : start + r, : self.in_features] = weights.A
         self.B_rows[start : start + r, : self.out_features] = weights.B.T
+        # What to_empty() has brought from the meta device holds anything beyond them.
+        self.A_rows[start : start + used, self.in_features :] = 0
+        self.B_rows[start : start + used, self.out_features :] = 0
         self.constant[start : start + used] = False
         if weights.bias is not None:
             self.A_rows[start + r] = 0
