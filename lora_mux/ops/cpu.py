@@ -6,7 +6,7 @@ A batch is cut into groups of rows and slots (cpu_groups.py), and a group become
 few in each layer, by the ranks that its slots have there.
 
 Products are fp32, or bf16 on a CPU that has instructions for it; then h is rounded to bf16, as in
-PEFT, and inner dimensions are even. y is rounded once. There are no
+PEFT, and inner dimensions are even. Autocast changes none of that. y is rounded once. There are no
 gradients: where autograd follows, the reference computes.
 
 What depends on the routing is found once for all layers that hold the same adapters. What depends
@@ -150,6 +150,9 @@ class Plan:
 
         Rows that select none keep every bit.
         """
+        if torch.is_autocast_enabled("cpu"):  # it would compute products in a dtype of its own
+            with torch.autocast("cpu", enabled=False):
+                return self.add(y, x, pool, owned)
         if tracked(y, x, self.weight):
             return self.reference.add(y, x, pool, owned)
         if y.ndim != 2:
