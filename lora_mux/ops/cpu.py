@@ -283,7 +283,8 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
 
     strength = weight * [[[span.scaling for span in member]] for member in found]
     wanted = strength[selects]
-    equal = bool((wanted == wanted[0]).all())
+    # torch takes no number as alpha that y cannot hold; in a tensor it is infinite.
+    equal = bool((wanted == wanted[0]).all()) and abs(wanted[0]) <= torch.finfo(dtype).max
     mask = None
     if odd or not selects.all():
         mask = for_rank_rows(-selects.astype(np.int8), INTS[dtype.itemsize])
