@@ -41,7 +41,10 @@ MUTATIONS = {
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: a version of buffers elsewhere": Mutation(
-        POOL, "self.version, scaling = Version(),", "scaling =", TEST_CPU_AND_TEST_LINEAR
+        POOL,
+        "self.version, scaling, before = Version(),",
+        "scaling, before =",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: always fits": Mutation(
         POOL, "return all(n <= h", "return True or all(n <= h", TEST_TRITON_BACKEND
