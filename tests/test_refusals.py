@@ -136,6 +136,9 @@ REFUSALS = {
     ),
     "alpha: type": Refusal(lambda s: s.add(alpha="2"), ("`alpha`", "number", "str"), TypeError),
     "alpha: nan": Refusal(lambda s: s.add(alpha=NAN), ("`alpha`", "finite", "nan"), ValueError),
+    "alpha: beyond fp32": Refusal(
+        lambda s: s.add(alpha=10**400), ("`alpha`", "finite in fp32", "beyond 1.7e308"), ValueError
+    ),
     "remove_adapter: unknown": Refusal(
         lambda s: s.layer.remove_adapter("sqk"),
         ("'sqk'", "did you mean 'sql'", "loaded"),
@@ -183,6 +186,11 @@ REFUSALS = {
     "weight: nan": Refusal(
         lambda s: s.call(index([0], [0]), torch.tensor([[1.0], [NAN]])),
         ("`weight`", "finite", "nan at [1, 0]"),
+        ValueError,
+    ),
+    "weight: beyond fp32": Refusal(
+        lambda s: s.call(index([0], [0]), torch.tensor([[1.0], [1e300]], dtype=torch.float64)),
+        ("`weight`", "finite in fp32", "1e+300 at [1, 0]"),
         ValueError,
     ),
     "routing: type": Refusal(
@@ -296,10 +304,15 @@ REFUSALS = {
         lambda s: s.routed([("sql", "__base__")]), ("`rows[0]`", "__base__", "alone"), ValueError
     ),
     "rows: weight": Refusal(
-        lambda s: s.routed([{"sql": "1"}]), ("`rows[0]`", "number", "str"), TypeError
+        lambda s: s.routed([{"sql": "1"}]), ("`rows[0]['sql']`", "number", "str"), TypeError
     ),
     "rows: weight nan": Refusal(
-        lambda s: s.routed([{"sql": NAN}]), ("`rows[0]`", "finite", "nan"), ValueError
+        lambda s: s.routed([{"sql": NAN}]), ("`rows[0]['sql']`", "finite", "nan"), ValueError
+    ),
+    "rows: weight beyond fp32": Refusal(
+        lambda s: s.routed([None, {"french": 1.0, "sql": 1e300}]),
+        ("`rows[1]['sql']`", "finite in fp32", "1e+300"),
+        ValueError,
     ),
     "rows: count": Refusal(
         lambda s: s.routed(["sql"]),

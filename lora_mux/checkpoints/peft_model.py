@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core import LoraWeights
+from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError
 from ..layers import Target, check_linear
 from .peft_config import parse_config
@@ -32,7 +32,8 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged.
+        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged, or has a
+            scaling that is not finite in fp32.
         TargetError: a layer cannot carry adapters here.
     """
     if not hasattr(peft_model, "peft_config"):
@@ -86,8 +87,10 @@ def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[st
         peft_model, adapter_name=name, save_embedding_layers=False
     )
     weights = peft_weights(source, config, tensors)
-    # set_scale may have changed the scaling.
-    return {
-        path: replace(part, scaling=float(layers[path].scaling[name]))
-        for path, part in weights.items()
-    }
+
+    def scaling(path: str) -> float:
+        """The scaling as it is now: set_scale may have changed it."""
+        found = float(layers[path].scaling[name])
+        return check_number(found, f"peft_model: {path}.scaling[{name!r}]", CheckpointError)
+
+    return {path: replace(part, scaling=scaling(path)) for path, part in weights.items()}

@@ -1,10 +1,14 @@
 """Checks of plain arguments, by errors that name them."""
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 
 from ..errors import ArgumentTypeError, LoraMuxError, RoutingError
+
+# Numbers from here on are infinite when they are rounded to fp32, in which weights and scalings are
+# held.
+FP32_OVERFLOW = 2.0**128 - 2.0**103
+FINITE = "finite in fp32 (at most 3.4e38 in size)"
 
 
 def check_number(value: object, argument: str, error: type[LoraMuxError] = RoutingError) -> float:
@@ -12,13 +16,18 @@ def check_number(value: object, argument: str, error: type[LoraMuxError] = Routi
 
     Raises:
         ArgumentTypeError: it is not a real number.
-        LoraMuxError: it is not finite; raised as `error`.
+        LoraMuxError: it is not finite, in fp32; raised as `error`.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentTypeError(f"`{argument}` must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise error(f"`{argument}` must be finite, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        # Of an int or a fraction, which may have more digits than Python prints.
+        raise error(f"`{argument}` must be {FINITE}, got a number beyond 1.7e308") from None
+    if not abs(number) < FP32_OVERFLOW:
+        raise error(f"`{argument}` must be {FINITE}, got {number}")
+    return number
 
 
 def check_numbers(values: object, count: int, argument: str) -> list[float]:

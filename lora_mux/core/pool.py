@@ -5,6 +5,8 @@ columns of B. An adapter of rank r occupies exactly r consecutive rank rows, wha
 the others; one that does not touch this layer has rank 0 and occupies none.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -189,6 +191,9 @@ class Pool(nn.Module):
         self.spans[slot] = Span(start, used, weights.bias is not None, weights.scaling)
         self.A_rows[start : start + r, : self.in_features] = weights.A
         self.B_rows[start : start + r, : self.out_features] = weights.B.T
+        # What to_empty() has brought from the meta device holds anything beyond them.
+        self.A_rows[start : start + used, self.in_features :] = 0
+        self.B_rows[start : start + used, self.out_features :] = 0
         self.constant[start : start + used] = False
         if weights.bias is not None:
             self.A_rows[start + r] = 0
@@ -255,12 +260,42 @@ class Pool(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
-        self.version, scaling = Version(), self.scaling
+        self.version, scaling, before = Version(), self.scaling, self.A_rows.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:
             self.scaling = scaling.to(self.scaling.device, dtype)
+        if torch.finfo(self.A_rows.dtype).max < torch.finfo(before).max:
+            self._confine()
         return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _confine(self) -> None:
+        """Make NaN of the rows of adapters that have become infinite by a cast to a smaller dtype.
+
+        Left as they are, they would reach other adapters' rows, since 0 x infinity is NaN too.
+        """
+        factors = self.A_rows, self.B_rows
+        if self.A_rows.is_meta or all(is_finite(rows, rows.dtype) for rows in factors):
+            return
+        lost = 0
+        for slot, span in self.spans.items():
+            held = slice(span.offset, span.offset + span.rows)
+            if all(is_finite(rows[held], rows.dtype) for rows in factors):
+                continue
+            lost += 1
+            for rows in factors:
+                rows[held] = 0
+            self.spans[slot] = span._replace(scaling=math.nan)
+            self.scaling[slot] = math.nan
+        if lost:
+            warnings.warn(
+                f"{lost} of {len(self.spans)} adapters of a layer hold values that "
+                f"{self.A_rows.dtype} does not; rows that select them are NaN until they are "
+                "loaded again",
+                stacklevel=2,
+            )
 
 
 def rank_rows(weights: LoraWeights) -> int:

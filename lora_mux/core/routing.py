@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, RoutingError, UnknownAdapterError
+from .arguments import FINITE
 
 BASE = "__base__"  # the name that stands for the base model
 NONE = -1  # the index of a place that selects no adapter
@@ -43,7 +44,8 @@ class Routing:
     Raises:
         ArgumentTypeError: index or weight is not a tensor, or has the wrong kind of dtype.
         RoutingError: the shapes or the devices do not fit. On the CPU also: an index below -1, or
-            a weight that is not finite. On other devices that check would cost a sync.
+            a weight that is not finite in fp32, whatever its dtype is: a routing does not know in
+            which dtype layers will compute. On other devices that check would cost a sync.
 
     Examples:
         >>> import torch
@@ -199,8 +201,10 @@ def _check_weight(weight: object, index: Tensor) -> None:
         raise RoutingError(
             f"`weight` must be on index's device {index.device}, got {weight.device}"
         )
-    if host_may_read(weight) and not bool(weight.isfinite().all()):
-        row, place = (~weight.isfinite()).nonzero()[0].tolist()
-        raise RoutingError(
-            f"`weight` must be finite, got {float(weight[row, place])} at [{row}, {place}]"
-        )
+    if not host_may_read(weight):
+        return
+    finite = weight.detach().to(torch.float32).isfinite()
+    if not bool(finite.all()):
+        row, place = (~finite).nonzero()[0].tolist()
+        got = weight.detach()[row, place].item()
+        raise RoutingError(f"`weight` must be {FINITE}, got {got} at [{row}, {place}]")

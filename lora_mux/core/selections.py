@@ -19,14 +19,18 @@ def selected_adapters(entry: object, argument: str) -> dict[str, float]:
 
     Raises:
         ArgumentTypeError: the entry, a name or a weight has the wrong type.
-        RoutingError: a name appears twice, a weight is not finite, or "__base__" is one of several.
+        RoutingError: a name appears twice, a weight is not finite in fp32, or "__base__" is one of
+            several.
     """
     if entry is None or (isinstance(entry, str) and entry == BASE):
         return {}
     if isinstance(entry, str):
         return {entry: 1.0}
     if isinstance(entry, Mapping):
-        return {_check_name(name, argument): check_number(w, argument) for name, w in entry.items()}
+        return {
+            _check_name(name, argument): check_number(weight, f"{argument}[{name!r}]")
+            for name, weight in entry.items()
+        }
     if isinstance(entry, Sequence) and not isinstance(entry, bytes):
         names = [_check_name(name, argument) for name in entry]
         repeated = sorted({name for name in names if names.count(name) > 1})

@@ -6,7 +6,8 @@ A batch is cut into groups of rows and slots (cpu_groups.py), and a group become
 few in each layer, by the ranks that its slots have there.
 
 Products are fp32, or bf16 on a CPU that has instructions for it; then h is rounded to bf16, as in
-PEFT. y is rounded once. There are no gradients: where autograd follows, the reference computes.
+PEFT, and inner dimensions are even. Autocast changes none of that. y is rounded once. There are no
+gradients: where autograd follows, the reference computes.
 
 What depends on the routing is found once for all layers that hold the same adapters. What depends
 on a pool is found once until its rank rows are written or moved: where the base layer has emptied
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import Pool, Span, Version
 from . import reference
@@ -46,8 +48,20 @@ def bf16_is_fast() -> bool:
     return bool(supported and supported())
 
 
+def _even(size: int, dtype: torch.dtype) -> int:
+    """How long a product's inner dimension of that size is made.
+
+    With AMX, oneDNN takes bf16 by twos and reads one element beyond an odd inner dimension: the
+    next row's first, times 0, which is NaN if that is not finite. torch.mm does so as well.
+    """
+    return size + size % 2 if dtype == torch.bfloat16 else size
+
+
 class Product(NamedTuple):
-    """What a Group adds in a layer where its J slots have R rank rows: y += alpha * h B."""
+    """What a Group adds in a layer where its J slots have R rank rows: y += alpha * h B.
+
+    In bf16 R is even: an odd number of rank rows is followed by the last one again, masked.
+    """
 
     shape: tuple[int, int, int]  # G, m, R; tensors have no dimension G where G = 1
     rows: Rows | None  # [G * m] of x and y; None = all, in order
@@ -59,7 +73,8 @@ class Product(NamedTuple):
 
     def factors(self, pool: Pool, dtype: torch.dtype) -> Factors:
         """A^T and B; views of the pool where dtype and the order of rank rows allow it."""
-        (G, _, R), K, N = self.shape, pool.in_features, pool.out_features
+        (G, _, R), N = self.shape, pool.out_features
+        K = _even(pool.in_features, dtype)
         A = _taken(pool.A_rows, self.rank_rows).to(dtype)
         B = _taken(pool.B_rows, self.rank_rows).to(dtype)
         if A.shape[1] != K or B.shape[1] != N:  # rounded up in the pool
@@ -104,6 +119,7 @@ class Prepared(NamedTuple):
     B_rows: Tensor
     given: tuple[torch.dtype, torch.dtype]  # of x and y
     dtype: torch.dtype  # of the products
+    widening: int  # columns of zeros that x gets
     sums: torch.dtype  # of y while products are added to it
     products: list[tuple[Product, Factors | None]]  # None = to be copied for each call
 
@@ -134,14 +150,19 @@ class Plan:
 
         Rows that select none keep every bit.
         """
+        if torch.is_autocast_enabled("cpu"):  # it would compute products in a dtype of its own
+            with torch.autocast("cpu", enabled=False):
+                return self.add(y, x, pool, owned)
         if tracked(y, x, self.weight):
             return self.reference.add(y, x, pool, owned)
         if y.ndim != 2:
             y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
             return self.add(y_rows, x_rows, pool, owned).reshape(y.shape)
-        _, _, (_, given), dtype, sums, products = self._in(pool, x.dtype, y.dtype)
+        _, _, (_, given), dtype, widening, sums, products = self._in(pool, x.dtype, y.dtype)
         if x.dtype != dtype:
             x = x.to(dtype)
+        if widening:
+            x = pad(x, (0, widening))
         out = y if owned and given == sums else y.to(sums, copy=True)
         for product, factors in products:
             product.add_to(out, x, *(factors or product.factors(pool, dtype)))
@@ -218,7 +239,8 @@ class Plan:
             (p, p.factors(pool, dtype) if views and isinstance(p.rank_rows, slice) else None)
             for p in self._products[key]
         ]
-        return Prepared(A_rows, B_rows, (x, y), dtype, sums, products)
+        widening = _even(pool.in_features, dtype) - pool.in_features
+        return Prepared(A_rows, B_rows, (x, y), dtype, widening, sums, products)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (self.weight, self.slots)  # a copy prepares for pools of its own
@@ -252,23 +274,31 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
         rows, weight, selects = rows[:, some], weight[:, some], selects[:, some]
     (G, m), found = rows.shape, [[spans[slot] for slot in member] for member in slots.tolist()]
     ranks = [span.rows for span in found[0]]
+    odd = _even(sum(ranks), dtype) - sum(ranks)  # 1: the last rank row stands there once more
 
     def for_rank_rows(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
         """[G, ., J] -> [G, ., R]"""
-        spread = torch.from_numpy(np.repeat(values, ranks, 2)).to(dtype)
-        return spread if G > 1 else spread[0]
+        spread = np.repeat(values, [*ranks[:-1], ranks[-1] + odd], 2)
+        return torch.from_numpy(spread if G > 1 else spread[0]).to(dtype)
 
     strength = weight * [[[span.scaling for span in member]] for member in found]
     wanted = strength[selects]
-    equal = bool((wanted == wanted[0]).all())
+    # torch takes no number as alpha that y cannot hold; in a tensor it is infinite.
+    equal = bool((wanted == wanted[0]).all()) and abs(wanted[0]) <= torch.finfo(dtype).max
+    mask = None
+    if odd or not selects.all():
+        mask = for_rank_rows(-selects.astype(np.int8), INTS[dtype.itemsize])
+        mask[..., sum(ranks) :] = 0
     in_order = [span for member in found for span in member]
     rank_rows = np.concatenate([np.arange(s.offset, s.offset + s.rows) for s in in_order])
     constant = np.zeros(len(rank_rows), np.bool_)
     constant[np.cumsum([span.rows for span in in_order]) - 1] = [span.bias for span in in_order]
+    if odd:
+        rank_rows, constant = (_last_twice(v.reshape(G, -1)) for v in (rank_rows, constant))
     biases = torch.from_numpy(constant).view((G, 1, -1) if G > 1 else (1, -1))
     every = np.array_equal(rows.ravel(), np.arange(M))
     return Product(
-        shape=(G, m, sum(ranks)),
+        shape=(G, m, sum(ranks) + odd),
         rows=None if every else _rows(rows.ravel()),
         rank_rows=_rows(rank_rows),
         constant=biases if constant.any() else None,
@@ -276,10 +306,13 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
         strength=None
         if equal
         else for_rank_rows(strength, torch.promote_types(dtype, torch.float32)),
-        mask=None
-        if selects.all()
-        else for_rank_rows(-selects.astype(np.int8), INTS[dtype.itemsize]),
+        mask=mask,
     )
+
+
+def _last_twice(values: NDArray[Any]) -> NDArray[Any]:
+    """[G, R] -> [G * (R + 1)]"""
+    return np.concatenate((values, values[:, -1:]), 1).ravel()
 
 
 def _rows(rows: Ints) -> Rows:

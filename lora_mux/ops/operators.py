@@ -140,7 +140,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Ten
         fused = _triton_linear(x, weight, bias, rows, plan, how)
         if fused is not None:
             return fused
-    y = torch.nn.functional.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # y is to have x's dtype
+        y = torch.nn.functional.linear(x, weight, bias)
     _add_lora_(y, x, *shared)
     return y
 

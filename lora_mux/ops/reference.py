@@ -2,9 +2,9 @@
 
     y[m] += sum_j weight[m, j] * scaling[slot[m, j]] * B[slot[m, j]] (A[slot[m, j]] x[m])
 
-Differentiable in x, y, weight and the pool; any floating dtype; accumulates in at least fp32 and
-rounds once. Weights are read once per distinct adapter of the batch, never copied per row. It
-shares nothing with the kernels.
+Differentiable in x, y, weight and the pool; any floating dtype; accumulates in at least fp32, under
+autocast too, and rounds once. Weights are read once per distinct adapter of the batch, never copied
+per row. It shares nothing with the kernels.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,9 @@ def plan(slots: Tensor, weight: Tensor) -> Plan:
 
 def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
     """y [M, N] plus what x [M, K] gets from its adapters; rows that select none keep every bit."""
+    if torch.is_autocast_enabled(y.device.type):
+        with torch.autocast(y.device.type, enabled=False):
+            return add_lora(y, x, rows, plan)
     row, owner = _rows_in_use(rows, plan.slots)
     if not len(row):
         return y
@@ -65,6 +68,9 @@ def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) ->
 
     [M, J] for grad [M, N], x [M, K] and slots [M, J]; 0 where slots is -1.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return strength_gradient(grad, x, rows, slots)
     used, place = torch.unique(slots, return_inverse=True)  # place [M, J] -> 0..U
     row, owner = _rows_in_use(rows, used.clamp(min=0))
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -9,8 +9,12 @@ SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
 TEST_PEFT_FOLDER = ("checkpoints/test_peft_folder.py",)
+TEST_PEFT_MODEL = ("checkpoints/test_peft_model.py",)
 TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
+    "peft_model: any scaling": Mutation(
+        PEFT_MODEL, "return check_number(found,", "return (lambda n, *_: n)(found,", TEST_PEFT_MODEL
+    ),
     "peft_model: a model that believes to have adapters": Mutation(
         PEFT_MODEL, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT
     ),

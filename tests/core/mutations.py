@@ -2,14 +2,32 @@
 
 from mutation import Mutation
 
+ARGUMENTS = "core/arguments.py"
 FREE_RUNS = "core/free_runs.py"
 POOL = "core/pool.py"
+ROUTING = "core/routing.py"
 SLOTS = "core/slots.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
+TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
+TEST_CASTS = ("core/test_casts.py",)
+TEST_NUMBERS = ("core/test_numbers.py",)
 TEST_FREE_RUNS = ("core/test_free_runs.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 MUTATIONS = {
+    "arguments: numbers that only a float holds": Mutation(
+        ARGUMENTS, "abs(number) < FP32_OVERFLOW", "abs(number) < 1.8e308", TEST_NUMBERS
+    ),
+    "routing: weights that only fp64 holds": Mutation(
+        ROUTING, "weight.detach().to(torch.float32).isfinite()", "weight.isfinite()", TEST_NUMBERS
+    ),
+    "pool: whatever to_empty() has brought": Mutation(
+        POOL,
+        "self.A_rows[start : start + used, self.in_features :] = 0",
+        "pass",
+        TEST_BF16_PRODUCTS,
+    ),
+    "pool: infinite after a cast": Mutation(POOL, "self._confine()", "pass", TEST_CASTS),
     "pool: one version before and after rows slide": Mutation(
         POOL, "self.version = Version()\n        old, new", "old, new", TEST_CPU_AND_TEST_LINEAR
     ),
@@ -23,7 +41,10 @@ MUTATIONS = {
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: a version of buffers elsewhere": Mutation(
-        POOL, "self.version, scaling = Version(),", "scaling =", TEST_CPU_AND_TEST_LINEAR
+        POOL,
+        "self.version, scaling, before = Version(),",
+        "scaling, before =",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: always fits": Mutation(
         POOL, "return all(n <= h", "return True or all(n <= h", TEST_TRITON_BACKEND

@@ -6,6 +6,7 @@ CPU = "ops/cpu.py"
 CPU_GROUPS = "ops/cpu_groups.py"
 DISPATCH = "ops/dispatch.py"
 OPERATORS = "ops/operators.py"
+REFERENCE = "ops/reference.py"
 TILED = "ops/tiled.py"
 TEST_DISPATCH = ("ops/test_dispatch.py",)
 TEST_FUSED = ("kernels/test_fused.py",)
@@ -13,6 +14,9 @@ TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_OPERATORS_AND_TEST_TRITON_BACKEND = ("ops/test_operators.py", "ops/test_triton_backend.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 TEST_TUNED = ("measure/test_tune.py",)
+TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
+TEST_AUTOCAST = ("ops/test_autocast.py",)
+TEST_LARGE_WEIGHTS = ("ops/test_large_weights.py",)
 MUTATIONS = {
     "fused: rows that are no multiple of 16 bytes": Mutation(
         DISPATCH, "if N % 8 or K % 8", "if False", TEST_FUSED
@@ -107,6 +111,27 @@ MUTATIONS = {
     ),
     "cpu: all adapters share a product": Mutation(
         CPU_GROUPS, "shared[alone] = -1 - np.flatnonzero(alone)", "pass", TEST_CPU_AND_TEST_LINEAR
+    ),
+    "cpu: odd inner dimensions in bf16": Mutation(
+        CPU, "return size + size % 2 if", "return size if", TEST_BF16_PRODUCTS
+    ),
+    "cpu: the last rank row counts twice": Mutation(
+        CPU, "mask[..., sum(ranks) :] = 0", "pass", TEST_BF16_PRODUCTS
+    ),
+    "cpu: a strength that y does not hold is a number": Mutation(
+        CPU, "and abs(wanted[0]) <= torch.finfo(dtype).max", "", TEST_LARGE_WEIGHTS
+    ),
+    "cpu: products in autocast's dtype": Mutation(
+        CPU, 'if torch.is_autocast_enabled("cpu"):', "if False:", TEST_AUTOCAST
+    ),
+    "reference: products in autocast's dtype": Mutation(
+        REFERENCE, "if torch.is_autocast_enabled(y.device.type):", "if False:", TEST_AUTOCAST
+    ),
+    "reference: the gradient of strength in autocast's dtype": Mutation(
+        REFERENCE, "if torch.is_autocast_enabled(x.device.type):", "if False:", TEST_AUTOCAST
+    ),
+    "operators: linear in autocast's dtype": Mutation(
+        OPERATORS, "torch.autocast(x.device.type, enabled=False)", "torch.no_grad()", TEST_AUTOCAST
     ),
     "dispatch: eager on the host while compiling": Mutation(
         DISPATCH, "if compiling:", "if False:", TEST_DISPATCH
