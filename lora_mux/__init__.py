@@ -14,6 +14,7 @@ from .layers import MuxLinear as MuxLinear
 from .model import Mux as Mux
 from .model import attach as attach
 from .model import attach_peft as attach_peft
+from .model import detach as detach
 
 __all__ = [
     "LoraMuxError",
@@ -23,5 +24,6 @@ __all__ = [
     "__version__",
     "attach",
     "attach_peft",
+    "detach",
     "errors",
 ]

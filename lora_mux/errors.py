@@ -10,7 +10,7 @@
     |-- BackendError         (ValueError)    a backend does not exist, or cannot run here
     |-- UnknownAdapterError  (KeyError)      no loaded adapter has this name or handle
     |-- PoolCapacityError    (RuntimeError)  adapters do not fit, and their pool cannot grow
-    |-- RoutingBusyError     (RuntimeError)  another thread is using the model's route
+    |-- RoutingBusyError     (RuntimeError)  beside others who use the model this cannot be right
     `-- DetachedError        (RuntimeError)  this Mux was detached from its model
 
 Each message names the argument, what was expected, what was got, and the way out. A call that
@@ -65,7 +65,12 @@ class PoolCapacityError(LoraMuxError, RuntimeError):
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):
-    """Another thread is inside a `with` block, or a forward pass, of the same model."""
+    """Others are using the model, and beside them this cannot be right.
+
+    That is a generate() without rows of its own beside others' blocks, since it may belong to one;
+    a block while CUDA graphs read another's, which does not end; a pass of a compiled model whose
+    rows another task has changed; or detach() while a block is open or a pass in progress.
+    """
 
 
 class DetachedError(LoraMuxError, RuntimeError):

@@ -28,7 +28,7 @@ WITH_CODE = {"README.md"} | {
     f"docs/{name}.md"
     for name in (
         *("compose", "concepts", "errors", "examples", "from_peft", "graphs"),
-        *("isolation", "quickstart", "route_tokens", "serving"),
+        *("isolation", "quickstart", "route_tokens", "serving", "towers"),
     )
 }
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]

@@ -1,6 +1,7 @@
 """The public names, and that each is documented and typed."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ PUBLIC = [
     "__version__",
     "attach",
     "attach_peft",
+    "detach",
     "errors",
 ]
 METHODS = {
@@ -23,12 +25,14 @@ METHODS = {
             "active_adapters",
             "adapters",
             "add_adapter",
+            "call",
             "detach",
             "disable_adapter",
             "load",
             "load_many",
             "memory",
             "model",
+            "of",
             "pin",
             "prefetch",
         ),
@@ -49,15 +53,16 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_members(name: str) -> None:
-    own = vars(getattr(lora_mux, name))
-    members = [m for m, v in own.items() if callable(v) or isinstance(v, property)]
+    ours = [c for c in getattr(lora_mux, name).__mro__ if c.__module__.startswith("lora_mux.")]
+    kinds = (Callable, property, classmethod)  # a classmethod itself is not callable
+    members = [m for c in ours for m, v in vars(c).items() if isinstance(v, kinds)]
     # mux_ marks what a layer has of ours beside the names of its linear.
     assert sorted(m for m in members if not m.startswith(("_", "mux_"))) == METHODS[name]
 
 
 def documented() -> dict[str, Any]:
     found: dict[str, Any] = {"lora_mux": lora_mux, "attach": lora_mux.attach}
-    found["attach_peft"] = lora_mux.attach_peft
+    found |= {"attach_peft": lora_mux.attach_peft, "detach": lora_mux.detach}
     found |= {name: x for name, x in vars(lora_mux.errors).items() if inspect.isclass(x)}
     for name, members in METHODS.items():
         owner = getattr(lora_mux, name)

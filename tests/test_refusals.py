@@ -49,6 +49,9 @@ class Stage:
         with self.mux.route(rows, weights, **how):
             self.model(self.x)
 
+    def given(self, rows: Any) -> None:
+        self.model(self.x, adapter_names=rows)
+
     def routed_tokens(self, rows: Any, lengths: Any = None) -> None:
         with self.mux.route_tokens(rows, lengths=lengths):
             self.model(self.x)
@@ -348,6 +351,59 @@ REFUSALS = {
         ("`lengths`", "at least 0", "got [4, -1]"),
         ValueError,
     ),
+    "rows: [samples, tokens, J] of another batch": Refusal(
+        lambda s: s.routed(torch.full((2, 1, 1), -1)),
+        ("`rows` of shape [samples, tokens, J]", "(3)", "got 2"),
+        ValueError,
+    ),
+    "rows: [samples, tokens, J] with expand": Refusal(
+        lambda s: s.routed(torch.full((3, 1, 1), -1), expand="tile"),
+        ("`expand`", "None if `rows` is [samples, tokens, J]", "'tile'"),
+        ValueError,
+    ),
+    "weights: of another shape than [samples, tokens, J]": Refusal(
+        lambda s: s.routed(torch.full((3, 1, 1), -1), torch.ones(3, 1)),
+        ("`weights`", "[3, 1, 1]", "got [3, 1]"),
+        ValueError,
+    ),
+    # rows with the call
+    "adapter_names: type": Refusal(
+        lambda s: s.given("sql"), ("`adapter_names`", "one entry per sample"), TypeError
+    ),
+    "adapter_names: entry": Refusal(
+        lambda s: s.given([None, 3, None]), ("`adapter_names[1]`", "a name", "int"), TypeError
+    ),
+    "adapter_names: count": Refusal(
+        lambda s: s.given(["sql"]),
+        ("`adapter_names`", "one entry per sample of the batch (3)", "got 1"),
+        ValueError,
+    ),
+    "adapter_names: unknown": Refusal(
+        lambda s: s.given(["sql", "frnch", None]), ("'frnch'", "did you mean 'french'"), KeyError
+    ),
+    "call: a generator": Refusal(
+        lambda s: s.mux.call(["sql"])(lambda: (x for x in ())),
+        ("`function`", "must have run", "generator"),
+        TypeError,
+    ),
+    "call: count": Refusal(
+        lambda s: s.mux.call(["sql"])(s.model, s.x), ("`rows`", "(3)", "got 1"), ValueError
+    ),
+    # the Mux of a model
+    "Mux.of: type": Refusal(
+        lambda s: lora_mux.Mux.of(3), ("`model`", "nn.Module", "int"), TypeError
+    ),
+    "Mux.of: plain": Refusal(
+        lambda s: lora_mux.Mux.of(s.plain), ("`model`", "attached", "plain Sequential"), ValueError
+    ),
+    "detach: plain": Refusal(
+        lambda s: lora_mux.detach(s.plain), ("`model`", "attached", "plain Sequential"), ValueError
+    ),
+    "attach: a wrapper": Refusal(
+        lambda s: lora_mux.attach(nn.DataParallel(s.plain)),
+        ("`model`", "DataParallel", "`model.module`"),
+        ValueError,
+    ),
     "set_adapter: unknown": Refusal(
         lambda s: s.mux.set_adapter("x"), ("unknown adapter 'x'", "loaded"), KeyError
     ),
@@ -418,6 +474,7 @@ def test_a_detached_mux() -> None:
         lambda: stage.mux.route(["sql"]),
         lambda: stage.mux.route_tokens(["sql"]),
         lambda: stage.mux.set_route(None),
+        lambda: stage.mux.call(["sql"]),
         lambda: stage.mux.set_adapter("sql"),
         lambda: stage.mux.disable_adapter(),
         lambda: stage.mux.detach(),

@@ -12,3 +12,4 @@ from .bounded import BoundedAdapters as BoundedAdapters
 from .memory_budget import parse_size as parse_size
 from .memory_report import MemoryReport as MemoryReport
 from .resident import Adapters as Adapters
+from .resident import AnyRoute as AnyRoute

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import replace as with_changes
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,6 +49,16 @@ class BoundedAdapters(Adapters):
         self._loaded: dict[int, LoadedAdapter] = {}  # by handle
         self._resident: dict[int, None] = {}  # handles, the one that was routed last at the end
         self._streams: dict[torch.device, CopyStream] = {}
+
+    def settle(self) -> None:
+        """Let the current stream wait for all adapters that are on their way to the device."""
+        with self._lock:
+            for handle in self._resident:
+                self._wait_for(handle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        loaded = {h: with_changes(adapter, arrivals={}) for h, adapter in self._loaded.items()}
+        return {**vars(self), "_loaded": loaded, "_streams": {}}
 
     def add(
         self, name: str, weights: Mapping[str, LoraWeights], source: str, replace: bool = False
@@ -118,7 +129,7 @@ class BoundedAdapters(Adapters):
         if route is None or not route.handles:
             return ()
         if not (route.handles <= self._loaded.keys() and route.handles.isdisjoint(self._nameless)):
-            self._slots.check_loaded(route.routing.index)  # which raises
+            route.check_loaded(self._slots)  # which raises
         return route.handles
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -236,8 +247,11 @@ class BoundedAdapters(Adapters):
         for handle in handles:
             del self._resident[handle]
             self._resident[handle] = None
-            for device, mark in self._loaded[handle].arrivals.items():
-                self._streams[device].wait(mark)
+            self._wait_for(handle)
+
+    def _wait_for(self, handle: int) -> None:
+        for device, mark in self._loaded[handle].arrivals.items():
+            self._streams[device].wait(mark)
 
     def _retire(self, handle: int) -> None:
         self._pinned.discard(handle)

@@ -1,9 +1,8 @@
 """The adapters of an attached model, all of them resident."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..checkpoints import StoredAdapter
 from ..core import LoraWeights, Slots, slot_of
@@ -35,15 +34,15 @@ class Adapters:
         self._pools = {path: layer.mux_pool for path, layer in layers.items()}
         self._slots = slots
         self._router = router
-        self._lock = threading.RLock()
         self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
         self._nameless: set[int] = set()  # handles that lost their name, and may still be in use
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None}  # a copy of model and Mux has a lock of its own
+    @property
+    def _lock(self) -> AbstractContextManager[bool]:
+        return self._router.changes
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+    def settle(self) -> None:
+        """Let the current stream wait for all adapters that are on their way to the device."""
 
     def load(self, name: str, stored: StoredAdapter, replace: bool = False) -> int:
         """Read an adapter and load it under a name; returns its handle."""

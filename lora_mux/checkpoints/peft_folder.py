@@ -5,6 +5,7 @@ folder comes from strangers: no pickle is ever read, its files must be inside it
 understood, and shapes are compared with the config before a tensor is loaded.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,15 +89,16 @@ def read_peft_folder(folder: str | PathLike[str]) -> PeftFolder:
     file = SafetensorsFile(files[WEIGHTS_FILE])
     source = str(root / WEIGHTS_FILE)
     keys = _checked_keys(source, config, file.tensors, lambda key: file.tensors[key].shape)
-
-    def read(pinned: bool) -> PackedTensors:
-        values = file.read(pinned)
-        for key in values.places:
-            _check_finite(source, key, values[key])
-        return values
-
+    read = functools.partial(_read_and_check, file, source)  # not a closure, which has no pickle
     scaling = {path: config.scaling(path) for path in keys}
     return PeftFolder(root, config, StoredAdapter(str(folder), keys, scaling, file.tensors, read))
+
+
+def _read_and_check(file: SafetensorsFile, source: str, pinned: bool) -> PackedTensors:
+    values = file.read(pinned)
+    for key in values.places:
+        _check_finite(source, key, values[key])
+    return values
 
 
 def peft_weights(

@@ -1,8 +1,9 @@
 """An adapter that is not in the pools: in a file, or packed in the host's memory."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ class StoredAdapter:
     # Reads the values, as often as they are needed. True: into pinned memory, from which a GPU
     # copies without the host.
     read: Callable[[bool], PackedTensors]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredAdapter":
+        return self  # nobody changes it, and it may be large
 
     def shapes(self) -> dict[str, LoraWeights]:
         """Path -> factors without values, on the meta device."""
@@ -74,4 +78,8 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
     packed = pack(tensors, pinned)
     infos = {key: TensorInfo(place.dtype, place.shape) for key, place in packed.places.items()}
     scaling = {path: part.scaling for path, part in weights.items()}
-    return StoredAdapter(source, keys, scaling, infos, lambda pinned: packed)
+    return StoredAdapter(source, keys, scaling, infos, functools.partial(_held, packed))
+
+
+def _held(packed: PackedTensors, pinned: bool) -> PackedTensors:
+    return packed

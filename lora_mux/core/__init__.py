@@ -20,6 +20,7 @@ from .pool import Span as Span
 from .pool import Version as Version
 from .pool import is_finite as is_finite
 from .pool import rank_rows as rank_rows
+from .routing import BASE as BASE
 from .routing import NONE as NONE
 from .routing import LastPass as LastPass
 from .routing import Routing as Routing

@@ -70,13 +70,16 @@ def weighted_adapters(
 
 
 def routing_from_names(
-    rows: Sequence[object], handles: Callable[[Sequence[str]], Mapping[str, int]]
+    rows: Sequence[object],
+    handles: Callable[[Sequence[str]], Mapping[str, int]],
+    argument: str = "rows",
 ) -> Routing:
     """The routing with one row for each entry of `rows`.
 
     Args:
         rows: the entries; see `Selection`.
         handles: maps names to handles, and raises for a name that it does not know.
+        argument: what error messages call `rows`.
 
     Examples:
         >>> handles = lambda names: {"a": 0, "b": 1}
@@ -85,10 +88,10 @@ def routing_from_names(
     """
     if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
         raise ArgumentTypeError(
-            f"`rows` must be a sequence with one entry per sample, or an index tensor, "
+            f"`{argument}` must be a sequence with one entry per sample, or an index tensor, "
             f"got {type(rows).__name__}; for the whole batch use set_adapter"
         )
-    selections = [selected_adapters(entry, f"rows[{i}]") for i, entry in enumerate(rows)]
+    selections = [selected_adapters(entry, f"{argument}[{i}]") for i, entry in enumerate(rows)]
     handle_of = handles([name for chosen in selections for name in chosen])
     width = max([1, *map(len, selections)])
     index = [[handle_of[name] for name in s] + [NONE] * (width - len(s)) for s in selections]

@@ -9,6 +9,7 @@ and its handle, and its handle is live again when the adapter comes back.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,13 @@ class Slots:
     time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generations: Sequence[int] = ()) -> None:
         self._handles: dict[str, int] = {}
         # Of loaded adapters, and of replaced ones that are still live.
         self._names: dict[int, str] = {}
-        self._generation: list[int] = []  # of each slot's present tenant, else of its next one
-        self._free: list[int] = []
+        # Of each slot's present tenant, else of its next one.
+        self._generation = list(generations)
+        self._free = [s for s, g in reversed([*enumerate(generations)]) if g < GENERATIONS]
         # Slot -> the handle of its tenant, or -1: once for all loaded adapters, and for the live
         # ones once for each device that asked. These tables never move and never grow (256 KB
         # each), so that a CUDA graph always reads the present state.
@@ -51,6 +53,15 @@ class Slots:
         self.suspensions = 0
         self.name_changes = 0  # how often a name was removed, or given to another adapter
         self.captured = False  # a CUDA graph reads the pools, which then cannot grow any more
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "captured": False}  # no graph reads the pools of a copy
+
+    @property
+    def next_generations(self) -> list[int]:
+        """What the slots of other adapters on the same model begin with, after these."""
+        free = set(self._free)
+        return [g if slot in free else g + 1 for slot, g in enumerate(self._generation)]
 
     @property
     def handles(self) -> dict[str, int]:

@@ -11,12 +11,14 @@ from torch.compiler import is_compiling
 from .. import ops
 from ..core import LoraWeights, Pool, Routing, Slots, slot_of
 from ..errors import ArgumentTypeError, InputError, TargetError
-from ..routes import Router
+from ..routes import Place, Router
 from . import sharding
 from .handed_in import LastPlan, spread
 from .sharding import Shard
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, store
 from .targets import check_linear, device_of, dtype_of, features
+
+STAND_ALONE = Place("")
 
 
 class MuxLinear(nn.Module):
@@ -60,6 +62,7 @@ class MuxLinear(nn.Module):
     mux_pool: Pool
     mux_slots: Slots
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
+    mux_place: Place  # in that model
     mux_settings: ops.Settings
     mux_shard: Shard | None  # what tensor parallelism has left here; None = the whole layer
     mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
@@ -116,6 +119,7 @@ class MuxLinear(nn.Module):
         self.mux_pool = Pool(*sizes, dtype, device_of(self))
         self.mux_slots = slots
         self.mux_router = router
+        self.mux_place = STAND_ALONE
         self.mux_settings = settings
         self.mux_shard = shard
         self.mux_last = None
@@ -156,10 +160,12 @@ class MuxLinear(nn.Module):
         if routing is not None:
             return self._plan_of(x, routing, fusable)
         router = self.mux_router
-        if router is None or not router.active:
+        now = None if router is None else router.now()
+        if router is None or now is None:
             return None
         self._check_input(x)
-        return router.plan(x, self.mux_pool, self._plain_weight(x) if fusable else None)
+        weight = self._plain_weight(x) if fusable else None
+        return router.plan(now, x, self.mux_pool, weight, self.mux_place)
 
     def _plan_of(self, x: Tensor, routing: Routing, fusable: bool) -> ops.AnyPlan | None:
         """The plan of a routing that was handed in."""

@@ -2,17 +2,18 @@
 
 import torch
 
-from ..routes import Router
+from ..routes import Place, Router
 from .linear import MuxLinear, mux_class
 from .targets import Target
 
 
-def swap_in(target: Target, router: Router, dtype: torch.dtype) -> MuxLinear:
+def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) -> MuxLinear:
     """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
     linear = target.linear
     linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, MuxLinear)
     linear.mux_equip(target.shard, router.slots, router, router.settings, dtype)
+    linear.mux_place = place
     router.anchor = router.anchor or linear.mux_pool
     return linear
 

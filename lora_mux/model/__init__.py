@@ -1,11 +1,16 @@
 """A whole model with adapters.
 
-attach               attach and attach_peft, which make a Mux
+attach               attach and attach_peft, which make a Mux, and detach
 mux                  Mux: everything that users do with an attached model
+loaded               the part of a Mux that loads and keeps adapters
+given_rows           the part of a Mux that runs blocks and calls under rows
+call                 one call of any function under rows
+top                  hooks of the model, between which a pass has its rows
 generation           transformers' methods that run a model in batches of their own making
 continuous_batching  requests of transformers' continuous batching, each with its adapters
 """
 
 from .attach import attach as attach
 from .attach import attach_peft as attach_peft
+from .attach import detach as detach
 from .mux import Mux as Mux

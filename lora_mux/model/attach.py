@@ -10,6 +10,7 @@ from ..checkpoints import read_peft_model, unload_peft
 from ..errors import ArgumentTypeError, TargetError
 from ..layers import MuxLinear, find_targets
 from .mux import Mux
+from .top import mux_of, refuse_wrapper
 
 
 def attach(
@@ -45,8 +46,8 @@ def attach(
 
     Raises:
         ArgumentTypeError: an argument has the wrong type.
-        TargetError: nothing matches, a match cannot carry adapters, or the model is attached
-            already.
+        TargetError: nothing matches, or a match cannot carry adapters. Or the model is attached
+            already, as a copy of an attached one is; or is a wrapper around the model.
         BackendError: the backend does not exist, or cannot run here.
         AdapterError: memory is not a size.
         PoolCapacityError: memory is less than one rank row in each target.
@@ -66,12 +67,22 @@ def attach(
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
     settings = ops.Settings(backend, batch_invariant, fused)
-    if any(isinstance(module, MuxLinear) for module in model.modules()):
-        raise TargetError(
-            "`model` must be plain, got one that is attached already; detach it first"
-        )
+    _check_plain(model)
     size = None if memory is None else parse_size(memory)
     return Mux(model, find_targets(model, targets), settings, size)
+
+
+def detach(model: nn.Module) -> None:
+    """Give the plain model back: `Mux.of(model).detach()`, for whoever has only the model.
+
+    Args:
+        model: an attached model, or a copy of one.
+
+    Raises:
+        TargetError: the model is not attached.
+        RoutingBusyError: a block is open or a pass is in progress, in any thread or task.
+    """
+    Mux.of(model).detach()
 
 
 def attach_peft(
@@ -111,3 +122,25 @@ def attach_peft(
         mux._adapters.add(name, weights, "peft_model")
     mux.set_adapter(live.active)
     return mux
+
+
+def _check_plain(model: nn.Module) -> None:
+    refuse_wrapper(model)
+    if mux_of(model) is not None:
+        raise TargetError(
+            "`model` must be plain, got one that is attached already, as copies of an attached "
+            "model are; Mux.of(model) is its Mux, and detach(model) makes it plain"
+        )
+    for path, module in model.named_modules():
+        if mux_of(module) is not None:
+            raise TargetError(
+                f"`model` must be plain, got one that holds an attached model, {path!r}; use that "
+                "one's Mux, or detach it first"
+            )
+        if isinstance(module, MuxLinear):
+            where = "belongs to an attached model around it, whose Mux serves it"
+            if module.mux_router is None:
+                where = "stands alone; put the plain layer into its place"
+            raise TargetError(
+                f"`model` must be plain, got one that holds a MuxLinear, {path!r}, which {where}"
+            )

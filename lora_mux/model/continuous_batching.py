@@ -1,25 +1,31 @@
-"""transformers' continuous batching: a request has the adapters of the route it was added under.
+"""transformers' continuous batching: a request has the adapters that it was added with.
 
-A manager computes its batches in a thread of its own. A batch is one sample that holds the tokens
-of all requests that are due, one request after the other. The class of the manager is changed, as
-that of a target is: it notes what each request was added with, and routes each batch by token.
+They are given with the call (`adapter_names=`), or are those in force where it is added. A manager
+computes its batches in a thread of its own. A batch is one sample that holds the tokens of all
+requests that are due, one request after the other. The class of the manager is changed, as that of
+a target is: it notes what each request was added with, and routes each batch by token.
 """
 
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..adapters import Adapters
-from ..core import NONE, Routing
+from ..core import BASE, NONE, Routing
 from ..errors import RoutingError
-from ..routes import Route, Router
+from ..routes import Route, Rows
+from .given_rows import KEYWORD, GivenRows
 
 RequestRow: TypeAlias = tuple[Tensor, Tensor]  # a request's index [J] and weight [J]
+NOT_GIVEN = object()  # None is an entry: the base model
+
+# The rows of the requests that transformers' own code will add next in this context, in order.
+_DUE: ContextVar[Iterator[RequestRow] | None] = ContextVar("lora_mux_due", default=None)
 
 
 class MuxManager:
@@ -28,27 +34,25 @@ class MuxManager:
     model: Any
     num_return_sequences: int
     batch_processor: Any
-    mux_router: Router
-    mux_adapters: Adapters
+    mux: GivenRows
     mux_lock: threading.Lock  # of the next two, which users' threads and the manager's share
     mux_rows: dict[str, RequestRow]  # by request
     mux_started: set[str]  # the requests that have been in a batch
-    mux_due: threading.local  # .rows: those left for an add_requests() that runs in this thread
 
     def add_requests(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """Add one request for each entry of `rows`, in order."""
-        self.mux_due.rows = iter(self._rows(len(inputs)))
-        try:
-            return super().add_requests(inputs, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            del self.mux_due.rows
+        """Add one request for each entry of `adapter_names`, or of the route in force, in order."""
+        given, add = kwargs.pop(KEYWORD, None), super().add_requests  # type: ignore[misc]
+        if _DUE.get() is not None:  # called by generate_batch()
+            return add(inputs, *args, **kwargs)
+        with requests_due(self._checked(rows_of_requests(self.mux, len(inputs), given))):
+            return add(inputs, *args, **kwargs)
 
     def add_request(
         self, input_ids: Any, request_id: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Add a request for the only entry of `rows`, or for the next one of add_requests()."""
-        due = getattr(self.mux_due, "rows", None)
-        row = self._rows(1)[0] if due is None else next(due)
+        """Add a request with its own entry, the only one of the block, or the next one due."""
+        due, own = _DUE.get(), kwargs.pop(KEYWORD, NOT_GIVEN)
+        row = next(due) if due is not None else self._checked([row_of_request(self.mux, own)])[0]
         if request_id is None:  # it must be known before the manager's thread sees the request
             with self._request_lock:  # type: ignore[attr-defined]
                 request_id = f"req_{self._request_counter}"  # type: ignore[has-type]
@@ -59,8 +63,7 @@ class MuxManager:
             self.mux_started -= {request_id, *children}  # an earlier request may have had the name
         return super().add_request(input_ids, request_id, *args, **kwargs)  # type: ignore[misc]
 
-    def _rows(self, requests: int) -> list[RequestRow]:
-        rows = rows_of_requests(self.mux_router, requests)
+    def _checked(self, rows: list[RequestRow]) -> list[RequestRow]:
         if any(len(index) for index, _ in rows):
             _check_config(self)
         return rows
@@ -89,15 +92,9 @@ class MuxManager:
             super()._generation_step()  # type: ignore[misc]
         self._forget_finished(lengths)
 
-    @contextmanager
-    def _serving(self, route: Route | None) -> Iterator[None]:
+    def _serving(self, route: Route | None) -> AbstractContextManager[Route | None]:
         """Inside, the model computes the manager's batch, with this route."""
-        with self.mux_adapters.resident(lambda: route):
-            self.mux_router.serve(route)
-        try:
-            yield
-        finally:
-            self.mux_router.stop_serving()
+        return self.mux._under(lambda: route, "call")
 
     def _forget_finished(self, batch: Mapping[str, int]) -> None:
         scheduler = self.batch_processor.scheduler
@@ -114,38 +111,82 @@ def _mux_class(manager_class: Any) -> type:
     return type(f"Mux{manager_class.__name__}", (MuxManager, manager_class), {})
 
 
-def follow_requests(manager: Any, router: Router, adapters: Adapters) -> None:
+def follow_requests(manager: Any, mux: GivenRows) -> None:
     """From now on, give each request of a manager adapters of its own.
 
     Raises:
         RoutingError: the model has adapters, and the manager's configuration cannot serve them.
     """
-    if router.slots.handles:
+    if mux.adapters:
         _check_config(manager)
     if not isinstance(manager, MuxManager):  # transformers may hand out the same one again
         manager.__class__ = _mux_class(type(manager))  # type: ignore[arg-type]
         vars(manager).update(mux_rows={}, mux_started=set())
-        vars(manager).update(mux_lock=threading.Lock(), mux_due=threading.local())
+        vars(manager).update(mux_lock=threading.Lock())
     # The model may have another Mux by now.
-    vars(manager).update(mux_router=router, mux_adapters=adapters)
+    vars(manager).update(mux=mux)
 
 
-def rows_of_requests(router: Router, requests: int) -> list[RequestRow]:
-    """The rows of the user's route, one for each of that many requests.
+@contextmanager
+def requests_due(rows: Sequence[RequestRow]) -> Iterator[None]:
+    """Inside, transformers adds requests with these rows, one after the other."""
+    token = _DUE.set(iter(rows))
+    try:
+        yield
+    finally:
+        _DUE.reset(token)
+
+
+def row_of_request(mux: GivenRows, entry: Any) -> RequestRow:
+    """The row of one request.
+
+    Args:
+        mux: of the model.
+        entry: one entry of `rows` in `Mux.route`, or a list that holds it; or an index tensor [J]
+            or [1, J]. NOT_GIVEN = what is in force.
+
+    Raises:
+        RoutingError: it is None where rows are in force, which may be meant, or not.
+    """
+    if entry is NOT_GIVEN:
+        return rows_of_requests(mux, 1)[0]
+    if entry is None:
+        in_force = mux._router.rows_of_generate()
+        if in_force is not None and in_force.selects:
+            raise RoutingError(
+                f'`{KEYWORD}` must be "{BASE}" for the base model, or be left out for the rows in '
+                "force, got None while a route is in force, which may mean either"
+            )
+    if isinstance(entry, Tensor):
+        rows: Rows = entry[None] if entry.ndim == 1 else entry
+    else:
+        rows = entry if isinstance(entry, list) and len(entry) == 1 else [entry]
+    return rows_of_requests(mux, 1, rows)[0]
+
+
+def rows_of_requests(mux: GivenRows, requests: int, given: Rows | None = None) -> list[RequestRow]:
+    """A row for each of that many requests.
+
+    Args:
+        mux: of the model.
+        requests: how many there are.
+        given: rows that were given with the call; None = those in force.
 
     Raises:
         RoutingError: the route has another number of rows.
         UnknownAdapterError: it selects an adapter that was removed.
     """
-    route = router.chosen
-    if route is None or not route.selects:
+    route = mux._router.rows_of_generate() if given is None else mux._route_of_call(given)
+    if route is None:
         return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * requests
     if route.per_token or not (route.uniform or route.routing.rows == requests):
         got = "one for each token" if route.per_token else str(route.routing.rows)
-        raise RoutingError(f"`rows` must have one entry per request ({requests}), got {got}")
-    given = route.routing.expand_rows(requests) if route.uniform else route.routing
-    index, weight = given.index.cpu(), given.weight.detach().cpu()
-    router.slots.check_loaded(index)
+        raise RoutingError(
+            f"`{route.argument}` must have one entry per request ({requests}), got {got}"
+        )
+    routing = route.routing.expand_rows(requests) if route.uniform else route.routing
+    index, weight = routing.index.cpu(), routing.weight.detach().cpu()
+    mux._slots.check_loaded(index)
     return list(zip(index, weight, strict=True))
 
 

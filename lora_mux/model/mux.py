@@ -3,24 +3,30 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from os import PathLike
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from .. import ops
-from ..adapters import Adapters, BoundedAdapters, MemoryReport
-from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
-from ..core import Routing, Selection, Slots, check_names, weighted_adapters
-from ..errors import ArgumentTypeError, DetachedError
-from ..layers import Target, common_dtype, dtype_of, swap_in, swap_out, weights_from_pairs
-from ..progress import progress_bar
+from ..adapters import Adapters, BoundedAdapters
+from ..core import Routing, Selection, Slots, weighted_adapters
+from ..errors import ArgumentTypeError, TargetError
+from ..layers import Target, common_dtype, dtype_of, swap_in, swap_out
 from ..routes import Expand, Route, Router, Rows, UniformRoutes, make_route
+from .call import Call
 from .generation import follow_generation
+from .given_rows import GivenRows
+from .layout import find_layout
+from .top import BeginPass, EndPass, mux_of, refuse_wrapper
 
 logger = logging.getLogger(__name__)
 
+# Of models that were detached: a handle of then must not mean another adapter after a new attach.
+_GENERATIONS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 
-class Mux:
+
+class Mux(GivenRows):
     """The adapters of an attached model, and which rows use which of them.
 
     `lora_mux.attach` and `lora_mux.attach_peft` make it.
@@ -34,12 +40,13 @@ class Mux:
         memory: int | None = None,
     ) -> None:
         self._model: nn.Module | None = model
-        self._slots = Slots()
+        self._slots = Slots(_GENERATIONS.get(model, ()))
         self._uniform_routes = UniformRoutes(self._slots)
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
+        self._router.layout, places = find_layout(model, targets)
         self._layers = {
-            path: swap_in(target, self._router, dtype_of(target.linear, dtype))
+            path: swap_in(target, places[path], self._router, dtype_of(target.linear, dtype))
             for path, target in targets.items()
         }
         try:
@@ -52,11 +59,36 @@ class Mux:
             self._swap_out()
             raise
         self._hooks = (
-            model.register_forward_pre_hook(self._router.begin_forward, with_kwargs=True),
-            model.register_forward_hook(self._router.end_forward, always_call=True),
+            model.register_forward_pre_hook(BeginPass(self), with_kwargs=True),
+            model.register_forward_hook(EndPass(self), always_call=True),
         )
-        self._wrapped = follow_generation(model, self._router, self._adapters)
+        self._wrapped = follow_generation(model, self)
         logger.info("attached %d targets", len(self._layers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._adapters.settle()  # before the pools are read for a copy or a pickle
+        return vars(self).copy()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Mux":
+        """The Mux of an attached model, as `attach` returned it.
+
+        A copy of an attached model (copy.deepcopy, pickle, torch.save) is attached as well, with
+        the same adapters and the same sticky rows, and by a Mux of its own, which is found here.
+
+        Raises:
+            ArgumentTypeError: it is no nn.Module.
+            TargetError: the model is not attached.
+        """
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+        mux = mux_of(model)
+        if not isinstance(mux, cls):
+            refuse_wrapper(model)
+            raise TargetError(
+                f"`model` must be attached, got a plain {type(model).__name__}; call attach(model)"
+            )
+        return mux
 
     @property
     def model(self) -> nn.Module:
@@ -64,210 +96,40 @@ class Mux:
         return self._check_attached()
 
     @property
-    def targets(self) -> list[str]:
-        """The paths of the layers that carry adapters."""
-        return list(self._layers)
-
-    @property
-    def adapters(self) -> Mapping[str, int]:
-        """The loaded adapters: name -> handle, in the order of loading."""
-        return self._slots.handles
-
-    @property
     def active_adapters(self) -> list[str]:
-        """The names of the adapters that the route in force selects; empty for the base model."""
-        route = self._router.chosen
+        """The names of the adapters that a pass would use that began here; empty for the base."""
+        route = self._router.rows().route
         if route is None:
             return []
         return self._slots.names_of(route.routing.index.flatten().tolist())
 
-    def load(
-        self,
-        name: str,
-        folder: str | PathLike[str],
-        *,
-        revision: str | None = None,
-        replace: bool = False,
-    ) -> int:
-        """Load a checkpoint of PEFT or diffusers.
-
-        With `attach(memory=...)` the config and the header are checked now. The values are read
-        when the adapter is first used.
-
-        Args:
-            name: any new str other than `"__base__"`.
-            folder: a folder with adapter_config.json and adapter_model.safetensors, or with
-                diffusers' pytorch_lora_weights.safetensors, of which this model's part is read.
-                Or user/name, a repository of the Hugging Face hub, if huggingface_hub is installed.
-            revision: a branch, a tag or a commit of the repository.
-            replace: let a name that is loaded already mean the new adapter from now on. Routes
-                that set_adapter and set_route made from names follow at the next forward pass of
-                the model; `with` blocks that are open keep the old adapter until they end.
-
-        Returns:
-            The adapter's handle, for index tensors.
-
-        Raises:
-            CheckpointError: the folder is missing, broken or unsafe, or holds more than plain LoRA.
-            AdapterError: the name is taken, or a module of the checkpoint is not a target here.
-            PoolCapacityError: there is no room for the adapter, alone or beside those in use.
-        """
-        self._check_attached()
-        self._slots.check_new(name, replace)
-        root = local_folder(folder, revision)
-        if is_diffusers_folder(root):
-            weights = read_diffusers_file(root, self.targets)
-            return self._adapters.add(name, weights, str(folder), replace)
-        checkpoint = read_peft_folder(root)
-        handle = self._adapters.load(name, checkpoint.stored, replace)
-        checkpoint.warn_unless_complete(self.targets)
-        logger.debug("loaded %r from %s", name, folder)
-        return handle
-
-    def load_many(self, folders: Mapping[str, str | PathLike[str]]) -> dict[str, int]:
-        """Load many checkpoints, all or none of them, with a progress bar on a terminal.
-
-        Args:
-            folders: name -> folder, as in `load`.
-
-        Returns:
-            Name -> handle.
-
-        Raises:
-            LoraMuxError: a folder cannot be loaded; see `load`. Then none is.
-        """
-        self._check_attached()
-        if not isinstance(folders, Mapping):
-            raise ArgumentTypeError(
-                f"`folders` must map names to folders, got {type(folders).__name__}"
-            )
-        for name in folders:
-            self._slots.check_new(name)
-        handles: dict[str, int] = {}
-        try:
-            for name in progress_bar(folders, "loading adapters"):
-                handles[name] = self.load(name, folders[name])
-        except BaseException:
-            for name in handles:
-                self.remove(name)
-            raise
-        logger.info("loaded %d adapters", len(handles))
-        return handles
-
-    def add_adapter(
-        self,
-        name: str,
-        weights: Mapping[str, tuple[Tensor, Tensor]],
-        *,
-        alpha: float | None = None,
-        scaling: float | None = None,
-    ) -> int:
-        """Copy an adapter from tensors.
-
-        Args:
-            name: any new str other than `"__base__"`.
-            weights: path of a target -> (A [r, in_features], B [out_features, r]), of any floating
-                dtype. The adapter changes nothing in targets that are left out.
-            alpha: scaling = alpha / r, with the rank r of each layer. Give alpha or scaling, not
-                both.
-            scaling: the factor itself.
-
-        Returns:
-            The adapter's handle, for index tensors.
-
-        Raises:
-            AdapterError: the name is taken, a path is not a target, or shapes or values do not fit.
-            PoolCapacityError: there is no room for the adapter.
-        """
-        self._check_attached()
-        self._slots.check_new(name)
-        parts = weights_from_pairs(weights, alpha, scaling, "weights")
-        return self._adapters.add(name, parts, "weights")
-
-    def reserve(self, adapters: int, rank: int) -> None:
-        """Make room in every layer, so that loading adapters later moves no buffer.
-
-        A pool that a captured CUDA graph reads cannot grow, so reserve before you capture.
-
-        Args:
-            adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
-                loaded, on the device or not.
-            rank: the largest rank among them. A bias counts as one more rank.
-
-        Raises:
-            AdapterError: an argument is less than 1.
-            PoolCapacityError: a CUDA graph reads the pools already.
-        """
-        self._check_attached()
-        self._adapters.reserve(adapters, rank)
-
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Bring adapters to the device now, so that the next route need not wait for them.
-
-        Without `attach(memory=...)` every adapter is on the device already.
-
-        Args:
-            names: of loaded adapters.
-
-        Raises:
-            UnknownAdapterError: a name is not loaded.
-            PoolCapacityError: the adapters do not fit beside those that are pinned or in use.
-            CheckpointError: a file holds NaN or infinity, or is not the one that was loaded.
-            AdapterError: values do not fit the pool's dtype.
-        """
-        self._check_attached()
-        self._adapters.prefetch(check_names(names, "names"))
-
-    def pin(self, name: str) -> None:
-        """Bring an adapter to the device, and keep it there until `unpin`; raises as `prefetch`."""
-        self._check_attached()
-        self._adapters.pin(name)
-
-    def unpin(self, name: str) -> None:
-        """Let a pinned adapter make room for others again."""
-        self._check_attached()
-        self._adapters.unpin(name)
-
-    def memory(self) -> MemoryReport:
-        """How much memory the adapters take, in bytes and in rank rows.
-
-        Examples:
-            >>> import torch, lora_mux
-            >>> mux = lora_mux.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), memory="4KiB")
-            >>> _ = mux.add_adapter("a", {"0": (torch.ones(2, 16), torch.ones(16, 2))}, alpha=2)
-            >>> mux.prefetch(["a"])
-            >>> mux.memory().adapters["a"]
-            AdapterMemory(rank_rows=2, bytes=258, resident=True, pinned=False)
-        """
-        self._check_attached()
-        return self._adapters.memory()
-
-    def remove(self, name: str) -> None:
-        """Free an adapter in all layers. A forward pass in progress can finish with it.
-
-        Its handle raises an error from now on, and never means another adapter.
-
-        Raises:
-            UnknownAdapterError: the name is not loaded.
-        """
-        self._check_attached()
-        self._adapters.remove(name)
-
     def route(
-        self, rows: Rows, weights: Tensor | None = None, *, expand: Expand = None
+        self,
+        rows: Rows,
+        weights: Tensor | None = None,
+        *,
+        expand: Expand = None,
+        towers: Mapping[str, Rows] | None = None,
     ) -> AbstractContextManager[Routing]:
         """Give each sample of a batch its own adapters, inside a `with` block.
 
-        With transformers' continuous batching, the requests that are added inside the block take
-        the entries in order.
+        The block belongs to the thread, the asyncio task or the generator that opens it; others do
+        not see it. With transformers' continuous batching, the requests that are added inside the
+        block take the entries in order.
 
         Args:
             rows: one entry per sample: None or `"__base__"` (the base model), a name, a sequence of
                 names (their sum), or a mapping name -> weight. Or an int tensor [samples, J] of
-                handles, where -1 selects none.
-            weights: floating [samples, J], only with an index tensor.
+                handles, where -1 selects none; or [samples, tokens, J], as `route_tokens` takes it.
+            weights: floating, of the index tensor's shape; only with one.
             expand: how the batch may repeat its samples outside of generate(), which needs no
-                hint: "interleave" (a, a, b, b), or "tile" (a, b, a, b: classifier-free guidance).
+                hint: "interleave" (a, a, b, b), or "tile" (a, b, a, b: classifier-free guidance),
+                or both in order with how often: {"interleave": 2, "tile": 2} (a, a, b, b, a, a, b,
+                b: two images for each prompt, with guidance).
+            towers: rows of sub-models that have a batch of their own, as a vision tower: name ->
+                one entry for each of its images, of the same kind as `rows`. Without it they are
+                derived where that is certain, and a batch is refused where an adapter of it
+                touches another tower.
 
         Returns:
             A context manager that yields the Routing.
@@ -275,13 +137,15 @@ class Mux:
         Raises:
             UnknownAdapterError: a name or a handle is not loaded.
             RoutingError: rows or weights do not fit. A batch with another number of samples raises
-                it at the forward pass.
-            RoutingBusyError: when the block begins: another thread is in a `with` block or a
-                forward pass of this model.
+                it at the forward pass. Blocks that end in another order than they began raise it,
+                and none of them is in force any more.
+            RoutingBusyError: when the block begins: CUDA graphs of the model read the rows of
+                another thread's block, which does not end. At a forward pass: its thread or task
+                has no rows, while others' blocks are open.
             PoolCapacityError: when the block begins: the adapters do not fit beside those that are
                 pinned or in use. The other errors of `prefetch` come then, too.
         """
-        return self._block(lambda: make_route(rows, weights, self._slots, expand=expand))
+        return self._block(lambda: self._made(rows, weights, expand, towers))
 
     def route_tokens(
         self,
@@ -293,8 +157,9 @@ class Mux:
         """Give each token of a batch its own adapters, inside a `with` block.
 
         Args:
-            rows: as in `route`, with one entry per token of the flattened batch, in order.
-            weights: floating [tokens, J], only with an index tensor.
+            rows: as in `route`, with one entry per token of the flattened batch, in order. An index
+                tensor may also be [samples, tokens, J].
+            weights: floating, of the index tensor's shape; only with one.
             lengths: for packed batches: how many consecutive tokens each entry stands for.
 
         Returns:
@@ -304,8 +169,45 @@ class Mux:
             lambda: make_route(rows, weights, self._slots, per_token=True, lengths=lengths)
         )
 
+    def call(
+        self,
+        rows: Rows,
+        weights: Tensor | None = None,
+        *,
+        expand: Expand = None,
+        towers: Mapping[str, Rows] | None = None,
+    ) -> Call:
+        """Give the samples of one call their adapters: `mux.call(rows)(function, *args)`.
+
+        All passes inside the call have these rows, whatever blocks are open. It is for callables
+        that do not take `adapter_names=`, as the pipelines of diffusers. forward() and generate()
+        of the attached model take that keyword.
+
+        Args:
+            rows: as in `route`.
+            weights: as in `route`.
+            expand: as in `route`.
+            towers: as in `route`.
+
+        Returns:
+            A callable that runs a function with its arguments, and returns what that returns.
+
+        Raises:
+            UnknownAdapterError: a name or a handle is not loaded.
+            RoutingError: rows or weights do not fit.
+            ArgumentTypeError: at the call: the function is a coroutine or a generator, which would
+                run after the call.
+        """
+        make = self._maker(lambda: self._made(rows, weights, expand, towers))
+        return Call(lambda: self._under(make, "call"))
+
     def set_route(
-        self, rows: Rows | None, weights: Tensor | None = None, *, expand: Expand = None
+        self,
+        rows: Rows | None,
+        weights: Tensor | None = None,
+        *,
+        expand: Expand = None,
+        towers: Mapping[str, Rows] | None = None,
     ) -> None:
         """Give each sample of every batch its own adapters, until the next route is set.
 
@@ -316,7 +218,7 @@ class Mux:
         if rows is None:
             self.set_adapter(None)
         else:
-            self._set(lambda: make_route(rows, weights, self._slots, expand=expand))
+            self._set(lambda: self._made(rows, weights, expand, towers))
 
     def set_adapter(
         self, adapter: Selection, weights: float | Sequence[float] | None = None
@@ -340,22 +242,23 @@ class Mux:
         self._set(lambda: self._uniform_routes.find(chosen))
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Give every row the base model inside a `with` block, whatever the route.
+        """Give every row the base model inside a `with` block.
 
-        Raises:
-            RoutingBusyError: another thread is in a `with` block or a forward pass of this model.
+        It is a block like those of `route`: the innermost one counts.
         """
         self._check_attached()
-        return self._router.disable()
+        return self._router.opened(None, "disabled block")
 
     def detach(self) -> None:
         """Give the plain model back: the same modules, without a trace of the adapters or the Mux.
 
         Raises:
-            RoutingBusyError: another thread is in a `with` block or a forward pass of this model.
+            RoutingBusyError: a block is open or a pass is in progress, in any thread or task.
         """
         model = self._check_attached()
-        self._router.set(None)  # which raises while another thread is inside a block
+        self._router.refuse_in_use()
+        _GENERATIONS[model] = self._slots.next_generations
+        self._router.is_detached = True
         for hook in self._hooks:
             hook.remove()
         for name in self._wrapped:
@@ -372,29 +275,24 @@ class Mux:
         return f"Mux(targets={len(self._layers)}, adapters={list(self.adapters)}{state})"
 
     def _block(self, make: Callable[[], Route]) -> AbstractContextManager[Routing]:
-        """A block under a route that is made now, and again if a name changes before it begins."""
-        self._check_attached()
-        name_changes, first = self._slots.name_changes, make()
-
-        def current() -> Route:
-            changed = self._slots.name_changes != name_changes
-            return make() if first.named and changed else first
-
-        return self._under(current)
+        return self._routed(self._maker(make))
 
     @contextmanager
-    def _under(self, make: Callable[[], Route]) -> Iterator[Routing]:
-        with self._router.block():
-            with self._adapters.resident(make) as route:
-                self._router.put(route)
+    def _routed(self, make: Callable[[], Route]) -> Iterator[Routing]:
+        with self._under(make, "block") as route:
             yield route.routing
 
+    def _made(
+        self,
+        rows: Rows,
+        weights: Tensor | None,
+        expand: Expand,
+        towers: Mapping[str, Rows] | None,
+    ) -> Route:
+        layout = self._router.layout
+        own = None if towers is None else {layout.path_of(n): r for n, r in towers.items()}
+        return make_route(rows, weights, self._slots, expand=expand, towers=own)
+
     def _set(self, make: Callable[[], Route | None]) -> None:
-        self._router.refuse_other_thread()
         with self._adapters.resident(make, leaving=True) as route:
             self._router.set(route)
-
-    def _check_attached(self) -> nn.Module:
-        if self._model is None:
-            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
-        return self._model

@@ -209,10 +209,16 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def plan(routing: Routing, slots: Slots, method: Method) -> AnyPlan | None:
+def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False) -> AnyPlan | None:
     """The plan of a routing with one row per row of x, on x's device.
 
     None when no row selects an adapter, where that can be told without a sync.
+
+    Args:
+        routing: its index holds handles.
+        slots: which slots they mean.
+        method: how adapters are computed.
+        resolved: the index holds slots already; only for a method on the host.
 
     Raises:
         UnknownAdapterError: the index holds a handle whose adapter is not there. The operators
@@ -220,12 +226,12 @@ def plan(routing: Routing, slots: Slots, method: Method) -> AnyPlan | None:
     """
     index, weight = routing.index, routing.weight
     if method.on_host:
-        resolved = slots.resolve(index)
-        if bool((resolved < 0).all()):
+        chosen = index if resolved else slots.resolve(index)
+        if bool((chosen < 0).all()):
             return None
         if method.form == "cpu":
-            return cpu.Plan(weight.clone(), resolved)
-        return reference.plan(resolved, weight)
+            return cpu.Plan(weight.clone(), chosen)
+        return reference.plan(chosen, weight)
     if capturing(index.device):
         slots.captured = True
     triton = method.form != "operators"

@@ -1,20 +1,20 @@
-"""What graphs read of the route in force.
+"""What CUDA graphs read of the rows in force: tensors in place, which later routes overwrite.
 
-A CUDA graph reads a routing in place, so that it is overwritten. A graph of torch.compile reads new
-tensors each time, which must always have the same shape.
+A replay is no forward pass, so that nothing can check whose rows it has. A block therefore holds
+the tensors until it ends, and the blocks of other threads wait for it.
 """
 
+import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from ..core import NONE, Routing, unchecked_routing
+from ..core import NONE, Routing
+from ..errors import RoutingBusyError
 from .route import Route
+from .scopes import Scope, running_name
 
 NOBODY = -2  # a handle that no adapter ever has, and that does not mean "none" either
-LEAST_PLACES = 4  # adapters in a row for which a compiled model has room from the beginning
+PATIENCE = 30.0  # seconds that a block waits for another one to end
 
 
 @dataclass
@@ -27,7 +27,7 @@ class CapturedRouting:
     holds: Literal["route", "base", "nobody"] = "route"
 
     def follow(self, route: Route | None) -> None:
-        """Write the route in force (None = the base model) to where the graph reads it.
+        """Write a route (None = the base model) to where the graph reads it.
 
         The graph would compute a route of another shape wrongly. It gets a handle that nobody ever
         has instead, and answers NaN.
@@ -57,57 +57,76 @@ class CapturedRouting:
             self.routing.index.fill_(handle)
 
 
-class CompiledView:
-    """The route in force as compiled models read it.
-
-    For batches with the same number of samples, all routes have the same shape here, including the
-    base model and the routes of set_adapter, so that one graph serves them all. torch.compile
-    guards shapes and not values: a new tensor for each route costs no new graph.
-    """
+class CapturedRoutings:
+    """All that CUDA graphs of one model read, and the block that holds it."""
 
     def __init__(self) -> None:
-        self._rows = 1  # of the last route that had one for each sample
-        self._places = LEAST_PLACES  # of the widest route so far
-        self._base = self.route = _base(self._rows, self._places, torch.device("cpu"))
+        self._all: list[CapturedRouting] = []
+        self._changed = threading.Condition()
+        self._holder: Scope | None = None  # None = the sticky rows
 
-    def follow(self, route: Route | None, device: torch.device) -> None:
-        """Let compiled models read this route, on this device; None = the base model."""
-        if torch.compiler.is_compiling():
-            # torch.export is tracing: sizes may be symbols, which must not outlive the trace.
-            self.route = route or self._base
-            return
-        if device.type == "meta":
-            device = torch.device("cpu")
-        if route is not None:
-            self._places = max(self._places, route.routing.index.shape[1])
-            if not (route.uniform or route.per_token):
-                self._rows = route.routing.rows
-            shape = self._rows, self._places, device
-            if route.padded is None or route.padded[0] != shape:
-                route.padded = shape, self._pad(route, device)
-            self.route = route.padded[1]
-            return
-        index = self._base.routing.index  # reused, because each block ends with the base model
-        if index.shape != (self._rows, self._places) or index.device != device:
-            self._base = _base(self._rows, self._places, device)
-        self.route = self._base
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CapturedRoutings, ()  # no graph reads a copy of the model
 
-    # Graphs guard inference tensors as well, so these are normal ones even inside inference_mode.
-    # Not around `follow`, which set_adapter calls: entering the mode takes a third of its time.
-    @torch.inference_mode(False)
-    def _pad(self, route: Route, device: torch.device) -> Route:
-        index, weight = route.routing.index, route.routing.weight
-        if route.uniform:
-            index, weight = index.expand(self._rows, -1), weight.expand(self._rows, -1)
-        missing = (0, self._places - index.shape[1])
-        padded = unchecked_routing(
-            nn.functional.pad(index.long(), missing, value=NONE),
-            nn.functional.pad(weight, missing),
-            route.routing.last_pass,
-        )
-        return Route(padded.to(device), route.per_token, route.uniform, route.expand)
+    def __bool__(self) -> bool:
+        return bool(self._all)
 
+    def __getitem__(self, i: int) -> CapturedRouting:
+        return self._all[i]
 
-@torch.inference_mode(False)
-def _base(rows: int, places: int, device: torch.device) -> Route:
-    return Route(Routing(torch.full((rows, places), NONE, device=device)), uniform=True)
+    def add(self, routing: Routing, route: Route, scope: Scope | None) -> None:
+        """Note that a graph reads the routing, which is the one of this scope."""
+        with self._changed:
+            self._all.append(CapturedRouting(routing, route.per_token, route.uniform))
+            self._holder = scope
+
+    def wait(self, around: list[Scope]) -> None:
+        """Wait until a scope may begin inside of these.
+
+        Raises:
+            RoutingBusyError: another one does not end, or can not because this one would wait for
+                it in the same thread.
+        """
+        with self._changed:
+            while self._taken(around):
+                holder = self._holder
+                here = holder is not None and holder.thread == threading.get_ident()
+                if here or not self._changed.wait(PATIENCE):
+                    waited = "" if here else f" (waited {PATIENCE:.0f} s)"
+                    raise RoutingBusyError(
+                        f"a block of {running_name()} cannot begin while the {holder} is open: "
+                        "CUDA graphs of this model read one routing in place; let one end before "
+                        f"the other begins{waited}"
+                    )
+
+    def enter(self, scope: Scope, around: list[Scope]) -> None:
+        """A scope begins, inside of others: graphs follow it. Waits as `wait`."""
+        with self._changed:
+            self.wait(around)
+            self._holder = scope
+            self._follow(scope.route)
+
+    def _taken(self, around: list[Scope]) -> bool:
+        holder = self._holder
+        if holder is None or holder.ended or holder.is_left_behind:
+            return False
+        return holder not in around
+
+    def leave(self, scope: Scope, outer: Scope | None, sticky: Route | None) -> None:
+        """A scope has ended: graphs follow the one around it, or the sticky rows."""
+        with self._changed:
+            if self._holder is scope:
+                self._holder = outer
+                self._follow(sticky if outer is None else outer.route)
+                self._changed.notify_all()
+
+    def follow_sticky(self, sticky: Route | None) -> None:
+        """The sticky rows have changed."""
+        with self._changed:
+            if self._holder is None or self._holder.ended:
+                self._holder = None
+                self._follow(sticky)
+
+    def _follow(self, route: Route | None) -> None:
+        for captured in self._all:
+            captured.follow(route if route is not None and route.selects else None)

@@ -1,26 +1,54 @@
-"""Forward passes, and those among them whose backward may still come."""
+"""Forward passes: what the layers of one read, and which of them may still need their backward."""
 
 import functools
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
+from .. import ops
+from ..core import Pool, Routing
 from ..errors import RoutingError
-from .route import Route
+from .route import Resolved, Route
+
+# The layers of a pass that share a plan: by their rows, the device of x, and their method.
+Layers: TypeAlias = tuple[int, torch.device, ops.Method]
 
 
-class Pass(NamedTuple):
-    """What a forward pass of the model is computed with."""
+class Planned(NamedTuple):
+    """A plan, the layers that it is for, and all that it depends on where that can be told."""
 
-    route: Route | None  # None = the base model
-    samples: int | None  # None = the forward did not begin at the model's top
-    tokens: int
-    generating: bool
+    layers: Layers
+    case: object
+    plan: ops.AnyPlan | None  # None = nothing to add
 
-    def samples_of(self, x: Tensor) -> int | None:
-        """How many samples a layer's input x holds; None if a uniform route need not know.
+
+# No tuple: torch.compile guards all values of a tuple, and of this one those that it reads.
+@dataclass
+class Shape:
+    """The batch of a pass."""
+
+    samples: int | None = None  # None = the pass did not begin at the model's top
+    tokens: int = 0  # of each sample
+    beams: int | None = None  # inside generate(): how often it repeats each sample, in order
+
+    def begins(self, x: Tensor) -> bool:
+        """Whether a layer's input x begins with the samples, or flattened with their tokens."""
+        first = x.shape[0] if x.ndim >= 2 else 1
+        return first == self.samples or (
+            x.ndim == 2 and self.samples is not None and first == self.samples * self.tokens
+        )
+
+    def samples_of(self, x: Tensor, route: Route) -> int | None:
+        """How many samples a layer's input x holds; None if the route need not know.
 
         Raises:
             RoutingError: x does not begin with the batch, so that its rows cannot be told apart.
@@ -28,34 +56,205 @@ class Pass(NamedTuple):
         first = x.shape[0] if x.ndim >= 2 else 1
         if self.samples is None:
             return first
-        if first == self.samples or (x.ndim == 2 and first == self.samples * self.tokens):
+        if self.begins(x):
             return self.samples
-        assert self.route is not None
-        if self.route.uniform or self.route.per_token:
+        if route.uniform or route.per_token:
             return None
         raise RoutingError(
             f"a layer's input must begin with the batch of {self.samples} samples (or, flattened, "
-            f"with its {self.samples} x {self.tokens} tokens), got {list(x.shape)}; "
-            "use route_tokens for rows in another order"
+            f"with its {self.samples} x {self.tokens} tokens) unless all `rows` are equal, "
+            f"got {list(x.shape)}; run the samples of each adapter as a batch of their own, or "
+            "leave the layer out of `targets`"
         )
 
 
-class PassesAwaitingBackward:
-    """The passes whose output, or something computed from it, still exists."""
+@dataclass(eq=False)
+class Pass:
+    """A forward pass of a model: its route, resolved when it began, and nothing else counts."""
 
-    def __init__(self) -> None:
+    owner: object  # tells the passes of one model from those of another
+    caller: FrameType | None = None  # which is on the stack until the pass is over; then None
+    outer: "Pass | None" = None  # the pass, of any model, that this one runs in
+    thread: object = None  # tells those of one thread from those of another
+    route: Route | None = None  # None = the base model
+    disabled: bool = False  # by disable_adapter
+    shape: Shape = field(default_factory=Shape)
+    resolved: Resolved | None = None  # None if the host may not read the route's index
+    plans: list[Planned] = field(default_factory=list)
+    placed: dict[torch.device, Routing] = field(default_factory=dict)  # the route's own rows
+    # Of layers whose batch is another one; see towers.py.
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's arguments, by name
+    towers: "dict[str, Pass]" = field(default_factory=dict)  # those that have rows of their own
+    apart: "dict[object, Pass]" = field(default_factory=dict)  # made from these, by layers' inputs
+
+    def touches(self, pool: Pool) -> bool:
+        """Whether any row may select an adapter that is in a layer's pool."""
+        if self.resolved is None:
+            return bool(pool.spans)
+        # In this order it looks up the few that are used, not all that are loaded.
+        return not pool.spans.keys().isdisjoint(self.resolved.used)
+
+    @cached_property
+    def alike(self) -> "Pass":
+        """The pass, whose rows are all equal, for a layer with any batch."""
+        assert self.route is not None
+        first = Route(self.route.routing.expand_rows(1), uniform=True)
+        return Pass(self.owner, route=first, resolved=self.resolved and self.resolved.picked([0]))
+
+    def finish(self) -> None:
+        """Let go of what only layers that run need."""
+        self.plans.clear()  # they may hold much
+        self.placed.clear()
+        self.inputs, self.caller = {}, None
+        vars(self).pop("alike", None)
+        for inner in (*self.towers.values(), *self.apart.values()):
+            if inner is not self:
+                inner.finish()
+
+
+# One variable for all models, because a context never lets go of one.
+_PASS: ContextVar[Pass | None] = ContextVar("lora_mux_pass", default=None)
+
+
+class Passes:
+    """The passes of one model that are in progress, or whose backward may still come."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._owner = object()
+        self._lock = lock  # the router's
+        self._in_progress: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._hooks: dict[int, weakref.ref[functools.partial[None]]] = {}
+        self._in_backward: dict[int, Pass] = {}  # by autograd's number of the backward
+        self._thread = _Thread()
 
-    def add(self, output: Tensor, past: Pass, enter: Callable[[Pass, Tensor], None]) -> None:
-        """Call `enter` with the pass when the gradient of its output arrives."""
-        hook = functools.partial(enter, past)
-        hooks, key = self._hooks, id(hook)
-        hooks[key] = weakref.ref(hook, lambda _: hooks.pop(key, None))
-        output.register_hook(hook)  # type: ignore[no-untyped-call]
+    def none(self) -> Pass:
+        """What a layer reads that is called by itself."""
+        return Pass(self._owner)
 
-    def __iter__(self) -> Iterator[Pass]:
+    def begin(self, caller: FrameType) -> Pass:
+        """From now on the layers that run in this context belong to a new pass.
+
+        Args:
+            caller: a frame that is on the stack until the pass is over.
+        """
+        self.forget_interrupted()
+        began = Pass(self._owner, caller, _PASS.get(), self._thread.token)
+        with self._lock:
+            self._in_progress.add(began)
+        _PASS.set(began)
+        return began
+
+    def forget_interrupted(self) -> None:
+        """Forget passes and backwards that an interrupt has ended, of which nothing tells us."""
+        outer = self.current()
+        # One of another thread is in a copied context; only that thread knows whether it runs.
+        here = self._thread.token
+        while outer is not None and outer.thread is here and not _is_running(outer.caller):
+            self.end()
+            outer = self.current()
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            self._in_backward.pop(self._thread.backward, None)
+
+    def end(self) -> Pass | None:
+        """The pass of this context is over; None if there is none."""
+        ended = self.current()
+        if ended is not None:
+            with self._lock:
+                self._in_progress.discard(ended)
+            _PASS.set(ended.outer)
+            ended.finish()
+        return ended
+
+    def current(self) -> Pass | None:
+        """The pass in progress in this context."""
+        found = _PASS.get()
+        # A copy of a context may still hold a pass that is over.
+        while found is not None and (found.owner is not self._owner or found.caller is None):
+            found = found.outer
+        return found
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a pass is in progress in any context."""
+        with self._lock:
+            return bool(self._in_progress)
+
+    def in_use(self) -> list[Route | None]:
+        """The routes of passes that are in progress, or may still be run backward."""
         alive = (hook() for hook in list(self._hooks.values()))
-        return (hook.args[0] for hook in alive if hook is not None)
+        awaiting = [hook.args[0].route for hook in alive if hook is not None]
+        with self._lock:
+            return awaiting + [began.route for began in self._in_progress]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PassesAwaitingBackward, ()  # a copy of the model awaits no backward
+    def follow_into_backward(self, past: Pass, output: object) -> None:
+        """Let the backward of a pass's output find the pass.
+
+        By then its block may have ended, and another begun.
+        """
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                hook = functools.partial(self._enter_backward, past)
+                self._hooks[id(hook)] = weakref.ref(hook, self._forget_hook(id(hook)))
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _forget_hook(self, key: int) -> Callable[[object], object]:
+        hooks = self._hooks  # not self, which would outlive the model
+        return lambda _: hooks.pop(key, None)
+
+    def _enter_backward(self, past: Pass, grad: Tensor) -> None:
+        number = torch._C._current_graph_task_id()
+        self._in_backward[number] = past
+        self._thread.backward = number
+        in_backward = self._in_backward
+
+        def leave() -> None:
+            in_backward.pop(number, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(leave)
+
+    def of_backward(self) -> Pass | None:
+        """The pass whose layers checkpointing runs again at this moment."""
+        number = torch._C._current_graph_task_id()
+        if number == -1:
+            return None
+        # A backward inside a backward, as of reentrant checkpoints, has a number of its own.
+        return self._in_backward.get(number) or self._in_backward.get(self._thread.backward)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.backward = -1
+        self.token = object()  # no number, which a later thread may get
+
+
+def tensors_in(output: object) -> Iterator[Tensor]:
+    """The tensors of a model's output, also those inside tuples, lists, mappings, dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_in(value)
+    elif is_dataclass(output):
+        yield from tensors_in(vars(output))
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether a frame is on this thread's stack."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
+
+
+def handles_of(routes: Iterable[Route | None]) -> frozenset[int] | None:
+    """The handles that any of the routes selects; None if only a device knows."""
+    found: frozenset[int] = frozenset()
+    for route in routes:
+        if route is not None:
+            if route.handles is None:
+                return None
+            found |= route.handles
+    return found

@@ -1,53 +1,146 @@
-"""The plans that the layers of a forward pass share."""
+"""The plans of forward passes, which layers that are alike share."""
 
-from typing import NamedTuple, TypeAlias
+from math import prod
 
 import torch
+from torch import Tensor
 
 from .. import ops
-
-# The layers of a pass that share a plan: by their rows, the device of x, and their method.
-Layers: TypeAlias = tuple[int, torch.device, ops.Method]
-
-
-class Planned(NamedTuple):
-    """A plan, the layers that it is for, and all that it depends on where that can be told."""
-
-    layers: Layers
-    case: object
-    plan: ops.AnyPlan | None  # None = nothing to add
+from ..core import LastPass, Pool, Routing, Slots, unchecked_routing
+from ..errors import RoutingError
+from .compiled import Cell, rows_now
+from .graphs import CapturedRoutings
+from .passes import Layers, Pass, Planned
+from .scopes import Scopes
 
 
-class Plans:
-    """The plans of the forward pass in progress, and the last of the CPU's form."""
+class SharedPlans:
+    """The plans of passes, and the last of the CPU's form.
+
+    The next pass is often the same case, as in generate().
+    """
 
     def __init__(self) -> None:
-        # A list, because the sizes of a compiled batch may be symbols, which no dict can look up.
-        self._of_pass: list[Planned] = []
         self._last: Planned | None = None
 
-    def find(self, layers: Layers, case: object) -> Planned | None:
+    def find(self, of_pass: list[Planned], layers: Layers, case: object) -> Planned | None:
         """What was planned for these layers in this pass, or for the same case in an earlier one.
 
-        The next pass is often the same case, as in generate().
+        Args:
+            of_pass: the pass's own. A list, because the sizes of a compiled batch may be symbols,
+                which no dict can look up.
+            layers: which layers.
+            case: all that the plan depends on; None = that cannot be told.
         """
-        for planned in self._of_pass:
+        for planned in of_pass:
             if planned.layers == layers:
                 return planned
         # In this order: torch.compile guards what is read, and knows no case.
-        if case is None or self._last is None or self._last.case != case:
+        if case is None:
             return None
-        self._of_pass.append(self._last)
-        return self._last
+        last = self._last  # read once: other threads write it
+        if last is None or last.case != case:
+            return None
+        of_pass.append(last)
+        return last
 
-    def add(self, layers: Layers, case: object, plan: ops.AnyPlan | None) -> Planned:
+    def add(
+        self, of_pass: list[Planned], layers: Layers, case: object, plan: ops.AnyPlan | None
+    ) -> Planned:
         """Keep a plan for the pass, and for a case that is not None."""
         planned = Planned(layers, case, plan)
-        self._of_pass.append(planned)
+        of_pass.append(planned)
         if case is not None:
             self._last = planned
         return planned
 
-    def clear(self) -> None:
-        """Forget the plans of the pass."""
-        self._of_pass.clear()
+
+class Plans:
+    """Makes the plans of one model."""
+
+    def __init__(
+        self, number: int, slots: Slots, scopes: Scopes, captured: CapturedRoutings
+    ) -> None:
+        self._number = number  # of the router
+        self._slots = slots
+        self._scopes = scopes
+        self._captured = captured
+        self._shared = SharedPlans()
+
+    def plan(
+        self,
+        now: Pass | Cell,
+        x: Tensor,
+        pool: Pool,
+        weight: Tensor | None,
+        settings: ops.Settings,
+    ) -> ops.AnyPlan | None:
+        """The plan for a layer's input x [..., in_features]; None = nothing to add.
+
+        Args:
+            now: the pass, with the rows of this input.
+            x: the input.
+            pool: the layer's.
+            weight: of a base layer that can be fused with its adapters.
+            settings: how adapters are computed.
+        """
+        route, shape = now.route, now.shape
+        assert route is not None
+        rows = prod(x.shape[:-1])
+        samples = shape.samples_of(x, route)  # for each layer: it refuses shapes
+        trained = route.routing.weight.requires_grad
+        method = ops.method(settings, x, rows, pool, None if trained else weight)
+        # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
+        if shape.samples is None or trained:
+            return self._made(now, x, rows, samples, method)
+        layers, case = (rows, x.device, method), None
+        if method.form == "cpu":  # never while compiling, which would guard the version
+            case = route, rows, samples, shape.beams, self._slots.suspensions
+        known = self._shared.find(now.plans, layers, case)
+        if known is None:
+            made = self._made(now, x, rows, samples, method)
+            known = self._shared.add(now.plans, layers, case, made)
+        return known.plan
+
+    def _made(
+        self, now: Pass | Cell, x: Tensor, rows: int, samples: int | None, method: ops.Method
+    ) -> ops.AnyPlan | None:
+        route, beams = now.route, now.shape.beams
+        assert route is not None
+        if now.shape.samples is None and samples == route.routing.rows:
+            beams = None  # generate() runs encoders by themselves, before it repeats samples
+        manner = route.manner(rows, samples, beams)
+        if isinstance(now, Cell):
+            given = route.routing
+            # A trace holds no values, so that there is nothing to note on the user's routing.
+            view = unchecked_routing(given.index, given.weight, LastPass()).to(x.device)
+            routing = rows_now(view, manner, route.expand, self._number)
+            return ops.plan(manner.spread(routing), self._slots, method)
+        if method.on_host and now.resolved is not None:
+            given, index = route.routing, now.resolved.slots
+            resolved = unchecked_routing(index, given.weight, given.last_pass).to(x.device)
+            return ops.plan(manner.spread(resolved), self._slots, method, resolved=True)
+        return ops.plan(manner.spread(self._on(now, x.device, method)), self._slots, method)
+
+    def _on(self, now: Pass, device: torch.device, method: ops.Method) -> Routing:
+        """The pass's own rows on a device."""
+        route, routing = now.route, now.placed.get(device)
+        assert route is not None
+        capturing = ops.capturing(device)
+        if routing is None:
+            if capturing and device not in route.placed:
+                raise RoutingError(
+                    "run the model once under this route before capturing it in a CUDA graph; "
+                    "nothing can be copied to the GPU during the capture"
+                )
+            # A copy, because later routes overwrite what a graph reads, and this one may return.
+            routing = now.placed[device] = route.on(device, copy=not method.on_host)
+        if capturing and routing is route.placed.get(device):
+            if route.routing.weight.requires_grad:
+                raise RoutingError(
+                    "`weights` must not need gradients while a CUDA graph is captured, got a "
+                    "tensor that does; detach() it"
+                )
+            del route.placed[device]  # from now on it is the graph's
+            self._captured.add(routing, route, self._scopes.current())
+        return routing

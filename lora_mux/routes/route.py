@@ -1,9 +1,10 @@
 """A route: a routing, and what one of its rows stands for in the batches of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from math import prod
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,8 +22,14 @@ from ..core import (
 )
 from ..errors import RoutingError
 
-Expand: TypeAlias = Literal["interleave", "tile"] | None  # how a batch may repeat its samples
+# How a batch may repeat its samples: one way, any number of times; or each way, that many times, in
+# order: {"interleave": 2, "tile": 2} is a, a, b, b, a, a, b, b.
+Way: TypeAlias = Literal["interleave", "tile"]
+Expand: TypeAlias = Way | Mapping[Way, int] | None
+Steps: TypeAlias = tuple[tuple[Way, int], ...]  # each way of repeating, and how often
 Rows: TypeAlias = Sequence[Selection] | Tensor
+
+MAX_ROUTES = 256  # of set_adapter that are kept
 
 # (samples, tokens of each)
 Batch: TypeAlias = tuple[int, int]
@@ -49,14 +56,28 @@ class Route:
     uniform: bool = False  # all rows are equal, so that the first serves a batch of any size
     expand: Expand = None
     named: bool = False  # made from names, which mean other adapters after a reload
-    # The route as compiled models read it, and the shape it was padded to; `graphs` makes it once.
-    padded: "tuple[object, Route] | None" = None
+    argument: str = "rows"  # what error messages call it
+    samples: int | None = None  # of the batch, if a route per token tells
+    towers: "Mapping[str, Route]" = field(default_factory=dict)  # path -> rows of its own batch
+    # Made once, when they are first needed, and no part of the value:
+    padded: "tuple[object, Route] | None" = None  # as compiled models read it, and in which shape
+    resolved: "Resolved | None" = None
+    placed: dict[torch.device, Routing] = field(default_factory=dict)  # the routing on devices
 
     @cached_property
     def selects(self) -> bool:
         """Whether any row selects an adapter; True if only a GPU could tell, at a sync."""
         index = self.routing.index
-        return not host_may_read(index) or bool((index >= 0).any())
+        here = not host_may_read(index) or bool((index >= 0).any())
+        return here or any(route.selects for route in self.towers.values())
+
+    @cached_property
+    def is_alike(self) -> bool:
+        """Whether all rows are known to be equal, so that the first serves any batch."""
+        index, weight = self.routing.index, self.routing.weight
+        if not (host_may_read(index) and host_may_read(weight)) or weight.requires_grad:
+            return False
+        return bool((index == index[:1]).all() and (weight == weight[:1]).all()) and len(index) > 0
 
     @cached_property
     def handles(self) -> frozenset[int] | None:
@@ -64,63 +85,187 @@ class Route:
         index = self.routing.index
         if not host_may_read(index):
             return None
-        return frozenset(index.flatten().tolist()) - {NONE}
+        found = frozenset(index.flatten().tolist()) - {NONE}
+        for route in self.towers.values():
+            if route.handles is None:
+                return None
+            found |= route.handles
+        return found
+
+    def check_loaded(self, slots: Slots) -> None:
+        """Refuse a handle whose adapter is not there."""
+        for route in (self, *self.towers.values()):
+            slots.check_loaded(route.routing.index)
 
     def with_replaced(self, old: int, new: int) -> "Route":
         """The route with one handle in the place of another."""
         given = self.routing
         index = given.index.where(given.index != old, new)
         routing = unchecked_routing(index, given.weight, LastPass())
-        return replace(self, routing=routing, padded=None)
+        towers = {path: route.with_replaced(old, new) for path, route in self.towers.items()}
+        return self._with(routing, towers)
 
-    def spread(self, routing: Routing, rows: int, samples: int | None, generating: bool) -> Routing:
-        """The routing with one row for each of x's `rows`.
+    def with_rows(self, rows: Sequence[int]) -> "Route":
+        """The route of a batch that holds only these of the samples, in this order."""
+        if self.uniform or self.per_token:
+            return self
+        given, here = self.routing, torch.tensor(rows, device=self.routing.index.device)
+        routing = unchecked_routing(given.index[here], given.weight[here], given.last_pass)
+        return self._with(routing, self.towers)
+
+    def _with(self, routing: Routing, towers: "Mapping[str, Route]") -> "Route":
+        return replace(self, routing=routing, towers=towers, padded=None, resolved=None, placed={})
+
+    def resolve(self, slots: Slots) -> "Resolved | None":
+        """The index as slots; None if the host may not read it.
+
+        Raises:
+            UnknownAdapterError: it holds a handle whose adapter is not there.
+        """
+        index = self.routing.index
+        if not host_may_read(index):
+            return None
+        suspensions, known = slots.suspensions, self.resolved
+        if known is None or known.suspensions != suspensions:
+            resolved = slots.resolve(index)
+            used = frozenset(resolved.flatten().tolist()) - {NONE}
+            known = self.resolved = Resolved(suspensions, resolved, used)
+        return known
+
+    def on(self, device: torch.device, copy: bool) -> Routing:
+        """The routing on a device, copied there once.
 
         Args:
-            routing: this route's own, on x's device.
+            device: of the layer's input.
+            copy: even if it is there, because a CUDA graph may come to own the copy.
+        """
+        if device not in self.placed:
+            self.placed[device] = self.routing.to(device, copy=copy)
+        return self.placed[device]
+
+    def manner(self, rows: int, samples: int | None, beams: int | None) -> "Manner":
+        """How the routing becomes one with a row for each of x's `rows`.
+
+        Args:
             rows: how many rows x has.
             samples: how many samples x holds; None if only a uniform or per-token route can serve
                 it.
-            generating: the pass is part of generate(), which may repeat samples.
+            beams: inside generate(), how often it repeats each sample, in order; None = outside.
         """
         if self.per_token:
-            if rows != routing.rows:
+            if rows != self.routing.rows:
                 raise RoutingError(
-                    f"`rows` must have one entry per token of the batch ({rows}), "
-                    f"got {routing.rows}"
+                    f"`{self.argument}` must have one entry per token of the batch ({rows}), "
+                    f"got {self.routing.rows}"
                 )
-            return routing
-        if samples == routing.rows:
-            return routing.repeat_interleave(rows // samples if samples else 1)
+            return Manner("tokens")
+        if samples == self.routing.rows and beams in (None, 1):
+            return Manner("samples", (), rows // samples if samples else 1)
         if self.uniform or samples is None:
-            return routing.expand_rows(rows)
-        repeats = self.repeats(samples, generating)
-        spread = routing.tile if self.expand == "tile" else routing.repeat_interleave
-        return spread(repeats).repeat_interleave(rows // samples)
+            return Manner("first", (), rows)
+        return Manner("samples", self.steps(samples, beams), rows // samples if samples else 1)
 
-    def check(self, samples: int, generating: bool) -> None:
+    def check(self, samples: int, beams: int | None) -> None:
         """Refuse a batch with another number of samples."""
         # In this order: a compiled model guards what it reads, and need not read the kind.
-        if samples != self.routing.rows and not (self.uniform or self.per_token):
-            self.repeats(samples, generating)
+        if samples != self.routing.rows or beams not in (None, 1):
+            if not (self.uniform or self.per_token):
+                self.steps(samples, beams)
+        # That the tokens fit is left to the layers, which see them.
+        if self.samples is not None and self.samples != samples:
+            raise RoutingError(
+                f"`{self.argument}` of shape [samples, tokens, J] must have the batch's number of "
+                f"samples ({samples}), got {self.samples}; flatten it for a batch that is packed"
+            )
 
-    def repeats(self, samples: int, generating: bool) -> int:
-        """How often a batch of `samples` holds each routed sample.
+    def steps(self, samples: int, beams: int | None) -> Steps:
+        """How a batch of `samples` repeats the routed ones.
 
         Raises:
             RoutingError: the numbers do not fit, or nobody said that samples are repeated:
                 repetition is never guessed.
         """
-        routed = self.routing.rows
-        if samples == routed:
-            return 1
-        if (generating or self.expand) and routed and samples % routed == 0:
-            return samples // routed
-        hint = '; if the batch repeats its samples, give expand="interleave" or "tile"'
+        routed, expand = self.routing.rows, self.expand
+        if isinstance(expand, Mapping):
+            times = prod(expand.values())
+            # generate() repeats each sample as often, but in its own order: which one is it?
+            if beams not in (None, 1) and times == beams:
+                raise RoutingError(
+                    f"`expand` must be None where generate() itself repeats each sample {beams} "
+                    f"times (`num_beams`, `num_return_sequences`), got {dict(expand)}"
+                )
+            if samples in (routed, routed * times):
+                return () if samples == routed else tuple(expand.items())
+        elif expand is not None and routed and samples % routed == 0 and beams in (None, 1):
+            times = samples // routed
+            if expand == "tile" and times > 3:
+                # Guidance repeats the batch two or three times; more may be images of each prompt.
+                raise RoutingError(
+                    f'`expand` must say how often where it is "tile" and {times} times, as '
+                    f'{{"interleave": {times // 2}, "tile": 2}} (several images of each prompt, '
+                    f'with guidance) or {{"tile": {times}}}'
+                )
+            return ((expand, times),)
+        elif samples == routed * (beams or 1):
+            return (("interleave", beams or 1),)
+        hint = ""
+        if not expand:
+            give = "give" if self.argument == "rows" else "use a block or mux.call() with"
+            hint = f'; if the batch repeats its samples, {give} expand="interleave" or "tile", or '
+            hint += 'both with how often, in their order: {"interleave": 2, "tile": 2}'
+        repeated = f", {beams} times each" if beams not in (None, 1) else ""
         raise RoutingError(
-            f"`rows` must have one entry per sample of the batch ({samples}), got {routed}"
-            + ("" if self.expand else hint)
+            f"`{self.argument}` must have one entry per sample of the batch ({samples}), "
+            f"got {routed}{repeated}{hint}"
         )
+
+
+class Resolved(NamedTuple):
+    """A route's index as slots, where the host may read it."""
+
+    suspensions: int  # of the slots, when it was made
+    slots: Tensor  # int64 of the index's shape; -1 = none
+    used: frozenset[int]  # all of them
+
+    def picked(self, rows: Tensor | list[int]) -> "Resolved":
+        """These rows of it, which use no other slots."""
+        return self._replace(slots=self.slots[rows])
+
+
+class Manner(NamedTuple):
+    """How a routing becomes one with a row for each row of x."""
+
+    kind: Literal["samples", "tokens", "first"]  # what a row of it stands for; "first": for all
+    steps: Steps = ()  # how samples are repeated
+    times: int = 1  # how many rows x has for each sample, or in all ("first")
+
+    def spread(self, routing: Routing) -> Routing:
+        """The routing with one row for each row of x."""
+        if self.kind == "tokens":
+            return routing
+        if self.kind == "first":
+            return routing.expand_rows(self.times)
+        for way, times in self.steps:
+            repeated = routing.tile if way == "tile" else routing.repeat_interleave
+            routing = repeated(times)
+        return routing.repeat_interleave(self.times)
+
+
+def check_expand(expand: object) -> Expand:
+    """`expand`, if it is one."""
+    if isinstance(expand, Mapping):
+        fits = all(
+            way in ("interleave", "tile") and isinstance(times, int) and times > 0
+            for way, times in expand.items()
+        )
+    else:
+        fits = expand in (None, "interleave", "tile")
+    if not fits:
+        raise RoutingError(
+            "`expand` must be None, 'interleave', 'tile', or a mapping of these to how often, as "
+            f'{{"interleave": 2, "tile": 2}}, got {expand!r}'
+        )
+    return expand  # type: ignore[return-value]
 
 
 def make_route(
@@ -131,33 +276,111 @@ def make_route(
     expand: Expand = None,
     per_token: bool = False,
     lengths: Sequence[int] | None = None,
+    argument: str = "rows",
+    towers: Mapping[str, Rows] | None = None,
 ) -> Route:
     """The route that a user asks for, by names or by an index tensor with weights.
+
+    Args:
+        rows: names, or an index [rows, J]; or [samples, tokens, J], which is a route per token.
+        weights: of the index's shape.
+        slots: of the model.
+        expand: how a batch may repeat its samples.
+        per_token: `rows` has an entry for each token.
+        lengths: how many tokens each entry stands for.
+        argument: what error messages call `rows`.
 
     Raises:
         RoutingError: rows, weights, expand or lengths do not fit.
         UnknownAdapterError: a name or a handle is not loaded.
     """
-    if expand not in (None, "interleave", "tile"):
-        raise RoutingError(f"`expand` must be None, 'interleave' or 'tile', got {expand!r}")
-    named = not isinstance(rows, Tensor)
+    expand = check_expand(expand)
+    named, samples = not isinstance(rows, Tensor), None
     if isinstance(rows, Tensor):
+        if rows.ndim == 3:
+            samples, per_token = len(rows), True
+            rows, weights = _flattened(rows, weights, expand, lengths, argument)
         given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
         if host_may_read(rows):
             slots.check_loaded(rows)
         # A copy, so that what the caller writes into its tensors later does not change the route.
         routing = Routing(given.index.clone(), given.weight.clone())
     elif weights is None:
-        routing = routing_from_names(rows, slots.lookup)
+        routing = routing_from_names(rows, slots.lookup, argument)
     else:
         raise RoutingError(
-            f"`weights` must be None if `rows` holds names, got {type(weights).__name__}; "
-            "put mappings name -> weight into `rows`"
+            f"`weights` must be None if `{argument}` holds names, got {type(weights).__name__}; "
+            f"put mappings name -> weight into `{argument}`"
         )
     if lengths is not None:
         times = torch.tensor(check_counts(lengths, routing.rows, "lengths"))
         routing = routing.repeat_interleave(times)
-    return Route(routing, per_token, expand=expand, named=named)
+    own = {path: _of_tower(path, of_it, named, slots) for path, of_it in (towers or {}).items()}
+    return Route(routing, per_token, False, expand, named, argument, samples, own)
+
+
+def _of_tower(path: str, rows: Rows, named: bool, slots: Slots) -> Route:
+    if isinstance(rows, Tensor) == named:
+        raise RoutingError(
+            f"`towers[{path!r}]` must hold {'names' if named else 'handles'} as `rows` does, got "
+            f"{'an index tensor' if named else type(rows).__name__}"
+        )
+    return make_route(rows, None, slots, argument=f"towers[{path!r}]")
+
+
+def _flattened(
+    index: Tensor,
+    weights: Tensor | None,
+    expand: Expand,
+    lengths: Sequence[int] | None,
+    argument: str,
+) -> tuple[Tensor, Tensor | None]:
+    """An index [samples, tokens, J] and its weights, with one row for each token."""
+    for name, value in (("expand", expand), ("lengths", lengths)):
+        if value is not None:
+            raise RoutingError(
+                f"`{name}` must be None if `{argument}` is [samples, tokens, J], which has a row "
+                f"for each token of the batch, got {value!r}"
+            )
+    if weights is None:
+        return index.flatten(0, 1), None
+    if not isinstance(weights, Tensor) or weights.shape != index.shape:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise RoutingError(
+            f"`weights` must be a tensor of the index's shape {list(index.shape)}, got {got}"
+        )
+    return index.flatten(0, 1), weights.flatten(0, 1)
+
+
+class UniformRoutes:
+    """Routes by adapters and weights, kept because callers switch to and fro between a few."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._routes: dict[tuple[tuple[str, float], ...], Route] = {}
+        self._name_changes = 0  # slots.name_changes when the routes were made
+
+    def find(self, weights: Mapping[str, float]) -> Route | None:
+        """The route that selects these adapters with these weights; None for the base model.
+
+        Args:
+            weights: name -> weight; empty for the base model.
+
+        Raises:
+            UnknownAdapterError: a name is not loaded.
+        """
+        if not weights:
+            return None
+        if self._name_changes != self._slots.name_changes:  # a name may mean another adapter now
+            self._routes.clear()
+            self._name_changes = self._slots.name_changes
+        key = tuple(weights.items())
+        if key not in self._routes:
+            if len(self._routes) == MAX_ROUTES:
+                self._routes.clear()
+            routing = routing_from_names([weights], self._slots.lookup)
+            self._routes[key] = Route(routing, uniform=True, named=True)
+        return self._routes[key]
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
@@ -169,17 +392,3 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
             has_tokens = tensor.ndim == (3 if tensor.is_floating_point() else 2)
             return tensor.shape[0], tensor.shape[1] if has_tokens else 1
     return None
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """The tensors of a model's output, also those inside tuples, lists, mappings, dataclasses."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
-    elif is_dataclass(output):
-        yield from tensors_in(vars(output))

@@ -1,383 +1,354 @@
-"""The router: the route of one model, which all its layers read.
+"""The router: whose rows the forward passes of one model have.
 
 There is one small object per model, so that switching adapters costs the same for ten targets and
-for a thousand. At the model's top it learns the batch of the forward pass in progress. The input
-of a layer must have exactly as many samples; a multiple is never good enough.
+for a thousand. When a pass begins at the model's top, its route is resolved once, by precedence:
+
+    rows given with the call > the call that encloses it > the innermost block > the sticky rows
+
+The pass keeps what it began with. What anybody sets meanwhile counts from the next pass on.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from math import prod
-from typing import Any
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..core import LastPass, Pool, Routing, Slots, host_may_read, unchecked_routing
-from ..errors import RoutingBusyError, RoutingError
-from .graphs import CapturedRouting, CompiledView
-from .passes import Pass, PassesAwaitingBackward
+from ..core import Pool, Slots
+from ..errors import DetachedError, RoutingBusyError, RoutingError, UnknownAdapterError
+from .compiled import NUMBERS, ROUTERS, Cell, CompiledView
+from .graphs import CapturedRoutings
+from .passes import Pass, Passes, Shape, handles_of
 from .plans import Plans
-from .route import Batch, Route, batch_of, tensors_in
+from .route import Route
+from .scopes import Kind, Scope, Scopes, Sticky
+from .towers import NO_LAYOUT, Place, as_seen_from
 
-# Held while Router._owner is read and while the route in force changes: for microseconds, so that
-# one lock serves all routers.
-_TAKE = threading.RLock()
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
+
+
+class RowsHere(NamedTuple):
+    """What a pass has that begins here and now."""
+
+    route: Route | None  # None = the base model
+    disabled: bool = False  # by disable_adapter
+    beams: int | None = None  # inside generate(): how often it repeats each sample, in order
+    inputs: Mapping[str, Any] = NO_INPUTS  # inside generate(): its arguments
 
 
 class Router:
-    """The route in force, the forward in progress, and who may change them."""
+    """The sticky rows, the scopes around them, and the passes in progress."""
 
     def __init__(self, slots: Slots, settings: ops.Settings) -> None:
         self.slots = slots
         self.settings = settings
         self.anchor: Pool | None = None  # the first target's, which shows where the model is
-        self.route: Route | None = None  # None = the base model
-        self._disables = 0  # depth of disable_adapter blocks
-        self._serving = False  # a continuous batching manager computes a batch
-        self._served: Route | None = None  # the route of that batch, whatever `route` is
-        self._generating = False
-        self._owner: int | None = None  # the thread inside a `with` block
-        self._outer: tuple[Route | None, ...] = ()  # the routes that its blocks go back to
-        self._depth = 0  # how many blocks it is inside
-        self._runner: int | None = None  # the thread whose forward is in progress
-        self._heir: tuple[Route, Route] | None = None  # a route, and its successor
-        # Of the forward in progress. Not a tuple, whose values torch.compile would guard.
-        self._samples: int | None = None
-        self._tokens = 0  # of each sample
-        self._plans = Plans()
-        self._on: dict[torch.device, Routing] = {}  # the route in force, on each device
-        self._checked_at = -1  # slots.suspensions when the host last checked the route's handles
-        self._captured: list[CapturedRouting] = []
-        self._compiled_view = CompiledView()
-        self._past: Pass | None = None  # the forward pass whose backward is in progress
-        self._awaiting_backward = PassesAwaitingBackward()
-        self.in_force: Route | None = None  # what passes compute; None = the base model
+        self.layout = NO_LAYOUT
+        self.sticky = Sticky()
+        self.is_detached = False
+        self._begin_life()
 
-    @property
-    def disabled(self) -> bool:
-        """Whether a disable_adapter block is open."""
-        return self._disables > 0
+    def _begin_life(self) -> None:
+        """All that a copy of the model has of its own."""
+        # Held for microseconds: while a pass finds its rows and begins, and while those change, so
+        # that nobody frees the adapters of a pass that is about to begin.
+        self._lock = threading.RLock()
+        self.changes = threading.RLock()  # held while adapters come, go or move
+        self.scopes = Scopes(self._lock)
+        self.passes = Passes(self._lock)
+        self.captured = CapturedRoutings()
+        self._cells: dict[int, weakref.ref[Cell]] = {}  # those of all threads
+        self.view = CompiledView(self._cells, self.sticky, self._lock)
+        number = next(NUMBERS)
+        ROUTERS[number] = self
+        self._plans = Plans(number, self.slots, self.scopes, self.captured)
 
-    @property
-    def active(self) -> bool:
-        """Whether any row may select an adapter; for compiled models, whether there are any."""
-        if torch.compiler.is_compiling():
-            return self.slots.capacity > 0
-        past = self._past_of_backward()
-        return (self.in_force if past is None else past.route) is not None
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("slots", "settings", "anchor", "layout", "sticky", "is_detached")
+        return {name: vars(self)[name] for name in kept}
 
-    @property
-    def chosen(self) -> Route | None:
-        """The users' route, even while a continuous batching manager computes a batch."""
-        return None if self.disabled else self.route
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin_life()
 
     def set(self, route: Route | None) -> None:
-        """Put a route in force until the next one, or until the surrounding block ends."""
-        with _TAKE:
-            self.refuse_other_thread()
-            self.put(route)
-
-    def put(self, route: Route | None) -> None:
-        """Put a route in force, inside a block of this thread's."""
-        with _TAKE:
-            heir = self._heir
-            inherits = heir is not None and heir[0] is route
-            self.route = heir[1] if heir is not None and inherits else route
-            if inherits or not self._outer:  # after the route was put: see `reachable`
-                self._heir = None
-            self._forget_route()
-
-    @contextmanager
-    def block(self) -> Iterator[None]:
-        """A `with` block: afterwards the route of before is in force again, come what may.
-
-        Until it ends, no other thread can open one or change the route.
-        """
-        with self._owned():
-            before, outer = self.route, self._outer
-            # From before another route is put until after it was left: see `reachable`.
-            self._outer = (*outer, before)
-            try:
-                yield
-            finally:
-                self.put(before)
-                self._outer = outer
-
-    def is_sticky(self, handle: int) -> bool:
-        """Whether the route outside of all blocks selects a handle, and does so by name."""
-        sticky = self._sticky()
-        return sticky is not None and handle in (sticky[1].handles or ())
+        """Choose the sticky rows: every pass that begins from now on, and has no others."""
+        self.passes.forget_interrupted()
+        with self._lock:
+            self.sticky.route, self.sticky.is_chosen = route, True
+            self._follow_sticky()
 
     def replace_sticky(self, old: int, new: int) -> None:
-        """Give the route outside of all blocks, if it is by name, another handle for a name.
+        """Give the sticky route, if it is by name, another handle for a name."""
+        with self._lock:
+            if self.is_sticky(old):
+                assert self.sticky.route is not None
+                self.sticky.route = self.sticky.route.with_replaced(old, new)
+                self._follow_sticky()
 
-        It changes at the next forward pass, so that a pass in progress has one adapter in all
-        layers. Blocks keep what they began with.
+    def is_sticky(self, handle: int) -> bool:
+        """Whether the sticky route selects a handle, and does so by name."""
+        route = self.sticky.route
+        return route is not None and route.named and handle in (route.handles or ())
+
+    def _follow_sticky(self) -> None:
+        route, device = self.sticky.route, self._device()
+        for alive in list(self._cells.values()):
+            cell = alive()
+            if cell is not None and not cell.in_scope:
+                cell.follow(route, device, False)
+        if self.captured:
+            self.captured.follow_sticky(route)
+
+    def _device(self) -> torch.device:
+        # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
+        rows: Any = None if self.anchor is None else self.anchor._buffers["A_rows"]
+        return torch.device("cpu") if rows is None else rows.device
+
+    @contextmanager
+    def opened(
+        self,
+        route: Route | None,
+        kind: Kind,
+        beams: int | None = None,
+        inputs: Mapping[str, Any] = NO_INPUTS,
+    ) -> Iterator[None]:
+        """A block or a call inside which passes have these rows; None = the base model.
+
+        Raises:
+            RoutingBusyError: CUDA graphs read the rows of another block, which does not end.
+            RoutingError: at the end, if blocks end in another order than they began.
         """
-        with _TAKE:
-            sticky = self._sticky()
-            if sticky is not None:
-                self._heir = sticky[0], sticky[1].with_replaced(old, new)
+        if self.is_detached:
+            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
+        scope = self.scopes.open(route, kind, beams, inputs)
+        try:
+            if self.captured:
+                self.captured.enter(scope, self.scopes.here())
+            self.view.cell.follow(route, self._device(), True)
+            yield
+        finally:
+            try:
+                self.scopes.close(scope)
+            finally:
+                self._leave(scope)
 
-    def _sticky(self) -> tuple[Route, Route] | None:
-        """The route by name outside of all blocks, and what it is from the next pass on."""
-        route = self._outer[0] if self._outer else self.route
-        if route is None or not route.named:
-            return None
-        heir = self._heir
-        return heir if heir is not None and heir[0] is route else (route, route)
+    def _leave(self, scope: Scope) -> None:
+        """Show the rows around a scope again to whatever reads tensors of its thread."""
+        # Otherwise layers that are called by themselves would go on with the rows of this one.
+        self.passes.forget_interrupted()
+        outer = self.scopes.innermost()
+        below = self.sticky.route if outer is None else outer.route
+        self.view.cell.follow(below, self._device(), outer is not None)
+        if self.captured:
+            self.captured.leave(scope, outer, self.sticky.route)
+
+    def keep(self, rows: Sequence[int], beams: int) -> None:
+        """Let the call of generate() here go on with these of its samples."""
+        with self._lock:
+            scope = self.scopes.current()
+            if scope is not None and scope.is_call:
+                scope.keep(rows, beams)
+                self.view.cell.follow(scope.route, self._device(), True)
 
     def reachable(self, leaving: bool = False) -> frozenset[int] | None:
-        """The handles that forward passes may still ask for; None if only a device knows.
+        """The handles that passes may still ask for; None if only a device knows.
 
         Args:
-            leaving: the route in force is about to be replaced, and does not count.
+            leaving: the sticky rows are about to be replaced, and do not count.
         """
-        # In this order: a route that is put in force meanwhile was in one of the others before.
-        outer, leaving = self._outer, leaving and self._runner is None
-        heir = () if leaving and not outer else self._heir or ()
-        last = None if leaving else self.route
-        awaiting = (past.route for past in self._awaiting_backward)
-        return _handles([*outer, *heir, *awaiting, self._served, last])
+        with self._lock:
+            sticky = None if leaving else self.sticky.route
+            return handles_of([*self.scopes.routes(), *self.passes.in_use(), sticky])
 
     def in_use(self) -> frozenset[int] | None:
         """The handles that a pass in progress, or its backward, has begun to use."""
-        routes = [past.route for past in self._awaiting_backward]
-        return _handles([*routes, self._served, None if self._runner is None else self.route])
+        return handles_of(self.passes.in_use())
 
-    @contextmanager
-    def disable(self) -> Iterator[None]:
-        """Inside the block every row gets the base model, whatever the route."""
-        with self._owned():
-            self._disables += 1
-            self._refresh()
-            try:
-                yield
-            finally:
-                self._disables -= 1
-                self._refresh()
+    def rows(self) -> RowsHere:
+        """What a pass would have that began here and now.
 
-    @contextmanager
-    def generating(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Inside generate(), which repeats samples in order (beams, num_return_sequences)."""
-        self._check_batch(batch_of(args, kwargs))
-        before, self._generating = self._generating, True
-        try:
-            yield
-        finally:
-            self._generating = before
+        Raises:
+            RoutingError: that cannot be known; see `Scopes.current`.
+        """
+        with self._lock:
+            scope = self.scopes.current()
+            if scope is None:
+                return RowsHere(self.sticky.route)
+            disabled = scope.kind == "disabled block"
+            return RowsHere(scope.route, disabled, scope.beams, scope.inputs)
 
-    def serve(self, route: Route | None) -> None:
-        """Begin a batch of a continuous batching manager, which leaves the users' route alone."""
-        with _TAKE:
-            self._serving, self._served = True, route
-            self._forget_route()
+    def rows_of_generate(self) -> Route | None:
+        """The route that generate() begins with here and now, and keeps to its end.
 
-    def stop_serving(self) -> None:
-        """The manager's batch is done."""
-        with _TAKE:
-            self._serving, self._served = False, None
-            self._forget_route()
+        Raises:
+            RoutingError, RoutingBusyError: that cannot be known.
+        """
+        with self._lock:
+            scope = self.scopes.current() or self.scopes.of_starter()
+            if scope is not None:
+                return scope.route
+            if not self.sticky.is_chosen:
+                self.scopes.refuse_beside_blocks()
+            return self.sticky.route
 
-    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the model: learn the batch, and refuse one that does not fit."""
-        if not torch.compiler.is_compiling():
-            self._begin()
-        self._forget_forward()
-        batch = batch_of(args, kwargs)
-        self._check_batch(batch)
-        if "cu_seq_lens_q" in kwargs:
-            self._refuse_packed()
-        if batch is not None:
-            self._samples, self._tokens = batch
+    def wait_for_graphs(self) -> None:
+        """Wait until a block of this context may change what CUDA graphs read."""
+        if self.captured:
+            self.captured.wait(self.scopes.here())
 
-    def _begin(self) -> None:
-        with _TAKE:
-            self._refuse_other_runner()
-            self._runner = threading.get_ident()
-            if not _in_backward():
-                self._past = None  # of a backward that failed
-            if self._heir is not None and self._heir[0] is self.route:
-                self.put(self.route)
+    def route_of_compiled_pass(self) -> Route | None:
+        """The route of the pass that runs a graph of torch.compile here and now."""
+        began = self.passes.current()
+        return self.rows().route if began is None else began.route
 
-    def end_forward(self, model: nn.Module, args: Any, output: object) -> None:
-        """Forward hook of the model: forget the batch."""
-        if not torch.compiler.is_compiling():
-            if self._runner != threading.get_ident():
-                return  # this pass was refused, because another thread's is in progress
-            if torch.is_grad_enabled():
-                self._follow_into_backward(output)
-            self._runner = None
-        self._forget_forward()
+    def refuse_in_use(self) -> None:
+        """Refuse a change of the model while anybody is using its rows."""
+        self.passes.forget_interrupted()
+        with self._lock:
+            alive = [scope for scope in self.scopes.all_open() if not scope.is_left_behind]
+            busy = [f"the {scope} is open" for scope in alive]
+            if self.passes.in_progress:
+                busy.append("a forward pass is in progress")
+            if busy:
+                raise RoutingBusyError(
+                    f"the model cannot be detached while {busy[0]}; let it end first"
+                )
 
-    def plan(self, x: Tensor, pool: Pool, weight: Tensor | None) -> ops.AnyPlan | None:
-        """The plan for a layer's input x [..., in_features]; None = nothing to add.
+    @property
+    def disabled(self) -> bool:
+        """Whether a disable_adapter block is what counts here."""
+        if torch.compiler.is_compiling():
+            return False
+        began = self.passes.current()
+        return self.rows().disabled if began is None else began.disabled
+
+    def begin(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        caller: FrameType,
+        given: AbstractContextManager[Route] | None = None,
+    ) -> None:
+        """A pass begins at the model's top: find its rows, and refuse a batch that does not fit.
 
         Args:
-            weight: of a base layer that can be fused with its adapters.
+            args: of the model's forward.
+            kwargs: of the model's forward.
+            caller: a frame that is on the stack until the pass is over.
+            given: rows that were given with this call; inside, their adapters stay.
         """
-        now = self._now()
-        assert now.route is not None
-        rows = prod(x.shape[:-1])
-        samples = now.samples_of(x)  # for each layer: it refuses shapes
-        trained = now.route.routing.weight.requires_grad
-        method = ops.method(self.settings, x, rows, pool, None if trained else weight)
-        # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        if self._samples is None or trained:
-            return self._made(now, x, rows, samples, method)
-        layers, case = (rows, x.device, method), None
-        if method.form == "cpu":  # never while compiling, which would guard the version
-            case = now.route, rows, samples, now.generating, self.slots.suspensions
-        known = self._plans.find(layers, case)
-        if known is None:
-            made = self._made(now, x, rows, samples, method)
-            known = self._plans.add(layers, case, made)
-        return known.plan
+        # Begun before anything is refused, because the end comes then, too.
+        began = self.passes.begin(caller)
+        self.view.cell.in_pass = True
+        if given is None:
+            self._find_rows(began)
+        else:
+            with given as route:
+                self._find_rows(began, RowsHere(route))
+        if self.layout.towers:
+            began.inputs = self.layout.bound(args, kwargs)
+        samples, tokens = self.layout.batch(args, kwargs) or (None, 0)
+        began.shape = Shape(samples, tokens, began.shape.beams)
+        self._check(began.route, began.shape, kwargs)
+        cell = self.view.cell  # the model's own forward may be compiled
+        cell.shape = began.shape
+        cell.plans.clear()  # of a pass that was interrupted
+        if cell.source is not began.route:
+            cell.show(began.route, self._device())
 
-    def _made(
-        self, now: Pass, x: Tensor, rows: int, samples: int | None, method: ops.Method
-    ) -> ops.AnyPlan | None:
-        assert now.route is not None
-        routing = self._routing_on(now.route, x.device, method)
-        spread = now.route.spread(routing, rows, samples, now.generating)
-        return ops.plan(spread, self.slots, method)
+    def begin_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """As `begin`, while torch.compile traces the model."""
+        traced = self.view.cell
+        traced.shape.samples, traced.shape.tokens = self.layout.batch(args, kwargs) or (None, 0)
+        self._check(traced.route, traced.shape, kwargs)
 
-    def _now(self) -> Pass:
-        """The pass that the layers running at this moment belong to."""
-        if torch.compiler.is_compiling():
-            return Pass(self._compiled_view.route, self._samples, self._tokens, self._generating)
-        past = self._past_of_backward()
-        return past or Pass(self.in_force, self._samples, self._tokens, self._generating)
+    def _find_rows(self, found: Pass, given: RowsHere | None = None) -> None:
+        """Give a pass its rows. From then on nobody frees their adapters."""
+        try:
+            self._take_rows(found, given)
+        except UnknownAdapterError:
+            with self.changes:  # another thread may be about to choose other sticky rows
+                self._take_rows(found, given)
 
-    def _past_of_backward(self) -> Pass | None:
-        """The forward pass whose layers checkpointing runs again at this moment."""
-        return self._past if self._past is not None and _in_backward() else None
+    def _take_rows(self, found: Pass, given: RowsHere | None) -> None:
+        with self._lock:
+            past = self.passes.of_backward()
+            if past is not None:
+                found.route, found.disabled, beams = past.route, past.disabled, past.shape.beams
+                found.inputs = past.inputs
+            else:
+                found.route, found.disabled, beams, found.inputs = given or self.rows()
+            found.shape = Shape(beams=beams)
+            if past is not None:
+                found.resolved, found.towers = past.resolved, past.towers
+            elif found.route is not None:
+                found.resolved = found.route.resolve(self.slots)
+                for path, route in found.route.towers.items():
+                    own = Pass(found.owner, route=route, resolved=route.resolve(self.slots))
+                    found.towers[path] = own
 
-    def _routing_on(self, route: Route, device: torch.device, method: ops.Method) -> Routing:
-        """The route's own rows on a device. The host checks the handles that it can read."""
-        given = route.routing
-        if torch.compiler.is_compiling():
-            # A trace holds no values, so that there is nothing to note on the user's routing.
-            return unchecked_routing(given.index, given.weight, LastPass()).to(device)
-        if route is not self.in_force:
-            return given.to(device)
-        routing = self._on.get(device)
-        if host_may_read(given.index) and self._checked_at != self.slots.suspensions:
-            self.slots.resolve(given.index)
-            self._checked_at = self.slots.suspensions
-        capturing = ops.capturing(device)
-        if routing is None:
-            if capturing:
-                raise RoutingError(
-                    "run the model once under this route before capturing it in a CUDA graph; "
-                    "nothing can be copied to the GPU during the capture"
-                )
-            # A copy, because later routes overwrite what a graph reads, and this one may return.
-            routing = self._on[device] = given.to(device, copy=not method.on_host)
-        if capturing and all(routing is not captured.routing for captured in self._captured):
-            if given.weight.requires_grad:
-                raise RoutingError(
-                    "`weights` must not need gradients while a CUDA graph is captured, got a "
-                    "tensor that does; detach() it"
-                )
-            self._captured.append(CapturedRouting(routing, route.per_token, route.uniform))
-        return routing
+    def check_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a batch of generate() that does not fit the rows, before it is repeated."""
+        route, batch = self.rows().route, self.layout.batch(args, kwargs)
+        if route is not None and batch is not None:
+            route.check(batch[0], None)
 
-    def _follow_into_backward(self, output: object) -> None:
-        """Let the backward find its pass: by then the block may have ended and another begun."""
-        past = self._now()
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                self._awaiting_backward.add(tensor, past, self._enter_backward)
-
-    def _enter_backward(self, past: Pass, grad: Tensor) -> None:
-        self._past = past
-        torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
-
-    def _leave_backward(self) -> None:
-        self._past = None
-
-    def _forget_forward(self) -> None:
-        self._samples = None
-        self._plans.clear()
-
-    def _check_batch(self, batch: Batch | None) -> None:
-        route = self._now().route
-        if batch is not None and route is not None:
-            route.check(batch[0], self._generating)
-
-    def _refuse_packed(self) -> None:
-        route = self._now().route
-        if route is not None and not (route.uniform or route.per_token):
+    def _check(self, route: Route | None, shape: Shape, kwargs: Mapping[str, Any]) -> None:
+        if route is None:
+            return
+        if shape.samples is not None:
+            route.check(shape.samples, shape.beams)
+        if "cu_seq_lens_q" in kwargs and not (route.uniform or route.per_token):
             raise RoutingError(
                 "`rows` must have one entry per sequence, got one per sample of a packed batch "
                 "(`cu_seq_lens_q`), which has many sequences in a sample; use "
                 "route_tokens(rows, lengths=...)"
             )
 
-    def _forget_route(self) -> None:
-        self._on.clear()
-        self._checked_at = -1
-        self._refresh()
+    def end(self, output: object) -> None:
+        """The pass that began last in this context is over."""
+        cell = self.view.cell
+        cell.plans.clear()
+        cell.shape = Shape()
+        if cell.source is not cell.between_passes:
+            cell.show(cell.between_passes, self._device())
+        ended = self.passes.end()
+        cell.in_pass = self.passes.current() is not None
+        if ended is not None and torch.is_grad_enabled():
+            self.passes.follow_into_backward(ended, output)
 
-    # Locked, because a manager's thread may begin a batch right after `_serving` was read.
-    def _refresh(self) -> None:
-        with _TAKE:
-            route = self._served if self._serving else self.chosen
-            self.in_force = route if route is not None and route.selects else None
-            self._plans.clear()
-            for captured in self._captured:
-                captured.follow(self.in_force)
-            if self.anchor is not None:
-                # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
-                rows: Any = self.anchor._buffers["A_rows"]
-                self._compiled_view.follow(self.in_force, rows.device)
+    def end_traced(self) -> None:
+        """As `end`, while torch.compile traces the model."""
+        self.view.cell.plans.clear()
+        self.view.cell.shape.samples = None
 
-    def _refuse_other_runner(self) -> None:
-        if self._runner not in (None, threading.get_ident()):
-            raise RoutingBusyError(
-                "another thread is running a forward pass of this model; put the requests of both "
-                "into one batch, or let one wait for the other"
-            )
+    def now(self) -> Pass | Cell | None:
+        """The pass that a layer which runs at this moment belongs to; None = the base model."""
+        if torch.compiler.is_compiling():
+            return self.view.cell if self.slots.capacity else None
+        found = self.passes.of_backward() or self.passes.current()
+        if found is None:  # the layer is called by itself
+            found = self.passes.none()
+            self._find_rows(found)
+        return None if found.route is None or not found.route.selects else found
 
-    def refuse_other_thread(self) -> None:
-        """Raise if another thread has the right to the route."""
-        if not self._serving:  # the forward of a manager has a route of its own
-            self._refuse_other_runner()
-        if self._owner not in (None, threading.get_ident()):
-            raise RoutingBusyError(
-                "another thread is inside a `with` block of this model; put the requests of both "
-                "into one batch, with one entry of `rows` for each sample"
-            )
+    def plan(
+        self, now: Pass | Cell, x: Tensor, pool: Pool, weight: Tensor | None, place: Place
+    ) -> ops.AnyPlan | None:
+        """The plan for a layer's input x [..., in_features]; None = nothing to add.
 
-    @contextmanager
-    def _owned(self) -> Iterator[None]:
-        """No other thread may open a block, or change the route, until this one ends."""
-        with _TAKE:
-            self.refuse_other_thread()
-            self._owner = threading.get_ident()
-            self._depth += 1
-        try:
-            yield
-        finally:
-            with _TAKE:
-                self._depth -= 1
-                if not self._depth:
-                    self._owner = None
-
-
-def _handles(routes: list[Route | None]) -> frozenset[int] | None:
-    found: frozenset[int] = frozenset()
-    for route in routes:
-        if route is not None:
-            if route.handles is None:
-                return None
-            found |= route.handles
-    return found
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+        Args:
+            now: the pass.
+            x: the input.
+            pool: the layer's.
+            weight: of a base layer that can be fused with its adapters.
+            place: where the layer is.
+        """
+        seen = as_seen_from(place, now, x, pool, self.layout)
+        return None if seen is None else self._plans.plan(seen, x, pool, weight, self.settings)

@@ -15,8 +15,8 @@ MUTATIONS = {
     ),
     "placement: the last routed makes room": Mutation(
         BOUNDED,
-        "self._resident[handle] = None\n            for",
-        "pass\n            for",
+        "self._resident[handle] = None\n            self._wait",
+        "pass\n            self._wait",
         TEST_BOUNDED,
     ),
     "placement: evicted before it is known to fit": Mutation(

@@ -17,7 +17,7 @@ import lora_mux
 from lora_mux.errors import (
     CheckpointError,
     PoolCapacityError,
-    RoutingBusyError,
+    RoutingError,
     UnknownAdapterError,
 )
 from tenants import WEIGHTS, Model, Tenant, attached, check, tenant
@@ -585,30 +585,57 @@ def run_in_thread(act: Callable[[], object]) -> None:
 
 
 class TestThreads:
-    """One forward at a time, and nobody changes its route: refused, never raced."""
+    """A pass has what it began with, whatever other threads do meanwhile."""
 
     @pytest.mark.parametrize("how", ["forward", "set_adapter", "set_route", "route", "disable"])
     def test_during_a_forward_pass(self, stage: Stage, how: str) -> None:
         stage.mux.set_adapter("a")
+        b = stage.tenants["b"]
+
+        def inside(block: Any, rows: list[Any]) -> None:
+            with block:
+                check(stage.model, X[:1], rows)
+
         acts: dict[str, Callable[[], Any]] = {
-            "forward": lambda: stage.model(X),
-            "set_adapter": lambda: stage.mux.set_adapter("c"),
-            "set_route": lambda: stage.mux.set_route(["c"]),
-            "route": lambda: stage.mux.route(["c"]).__enter__(),
-            "disable": lambda: stage.mux.disable_adapter().__enter__(),
+            "forward": lambda: stage.check("a", "a", "a"),
+            "set_adapter": lambda: stage.mux.set_adapter("b"),
+            "set_route": lambda: stage.mux.set_route(["b"]),
+            "route": lambda: inside(stage.mux.route(["b"]), [[(b, 1.0)]]),
+            "disable": lambda: inside(stage.mux.disable_adapter(), [[]]),
         }
 
         def between_layers(*arguments: Any) -> None:
             hook.remove()
-            with pytest.raises(RoutingBusyError, match="another thread is running a forward pass"):
-                run_in_thread(acts[how])
+            run_in_thread(acts[how])
 
         hook = stage.model.second.register_forward_pre_hook(between_layers)
         stage.check("a", "a", "a")
-        assert stage.resident == {"a"}
+        if how.startswith("set"):
+            check(stage.model, X[:1], [[(b, 1.0)]])
+        else:
+            stage.check("a")
 
-    def test_a_pass_that_is_refused_leaves_the_other_alone(self) -> None:
-        """It must not forget the batch, by which flattened rows find their samples."""
+    @pytest.mark.parametrize("how", ["set_adapter", "route"])
+    def test_a_pass_in_progress_keeps_its_adapters_where_they_are(
+        self, stage: Stage, how: str
+    ) -> None:
+        """There is no room for what another thread wants beside them."""
+        stage.mux.set_adapter("a")
+
+        def between_layers(*arguments: Any) -> None:
+            hook.remove()
+            with pytest.raises(PoolCapacityError):
+                if how == "route":
+                    run_in_thread(stage.mux.route(["e"]).__enter__)
+                else:
+                    run_in_thread(lambda: stage.mux.set_adapter("e"))
+
+        hook = stage.model.second.register_forward_pre_hook(between_layers)
+        stage.check("a", "a", "a")
+        stage.mux.set_adapter("e")  # afterwards there is
+
+    def test_a_pass_that_is_refused_leaves_the_others_alone(self) -> None:
+        """It must not forget their batch, by which flattened rows find their samples."""
 
         class Flat(nn.Module):
             def __init__(self) -> None:
@@ -624,9 +651,11 @@ class TestThreads:
 
         def refused(*arguments: Any) -> None:
             hook.remove()
-            for batch in (x, x[:2], x[0]):
-                with pytest.raises(RoutingBusyError):
-                    run_in_thread(lambda batch=batch: model(batch))
+            for run in (run_in_thread, lambda act: act()):
+                with pytest.raises(RoutingError):
+                    run(lambda: model(x[:2], adapter_names=["a"]))
+                with pytest.raises(UnknownAdapterError):
+                    run(lambda: model(x[:2], adapter_names=["b"] * 2))
 
         with torch.no_grad(), mux.route(["a", None, "a"]):
             want = model(x)

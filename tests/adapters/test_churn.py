@@ -1,6 +1,5 @@
 """Thousands of tenants, a pool for a few, and threads that load, reload, prefetch and serve."""
 
-import contextlib
 import random
 import threading
 import time
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_mux.errors import PoolCapacityError, RoutingBusyError, UnknownAdapterError
+from lora_mux.errors import PoolCapacityError, UnknownAdapterError
 from tenants import SIZES, Tenant, attached, tenant, truth
 
 NAMES, FOLDERS = 5000, 400
@@ -37,7 +36,6 @@ class Churn:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.stop = threading.Event()
-        self.turn = threading.Lock()  # of those that serve
 
     def run(self, seconds: float, actors: list[Callable[[random.Random], None]]) -> None:
         """Each actor in a thread of its own, again and again."""
@@ -48,7 +46,7 @@ class Churn:
                 try:
                     actor(draw)
                     self.counts[actor.__name__] += 1
-                except (RoutingBusyError, PoolCapacityError) as error:
+                except PoolCapacityError as error:  # too many batches at once for this memory
                     self.counts[type(error).__name__] += 1
                 except BaseException as error:
                     self.wrong.append(f"{actor.__name__}: {error!r}")
@@ -71,9 +69,7 @@ class Churn:
         names = draw.sample(among, 3)
         rows = [{names[0]: 1.0}, {names[1]: -0.5, names[2]: 2.0}, {}, {names[0]: 0.25}]
         x = torch.tensor([[draw.uniform(-1, 1) for _ in range(12)] for _ in rows])
-        # Now and then without waiting for the others, which is refused.
-        turn = self.turn if draw.random() < 0.95 else contextlib.nullcontext()
-        with turn, torch.no_grad(), self.mux.route(rows):
+        with torch.no_grad(), self.mux.route(rows):
             y = self.model(x)
             if draw.random() < 0.1:  # the same once more, after others had time to interfere
                 time.sleep(0.002)

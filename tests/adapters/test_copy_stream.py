@@ -100,8 +100,7 @@ def test_removals_and_moves_are_in_the_same_order(tmp_path: Path, notes: list[No
         "to_device"
     )
     mux.load("b", tenant(tmp_path / "new", {"first": 3}, 9).folder, replace=True)
-    mux.set_adapter("b")
-    mux.load("b", tenant(tmp_path / "newer", {"first": 3}, 10).folder, replace=True)
-    assert mux.memory().replaced
-    mux.set_adapter(None)
+    with mux.route(["b"]):
+        mux.load("b", tenant(tmp_path / "newer", {"first": 3}, 10).folder, replace=True)
+        assert mux.memory().replaced
     assert not mux.memory().replaced  # freed in the stream, as `watched` asserts

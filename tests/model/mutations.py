@@ -2,10 +2,28 @@
 
 from mutation import Mutation
 
+ATTACH = "model/attach.py"
+BOUNDED = "adapters/bounded.py"
+CALL = "model/call.py"
 CONTINUOUS_BATCHING = "model/continuous_batching.py"
+GENERATION = "model/generation.py"
+GIVEN_ROWS = "model/given_rows.py"
+LAYOUT = "model/layout.py"
 MUX = "model/mux.py"
+ROUTE = "routes/route.py"
+ROUTER = "routes/router.py"
+STORED_ADAPTER = "checkpoints/stored_adapter.py"
+TOP = "model/top.py"
+TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
+TEST_CALL = ("model/test_call.py",)
+TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
+TEST_COPIES = ("model/test_copies.py",)
+TEST_TOKEN_INDEX = ("routes/test_token_index.py",)
+TEST_WRAPPERS = ("model/test_wrappers.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
+TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
+TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
     "continuous: prefixes are shared": Mutation(
         CONTINUOUS_BATCHING, "config.allow_block_sharing", "False", TEST_CONTINUOUS_BATCHING
@@ -22,7 +40,113 @@ MUTATIONS = {
         "in set[str]()",
         TEST_CONTINUOUS_BATCHING,
     ),
+    "continuous: requests do not see their own rows": Mutation(
+        CONTINUOUS_BATCHING, "if entry is NOT_GIVEN:", "if True:", TEST_CONTINUOUS_CALLS
+    ),
+    "continuous: none is a guess": Mutation(
+        CONTINUOUS_BATCHING, "if entry is None:", "if False:", TEST_CONTINUOUS_CALLS
+    ),
+    "continuous: a number of base rows is not compared": Mutation(
+        CONTINUOUS_BATCHING,
+        "    if route is None:\n",
+        "    if route is None or not route.selects:\n",
+        TEST_CONTINUOUS_CALLS,
+    ),
+    "continuous: generate_batch looks twice": Mutation(
+        CONTINUOUS_BATCHING, "if _DUE.get() is not None:", "if False:", TEST_CONTINUOUS_CALLS
+    ),
+    "continuous: the model may be detached under a batch": Mutation(
+        CONTINUOUS_BATCHING, "with self._serving(route):", "if True:", TEST_CONTINUOUS_CALLS
+    ),
+    "generation: the keyword reaches the model": Mutation(
+        GENERATION,
+        "rows = kwargs.pop(KEYWORD, None)\n        inputs",
+        "rows = kwargs.get(KEYWORD)\n        inputs",
+        TEST_ADAPTER_NAMES,
+    ),
+    "top: the keyword reaches the model": Mutation(
+        TOP, "if name != KEYWORD}", "if True}", TEST_ADAPTER_NAMES
+    ),
+    "top: a graph for each list of rows": Mutation(
+        TOP,
+        'if "torch._dynamo" not in sys.modules:',
+        "if True:",
+        TEST_ADAPTER_NAMES,
+    ),
+    "top: a pass ends as a traced one": Mutation(
+        TOP, "and not router.view.cell.in_pass:", "and True:", TEST_ADAPTER_NAMES
+    ),
+    "top: rows are left out of a graph": Mutation(
+        TOP, "            if rows is not None:\n", "            if False:\n", TEST_ADAPTER_NAMES
+    ),
+    "mux: messages call all rows `rows`": Mutation(
+        GIVEN_ROWS, "self._slots, argument=KEYWORD)", "self._slots)", TEST_ADAPTER_NAMES
+    ),
+    "call: what runs later is handed out": Mutation(
+        CALL, "inspect.isawaitable(result) or", "", TEST_CALL
+    ),
+    "call: it is a block": Mutation(
+        MUX,
+        'Call(lambda: self._under(make, "call"))',
+        'Call(lambda: self._under(make, "block"))',
+        TEST_CALL,
+    ),
+    "attach: a wrapper is attached": Mutation(
+        ATTACH, "    refuse_wrapper(model)\n", "", TEST_WRAPPERS
+    ),
+    "attach: the outer model is attached as well": Mutation(
+        ATTACH, "if mux_of(module) is not None:", "if False:", TEST_WRAPPERS
+    ),
+    "mux: handles begin anew": Mutation(
+        MUX, "Slots(_GENERATIONS.get(model, ()))", "Slots()", TEST_WRAPPERS
+    ),
+    "mux: a block of a detached Mux": Mutation(
+        ROUTER,
+        "if self.is_detached:",
+        "if False:",
+        TEST_WRAPPERS,
+    ),
+    "copies: an adapter on the host has no pickle": Mutation(
+        STORED_ADAPTER, "functools.partial(_held, packed))", "lambda pinned: packed)", TEST_COPIES
+    ),
+    "copies: an adapter of before a copy": Mutation(
+        BOUNDED, '"_loaded": loaded,', '"_loaded": {},', TEST_COPIES
+    ),
+    "route: another batch of as many tokens": Mutation(
+        ROUTE,
+        "if self.samples is not None and self.samples != samples:",
+        "if False:",
+        TEST_TOKEN_INDEX,
+    ),
+    "route: the weights of the first samples": Mutation(
+        ROUTE, "weights.flatten(0, 1)", "weights.flip(0).flatten(0, 1)", TEST_TOKEN_INDEX
+    ),
     "mux: a route of before a reload": Mutation(
-        MUX, "return make() if first.named", "return first if first.named", TEST_BOUNDED
+        GIVEN_ROWS, "return make() if first.named", "return first if first.named", TEST_BOUNDED
+    ),
+    "generation: samples that finish keep their places": Mutation(
+        GENERATION,
+        "number // sequences",
+        "reduced[2].index(number) // sequences",
+        TEST_OTHER_BATCHES,
+    ),
+    "generation: guidance repeats as beams do": Mutation(
+        GENERATION, "if own and guided and", "if False and", TEST_OTHER_BATCHES
+    ),
+    "generation: samples that are computed again": Mutation(
+        GENERATION, "if shrinks and isinstance", "if False and isinstance", TEST_OTHER_BATCHES
+    ),
+    "layout: images are samples": Mutation(LAYOUT, "if not media:", "if True:", TEST_TOWERS),
+    "layout: text is images": Mutation(
+        LAYOUT, "text |= _decoders(root, paths)", "pass", TEST_TOWERS
+    ),
+    "layout: codebooks are samples": Mutation(
+        LAYOUT, 'if not kind.startswith("musicgen"):', "if True:", TEST_OTHER_BATCHES
+    ),
+    "layout: tokens are samples": Mutation(
+        LAYOUT, 'place = Place(target, place.tower, "tokens first")', "pass", TEST_OTHER_BATCHES
+    ),
+    "layout: picked tokens are samples": Mutation(
+        LAYOUT, 'place = Place(target, place.tower, "picked tokens")', "pass", TEST_OTHER_BATCHES
     ),
 }

@@ -53,16 +53,20 @@ def attached_llama() -> tuple[Any, lora_mux.Mux]:
     return model, mux
 
 
-def every_route(mux: lora_mux.Mux) -> Iterator[str]:
-    """Each route of ROUTES and KEPT in force, then none, then disabled ones."""
+def every_route(mux: lora_mux.Mux) -> Iterator[tuple[str, Any]]:
+    """Blocks with each route of ROUTES and KEPT in force, then none, then disabled ones."""
     for name, rows in ROUTES.items():
-        with mux.route(rows):
-            yield name
+        yield name, mux.route(rows)
     for name, adapter in KEPT.items():
         mux.set_adapter(adapter)
-        yield name
+        yield name, contextlib.nullcontext()
+    yield "disabled", disabled(mux)
+
+
+@contextlib.contextmanager
+def disabled(mux: lora_mux.Mux) -> Iterator[None]:
     with mux.route(ROUTES["subsets"]), mux.disable_adapter():
-        yield "disabled"
+        yield
 
 
 def compiled(run: Callable[..., Any], **how: Any) -> Callable[..., Any]:
@@ -83,14 +87,15 @@ def test_one_graph_for_every_route_of_a_language_model(dynamic: bool) -> None:
     run = compiled(model, dynamic=dynamic)
     cold = True
     answers = []
-    for name in every_route(mux):
-        got = run(ids).logits
-        assert torch.equal(run(ids).logits, got)
-        if cold:
-            first, cold = graphs(), False
-        assert graphs() == first, name
-        torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-5, msg=name)
-        answers.append(got)
+    for name, block in every_route(mux):
+        with block:
+            got = run(ids).logits
+            assert torch.equal(run(ids).logits, got)
+            if cold:
+                first, cold = graphs(), False
+            assert graphs() == first, name
+            torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-5, msg=name)
+            answers.append(got)
     base = answers[2]
     assert torch.equal(base, answers[5]) and torch.equal(base, answers[6])
     assert all(not torch.equal(base, answers[i]) for i in (0, 1, 3, 4))
@@ -106,8 +111,9 @@ def test_the_model_inside_a_compiled_function() -> None:
     model, mux, _ = small()
     run = compiled(lambda x: model(x).relu())
     x = torch.randn(3, 8)
-    for name in every_route(mux):
-        torch.testing.assert_close(run(x), model(x).relu(), msg=name)
+    for name, block in every_route(mux):
+        with block:
+            torch.testing.assert_close(run(x), model(x).relu(), msg=name)
     assert graphs() == 1
 
 
@@ -263,9 +269,7 @@ def test_export_with_sizes_that_change() -> None:
     program = torch.export.export(served, batch(4, 3), strict=False, dynamic_shapes=dynamic)
     for inputs in (batch(4, 3), batch(2, 50), batch(20, 7)):
         torch.testing.assert_close(program.module()(*inputs), served(*inputs))
-    assert all(
-        isinstance(size, int) for size in mux._router._compiled_view.route.routing.index.shape
-    )
+    assert all(isinstance(size, int) for size in mux._router.view.cell.route.routing.index.shape)
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from batches import add_adapters, assert_equal, differ, with_adapter
 from torch import Tensor
 
 import lora_mux
 from diffusion import diffusers, flux
-from peft_oracle import peft, save_adapters, set_weights
+from lora_mux.errors import RoutingError
+from peft_oracle import peft, save_adapters, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -86,6 +88,75 @@ def test_styles_per_sample(kind: str, tmp_path: Path) -> None:
             set_weights(theirs, row if isinstance(row, dict) else {row: 1.0})
             want = theirs(**rows_of(guided, 6, i)).sample
         torch.testing.assert_close(got[i], want[0], rtol=0, atol=5e-5 * float(want.abs().max()))
+
+
+def pipeline(model: Any) -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=2,
+    ).eval()
+    shared = {"num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 100}
+    text = transformers.CLIPTextConfig(**shared, hidden_size=32, intermediate_size=48)
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=model,
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=None,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_pipeline(images: int, guidance: float) -> None:
+    """A pipeline repeats prompts for their images, and then all of them for guidance."""
+    model = unet()
+    pipe, mux = pipeline(model), lora_mux.attach(model, STYLES)
+    add_adapters(model, mux, size=0.2)
+    prompts, negative = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    noise = torch.randn(2 * images, 4, 8, 8)
+
+    def run(i: slice = slice(None)) -> Tensor:
+        latents = noise.unflatten(0, (2, images))[i].flatten(0, 1)
+        return pipe(
+            prompt_embeds=prompts[i],
+            negative_prompt_embeds=negative[i],
+            latents=latents,
+            num_images_per_prompt=images,
+            num_inference_steps=2,
+            guidance_scale=guidance,
+            output_type="latent",
+            height=16,
+            width=16,
+        ).images
+
+    want = [
+        with_adapter(mux, name, lambda i=i: run(slice(i, i + 1))) for i, name in enumerate("ab")
+    ]
+    assert differ(with_adapter(mux, "b", lambda: run(slice(0, 1))), want[0])
+    orders: dict[Any, Any] = {
+        (1, 1.0): None,
+        (2, 1.0): "interleave",
+        (1, 5.0): "tile",
+        (2, 5.0): {"interleave": 2, "tile": 2},
+    }
+    got = mux.call(["a", "b"], expand=orders[images, guidance])(run)
+    assert_equal(got, torch.cat(want))
+    if images == 2 and guidance == 5.0:
+        with mux.route(["a", "b"], expand="tile"):
+            with pytest.raises(RoutingError, match='"interleave": 2, "tile": 2'):
+                run()
+    if images == 2:
+        with mux.route(["a", "b"]), pytest.raises(RoutingError, match="expand="):
+            run()
 
 
 def kohya(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -270,44 +270,95 @@ class TestState:
             assert torch.equal(model(X), outer)
         assert mux.active_adapters == []
 
-    @pytest.mark.parametrize("how", ["route", "set_adapter", "disable", "detach"])
-    def test_another_thread_is_refused(self, how: str) -> None:
+    @pytest.mark.parametrize("how", ["route", "set_adapter", "disable"])
+    def test_another_thread_changes_nothing_here(self, how: str) -> None:
         model, mux = attached()
-        acts: dict[str, Callable[[], Any]] = {
-            "route": lambda: mux.route(["b"] * 3).__enter__(),
-            "set_adapter": lambda: mux.set_adapter("b"),
-            "disable": lambda: mux.disable_adapter().__enter__(),
-            "detach": mux.detach,
-        }
-        caught: list[BaseException] = []
+        answers: dict[str, Tensor] = {}
 
         def other() -> None:
-            try:
-                acts[how]()
-            except lora_mux.LoraMuxError as error:
-                caught.append(error)
+            if how == "set_adapter":
+                mux.set_adapter("b")
+                answers["other"] = model(X)
+                return
+            with mux.route(["b"] * 3) if how == "route" else mux.disable_adapter():
+                answers["other"] = model(X)
+                in_block.set()
+                go.wait(20)
 
-        with mux.route(["a"] * 3):
+        base, wanted = model(X), {"route": "b", "set_adapter": "b", "disable": None}[how]
+        in_block, go = threading.Event(), threading.Event()
+        with mux.route(["a", "c", None]):
             want = model(X)
             thread = threading.Thread(target=other)
             thread.start()
+            if how != "set_adapter":
+                assert in_block.wait(20)
+                assert torch.equal(model(X), want)
+                go.set()
             thread.join()
-            assert isinstance(caught[0], lora_mux.errors.RoutingBusyError)
             assert torch.equal(model(X), want)
-        thread = threading.Thread(target=other)  # afterwards it may
-        thread.start()
-        thread.join()
-        assert len(caught) == 1
+        left = "b" if how == "set_adapter" else None
+        assert mux.active_adapters == ([left] if left else [])
+        torch.testing.assert_close(answers["other"], alone(model, mux, X, wanted))
+        assert torch.equal(model(X), base)
 
-    def test_generate_in_a_worker_thread_sees_the_route(self) -> None:
-        """transformers' streamers run generate() in a thread of its own."""
+    def test_detach_waits_for_nobody_and_refuses(self) -> None:
+        """While a block is open or a pass in progress, anywhere; not after one was interrupted."""
         model, mux = attached()
-        got: list[Tensor] = []
-        with mux.route(["a", None, "b"]):
-            thread = threading.Thread(target=lambda: got.append(model(X)))
+        busy = lora_mux.errors.RoutingBusyError
+        in_block, go = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with mux.route(["a"] * 3):
+                in_block.set()
+                go.wait(20)
+
+        thread = threading.Thread(target=other, name="a tenant")
+        thread.start()
+        assert in_block.wait(20)
+        with pytest.raises(busy, match="detached while the block of thread 'a tenant' is open"):
+            mux.detach()
+        go.set()
+        thread.join()
+
+        def detach(*_: Any) -> None:
+            with pytest.raises(busy, match="detached while a forward pass is in progress"):
+                mux.detach()
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.layers[1].register_forward_hook(detach)
+        model(X)
+        hook.remove()
+        hook = model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+        hook.remove()
+        mux.detach()
+
+    def test_generate_in_a_thread_has_the_block_that_it_was_started_in(self) -> None:
+        """As transformers documents its streamers. A forward there has the sticky rows."""
+        model = llama()
+        mux = lora_mux.attach(model)
+        layer = model.get_submodule(mux.targets[0])
+        pair = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
+        mux.add_adapter("a", {mux.targets[0]: pair}, alpha=8)
+        ids, got = torch.tensor([[5, 17, 99]]), []
+        how = {"max_new_tokens": 6, "do_sample": False}
+
+        def generate() -> None:
+            got.append(model.generate(ids, **how))
+            got.append(model(ids).logits)
+
+        base = model(ids).logits, model.generate(ids, **how)
+        with mux.route(["a"]):
+            want = model.generate(ids, **how)
+            thread = threading.Thread(target=generate)
             thread.start()
             thread.join()
-            assert torch.equal(got[0], model(X))
+        assert torch.equal(got[0], want) and not torch.equal(want, base[1])
+        assert torch.equal(got[1], base[0])
 
 
 def python_calls(act: Callable[[], object]) -> int:

@@ -133,14 +133,17 @@ def test_subsets_and_weights_per_row(whole: SimpleNamespace) -> None:
     set_weights(whole.peft, dict.fromkeys(whole.names, 1.0))
 
 
-def test_disabled_wins_over_every_route(whole: SimpleNamespace) -> None:
+def test_disabled_is_a_block_of_which_the_innermost_counts(whole: SimpleNamespace) -> None:
     base = whole.run(whole.base)
-    with whole.mux.route([whole.names[0]] * len(whole.ids)):
+    with whole.mux.route([whole.names[1]] * len(whole.ids)):
+        routed = whole.run(whole.model)
         with whole.mux.disable_adapter():
             assert torch.equal(whole.run(whole.model), base)
             with whole.mux.route([whole.names[1]] * len(whole.ids)):
-                assert torch.equal(whole.run(whole.model), base)
-        assert not torch.equal(whole.run(whole.model), base)
+                assert torch.equal(whole.run(whole.model), routed)
+            assert torch.equal(whole.run(whole.model), base)
+        assert torch.equal(whole.run(whole.model), routed)
+    assert not torch.equal(routed, base)
 
 
 SEARCHES: dict[str, dict[str, Any]] = {

@@ -368,8 +368,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[ops.Plan | None]:
     made: list[ops.Plan | None] = []
     plan = ops.plan
 
-    def counted(*args: Any) -> ops.Plan | None:
-        made.append(plan(*args))
+    def counted(*args: Any, **how: Any) -> ops.Plan | None:
+        made.append(plan(*args, **how))
         return made[-1]
 
     monkeypatch.setattr(ops, "plan", counted)

@@ -1,0 +1,212 @@
+"""The adapters of an attached model, as users load and keep them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+from torch import Tensor, nn
+
+from ..adapters import Adapters, MemoryReport
+from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
+from ..core import Slots, check_names
+from ..errors import ArgumentTypeError, DetachedError
+from ..layers import MuxLinear, weights_from_pairs
+from ..progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedAdapters:
+    """Everything about a Mux that does not ask which rows use an adapter."""
+
+    _model: nn.Module | None
+    _slots: Slots
+    _layers: dict[str, MuxLinear]
+    _adapters: Adapters
+
+    @property
+    def targets(self) -> list[str]:
+        """The paths of the layers that carry adapters."""
+        return list(self._layers)
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """The loaded adapters: name -> handle, in the order of loading."""
+        return self._slots.handles
+
+    def load(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        replace: bool = False,
+    ) -> int:
+        """Load a checkpoint of PEFT or diffusers.
+
+        With `attach(memory=...)` the config and the header are checked now. The values are read
+        when the adapter is first used.
+
+        Args:
+            name: any new str other than `"__base__"`.
+            folder: a folder with adapter_config.json and adapter_model.safetensors, or with
+                diffusers' pytorch_lora_weights.safetensors, of which this model's part is read.
+                Or user/name, a repository of the Hugging Face hub, if huggingface_hub is installed.
+            revision: a branch, a tag or a commit of the repository.
+            replace: let a name that is loaded already mean the new adapter from now on. Routes
+                that set_adapter and set_route made from names follow at the next forward pass of
+                the model; `with` blocks that are open keep the old adapter until they end.
+
+        Returns:
+            The adapter's handle, for index tensors.
+
+        Raises:
+            CheckpointError: the folder is missing, broken or unsafe, or holds more than plain LoRA.
+            AdapterError: the name is taken, or a module of the checkpoint is not a target here.
+            PoolCapacityError: there is no room for the adapter, alone or beside those in use.
+        """
+        self._check_attached()
+        self._slots.check_new(name, replace)
+        root = local_folder(folder, revision)
+        if is_diffusers_folder(root):
+            weights = read_diffusers_file(root, self.targets)
+            return self._adapters.add(name, weights, str(folder), replace)
+        checkpoint = read_peft_folder(root)
+        handle = self._adapters.load(name, checkpoint.stored, replace)
+        checkpoint.warn_unless_complete(self.targets)
+        logger.debug("loaded %r from %s", name, folder)
+        return handle
+
+    def load_many(self, folders: Mapping[str, str | PathLike[str]]) -> dict[str, int]:
+        """Load many checkpoints, all or none of them, with a progress bar on a terminal.
+
+        Args:
+            folders: name -> folder, as in `load`.
+
+        Returns:
+            Name -> handle.
+
+        Raises:
+            LoraMuxError: a folder cannot be loaded; see `load`. Then none is.
+        """
+        self._check_attached()
+        if not isinstance(folders, Mapping):
+            raise ArgumentTypeError(
+                f"`folders` must map names to folders, got {type(folders).__name__}"
+            )
+        for name in folders:
+            self._slots.check_new(name)
+        handles: dict[str, int] = {}
+        try:
+            for name in progress_bar(folders, "loading adapters"):
+                handles[name] = self.load(name, folders[name])
+        except BaseException:
+            for name in handles:
+                self.remove(name)
+            raise
+        logger.info("loaded %d adapters", len(handles))
+        return handles
+
+    def add_adapter(
+        self,
+        name: str,
+        weights: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+    ) -> int:
+        """Copy an adapter from tensors.
+
+        Args:
+            name: any new str other than `"__base__"`.
+            weights: path of a target -> (A [r, in_features], B [out_features, r]), of any floating
+                dtype. The adapter changes nothing in targets that are left out.
+            alpha: scaling = alpha / r, with the rank r of each layer. Give alpha or scaling, not
+                both.
+            scaling: the factor itself.
+
+        Returns:
+            The adapter's handle, for index tensors.
+
+        Raises:
+            AdapterError: the name is taken, a path is not a target, or shapes or values do not fit.
+            PoolCapacityError: there is no room for the adapter.
+        """
+        self._check_attached()
+        self._slots.check_new(name)
+        parts = weights_from_pairs(weights, alpha, scaling, "weights")
+        return self._adapters.add(name, parts, "weights")
+
+    def reserve(self, adapters: int, rank: int) -> None:
+        """Make room in every layer, so that loading adapters later moves no buffer.
+
+        A pool that a captured CUDA graph reads cannot grow, so reserve before you capture.
+
+        Args:
+            adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
+                loaded, on the device or not.
+            rank: the largest rank among them. A bias counts as one more rank.
+
+        Raises:
+            AdapterError: an argument is less than 1.
+            PoolCapacityError: a CUDA graph reads the pools already.
+        """
+        self._check_attached()
+        self._adapters.reserve(adapters, rank)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Bring adapters to the device now, so that the next route need not wait for them.
+
+        Without `attach(memory=...)` every adapter is on the device already.
+
+        Args:
+            names: of loaded adapters.
+
+        Raises:
+            UnknownAdapterError: a name is not loaded.
+            PoolCapacityError: the adapters do not fit beside those that are pinned or in use.
+            CheckpointError: a file holds NaN or infinity, or is not the one that was loaded.
+            AdapterError: values do not fit the pool's dtype.
+        """
+        self._check_attached()
+        self._adapters.prefetch(check_names(names, "names"))
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device, and keep it there until `unpin`; raises as `prefetch`."""
+        self._check_attached()
+        self._adapters.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned adapter make room for others again."""
+        self._check_attached()
+        self._adapters.unpin(name)
+
+    def memory(self) -> MemoryReport:
+        """How much memory the adapters take, in bytes and in rank rows.
+
+        Examples:
+            >>> import torch, lora_mux
+            >>> mux = lora_mux.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), memory="4KiB")
+            >>> _ = mux.add_adapter("a", {"0": (torch.ones(2, 16), torch.ones(16, 2))}, alpha=2)
+            >>> mux.prefetch(["a"])
+            >>> mux.memory().adapters["a"]
+            AdapterMemory(rank_rows=2, bytes=258, resident=True, pinned=False)
+        """
+        self._check_attached()
+        return self._adapters.memory()
+
+    def remove(self, name: str) -> None:
+        """Free an adapter in all layers. A forward pass in progress can finish with it.
+
+        Its handle raises an error from now on, and never means another adapter.
+
+        Raises:
+            UnknownAdapterError: the name is not loaded.
+        """
+        self._check_attached()
+        self._adapters.remove(name)
+
+    def _check_attached(self) -> nn.Module:
+        if self._model is None:
+            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
+        return self._model

@@ -1,0 +1,98 @@
+"""What happens at the model's top: a pass begins with its rows, and ends."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RoutingError, TargetError
+from ..routes import Router
+from .given_rows import KEYWORD, GivenRows
+
+_UNTRACED: dict[Callable[..., None], Callable[..., None]] = {}
+
+
+class BeginPass:
+    """Forward pre-hook of the model. By the hook one finds the model's Mux."""
+
+    def __init__(self, mux: GivenRows) -> None:
+        self.mux = mux
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        router, rows = self.mux._router, kwargs.get(KEYWORD)
+        if torch.compiler.is_compiling():
+            if rows is not None:
+                raise RoutingError(
+                    f"`{KEYWORD}` must be None where a whole model is compiled, got rows, which no "
+                    "graph can have as inputs; call the model inside `with mux.route(rows)`"
+                )
+            router.begin_traced(args, kwargs)
+        else:
+            _untraced(_begin)(self.mux, args, kwargs, sys._getframe(1))
+        if KEYWORD not in kwargs:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
+
+
+class EndPass:
+    """Forward hook of the model."""
+
+    def __init__(self, mux: GivenRows) -> None:
+        self.mux = mux
+
+    def __call__(self, model: nn.Module, args: Any, output: object) -> None:
+        router = self.mux._router
+        # In a pass it is not the model that is traced, but this hook alone.
+        if torch.compiler.is_compiling() and not router.view.cell.in_pass:
+            router.end_traced()
+        else:
+            _untraced(Router.end)(router, output)
+
+
+def _begin(
+    mux: GivenRows, args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
+) -> None:
+    rows = kwargs.get(KEYWORD)
+    mux._router.begin(args, kwargs, caller, None if rows is None else mux._given(rows))
+
+
+def _untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that torch.compile leaves alone, with all that it calls.
+
+    Where it has given up a model, as after a refusal inside it, it tries the functions that are
+    called there, and would compile these for each list of rows.
+    """
+    # Not by a decorator, which would import a compiler for everybody.
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _UNTRACED:
+        _UNTRACED[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return _UNTRACED[function]
+
+
+def mux_of(model: nn.Module) -> GivenRows | None:
+    """The Mux that a model is attached by; None for a plain model."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, BeginPass):
+            return hook.mux
+    return None
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Refuse what torch.compile and data parallelism put around a model.
+
+    Raises:
+        TargetError: names the model inside, which must be attached first.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inside = "module" if isinstance(model, parallel) else "_orig_mod"  # of torch.compile
+    if inside in model._modules:
+        raise TargetError(
+            f"`model` must be the model itself, got a {type(model).__name__} around it; attach "
+            f"the one inside (`model.{inside}`), and wrap that one afterwards"
+        )

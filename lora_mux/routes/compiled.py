@@ -1,0 +1,207 @@
+"""What graphs of torch.compile read of the rows in force.
+
+A graph has the rows as inputs: new tensors for each route, which always have the same shape. They
+come from a view that follows the scopes of its thread. Nothing of ours runs between two asyncio
+tasks of a thread, so that an operator inside the graph looks whose rows they should be.
+"""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..core import NONE, LastPass, Routing, unchecked_routing
+from ..errors import RoutingBusyError
+from .passes import Planned, Shape
+from .route import Expand, Manner, Route
+from .scopes import Sticky
+
+LEAST_PLACES = 4  # adapters in a row for which a compiled model has room from the beginning
+CPU = torch.device("cpu")
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
+
+
+class Owner(Protocol):
+    """A router, as the operator sees it."""
+
+    view: "CompiledView"
+
+    def route_of_compiled_pass(self) -> Route | None:
+        """The route of the pass that runs a graph of torch.compile here and now."""
+
+
+ROUTERS: "weakref.WeakValueDictionary[int, Owner]" = weakref.WeakValueDictionary()
+NUMBERS = itertools.count()
+
+LIBRARY: Any = torch.library.Library("lora_mux", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(
+    "rows_now(Tensor index, Tensor weight, int router, str kind, str repeats, bool as_given)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def rows_now(view: Routing, manner: Manner, expand: Expand, router: int) -> Routing:
+    """In a graph: the rows that this pass should have, of the shape of those it was given."""
+    if _is_exporting():  # an exported program keeps the rows that it was made with
+        return view
+    # With gradients the rows are inputs of the graph, and of its backward.
+    as_given = torch.is_grad_enabled()
+    repeats = _said(expand) if manner.steps else ""
+    index, weight = torch.ops.lora_mux.rows_now(
+        view.index, view.weight.detach(), router, manner.kind, repeats, as_given
+    )
+    return unchecked_routing(index, view.weight if as_given else weight, LastPass())
+
+
+@torch.library.impl(LIBRARY, "rows_now", "CompositeExplicitAutograd")
+def _rows_now(
+    index: Tensor, weight: Tensor, router: int, kind: str, repeats: str, as_given: bool
+) -> tuple[Tensor, Tensor]:
+    owner = ROUTERS.get(router)
+    # A graph of CUDA's reads its inputs in place at each replay. A backward has those of its pass.
+    replayed = ops.capturing(index.device) or torch._C._current_graph_task_id() != -1
+    if owner is None or replayed:
+        return index.clone(), weight.clone()
+    route = owner.route_of_compiled_pass()
+    if as_given:
+        fits = owner.view.cell.source is route
+    else:
+        fits = _fits(route, index, kind, repeats)
+    if not fits:
+        raise RoutingBusyError(
+            "the rows of this compiled pass are not those that its thread prepared last: another "
+            "task has changed them, or another thread; open the `with` block right around the "
+            "call, without an await in between"
+        )
+    if as_given:
+        return index.clone(), weight.clone()
+    if route is None:
+        return torch.full_like(index, NONE), torch.zeros_like(weight)
+    rows, places = index.shape
+    made = padded(route, rows, places, index.device).routing
+    return made.index.to(index.dtype, copy=True), made.weight.detach().to(weight.dtype, copy=True)
+
+
+@torch.library.register_fake("lora_mux::rows_now", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+    index: Tensor, weight: Tensor, router: int, kind: str, repeats: str, as_given: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(index), torch.empty_like(weight)
+
+
+def _fits(route: Route | None, index: Tensor, kind: str, repeats: str) -> bool:
+    """Whether a graph that was made for rows of this kind computes the route rightly."""
+    if route is None:
+        return True
+    if route.routing.index.shape[1] > index.shape[1]:
+        return False
+    if route.uniform:
+        return True
+    if route.routing.rows != index.shape[0] or route.per_token != (kind == "tokens"):
+        return False
+    return kind != "first" and repeats in ("", _said(route.expand))
+
+
+def _said(expand: Expand) -> str:
+    """A way of repeating samples as an argument of the operator; generate() interleaves them."""
+    if isinstance(expand, Mapping):
+        return "".join(f"{way}{times}" for way, times in expand.items())
+    return expand or "interleave"
+
+
+class CompiledView(threading.local):
+    """The rows in force in one thread, as compiled models read them."""
+
+    def __init__(
+        self, cells: "dict[int, weakref.ref[Cell]]", sticky: Sticky, lock: threading.RLock
+    ) -> None:
+        self.cell = Cell()  # once for each thread
+        number = id(self.cell)
+        with lock:  # another thread may be changing the sticky rows
+            self.cell.follow(sticky.route, CPU, False)
+            # No WeakSet, of which a look at all would take a quarter of set_adapter's time.
+            cells[number] = weakref.ref(self.cell, lambda _: cells.pop(number, None))
+
+
+class Cell:
+    """The view of one thread.
+
+    For batches with the same number of samples, all routes have the same shape here, including the
+    base model and the routes of set_adapter, so that one graph serves them all. torch.compile
+    guards shapes and not values: a new tensor for each route costs no new graph.
+    """
+
+    def __init__(self) -> None:
+        self._rows = 1  # of the last route that had one for each sample
+        self._places = LEAST_PLACES  # of the widest route so far
+        self.source: Route | None = None
+        self.between_passes: Route | None = None
+        self.in_scope = False  # the rows are those of a block or a call, not the sticky ones
+        self._base_shape = self._rows, self._places, CPU
+        self._base = self.route = _base(*self._base_shape)
+        self.in_pass = False  # one that runs here, and is not traced
+        # Of the pass that is being traced.
+        self.shape = Shape()
+        self.plans: list[Planned] = []
+
+    def follow(self, route: Route | None, device: torch.device, in_scope: bool) -> None:
+        """Let compiled models read this route, on this device; None = the base model."""
+        self.between_passes, self.in_scope = route, in_scope
+        self.show(route, device)
+
+    def show(self, route: Route | None, device: torch.device) -> None:
+        """The same for one pass only."""
+        self.source = route
+        if route is None and self._base_shape == (self._rows, self._places, device):
+            self.route = self._base  # again, because each block ends with the base model
+            return
+        if torch.compiler.is_compiling():
+            # torch.export is tracing: sizes may be symbols, which must not outlive the trace.
+            self.route = route or self._base
+            return
+        if device.type == "meta":
+            device = CPU
+        if route is not None:
+            self._places = max(self._places, route.routing.index.shape[1])
+            if not (route.uniform or route.per_token):
+                self._rows = route.routing.rows
+            self.route = padded(route, self._rows, self._places, device)
+            return
+        self._base_shape = self._rows, self._places, device
+        self._base = self.route = _base(*self._base_shape)
+
+
+# Graphs guard inference tensors as well, so these are normal ones even inside inference_mode.
+# Not around `follow`, which set_adapter calls: entering the mode takes a third of its time.
+def padded(route: Route, rows: int, places: int, device: torch.device) -> Route:
+    """A route as a compiled model reads it, made once for each shape and device."""
+    shape = rows, places, device
+    if route.padded is None or route.padded[0] != shape:
+        route.padded = shape, _pad(route, rows, places, device)
+    return route.padded[1]
+
+
+@torch.inference_mode(False)
+def _pad(route: Route, rows: int, places: int, device: torch.device) -> Route:
+    index, weight = route.routing.index, route.routing.weight
+    if route.uniform:
+        index, weight = index.expand(rows, -1), weight.expand(rows, -1)
+    missing = (0, places - index.shape[1])
+    padded = unchecked_routing(
+        nn.functional.pad(index.long(), missing, value=NONE),
+        nn.functional.pad(weight, missing),
+        route.routing.last_pass,
+    )
+    placed = padded.to(device)
+    return replace(route, routing=placed, padded=None, resolved=None, placed={})
+
+
+@torch.inference_mode(False)
+def _base(rows: int, places: int, device: torch.device) -> Route:
+    return Route(Routing(torch.full((rows, places), NONE, device=device)), uniform=True)
