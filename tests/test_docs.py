@@ -195,7 +195,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_documents_every_public_name(site: Path) -> None:
     page = (site / "api.html").read_text("utf-8")
-    for name in ("Mux.load", "Mux.route", "MuxLinear.forward", "Routing.check"):
+    members = [f"Mux.{name}" for name in dir(lora_mux.Mux) if not name.startswith("_")]
+    for name in (*members, "MuxLinear.forward", "Routing.check"):
         assert f'id="lora_mux.{name}"' in page, name
     for name in set(lora_mux.__all__) - {"errors", "LoraMuxError", "__version__"}:
         assert re.search(rf'id="lora_mux\.([\w.]*\.)?{name}"', page), name
