@@ -212,6 +212,11 @@ class Passes:
 
         torch.autograd.Variable._execution_engine.queue_callback(leave)
 
+    def running(self) -> Pass | None:
+        """The pass that a layer which runs here belongs to: of each layer, so it must be quick."""
+        past = self.of_backward() if self._in_backward else None
+        return past or self.current()
+
     def of_backward(self) -> Pass | None:
         """The pass whose layers checkpointing runs again at this moment."""
         number = torch._C._current_graph_task_id()

@@ -332,11 +332,12 @@ class Router:
         """The pass that a layer which runs at this moment belongs to; None = the base model."""
         if torch.compiler.is_compiling():
             return self.view.cell if self.slots.capacity else None
-        found = self.passes.of_backward() or self.passes.current()
+        found = self.passes.running()
         if found is None:  # the layer is called by itself
             found = self.passes.none()
             self._find_rows(found)
-        return None if found.route is None or not found.route.selects else found
+        route = found.route
+        return None if route is None or not route.selects else found
 
     def plan(
         self, now: Pass | Cell, x: Tensor, pool: Pool, weight: Tensor | None, place: Place

@@ -84,7 +84,7 @@ MUTATIONS = {
     ),
     "router: a forward in progress changes its adapter": Mutation(
         ROUTER,
-        "self.passes.of_backward() or self.passes.current()",
+        "self.passes.running()",
         "self.passes.of_backward()",
         TEST_BOUNDED,
     ),
@@ -162,7 +162,7 @@ MUTATIONS = {
     ),
     "passes: torn by what is set": Mutation(
         ROUTER,
-        "found = self.passes.of_backward() or self.passes.current()",
+        "found = self.passes.running()",
         "found = self.passes.of_backward()",
         TEST_PASSES,
     ),
