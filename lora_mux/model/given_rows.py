@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..adapters import AnyRoute
-from ..routes import Kind, Route, Router, Rows, make_route
+from ..routes import Kind, Route, Rows, make_route
 from .loaded import LoadedAdapters
 
 KEYWORD = "adapter_names"  # of forward() and generate(), as in PEFT
@@ -14,8 +14,6 @@ KEYWORD = "adapter_names"  # of forward() and generate(), as in PEFT
 
 class GivenRows(LoadedAdapters):
     """A Mux as `top`, `generation` and `continuous_batching` see it."""
-
-    _router: Router
 
     def _maker(self, make: Callable[[], Route]) -> Callable[[], Route]:
         """Makes a route now, and again if a name changes before it is needed."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ..adapters import Adapters, MemoryReport
 from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
 from ..core import Slots, check_names
-from ..errors import ArgumentTypeError, DetachedError
+from ..errors import ArgumentTypeError
 from ..layers import MuxLinear, weights_from_pairs
 from ..progress import progress_bar
+from ..routes import Router
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class LoadedAdapters:
     _slots: Slots
     _layers: dict[str, MuxLinear]
     _adapters: Adapters
+    _router: Router
 
     @property
     def targets(self) -> list[str]:
@@ -207,6 +209,6 @@ class LoadedAdapters:
         self._adapters.remove(name)
 
     def _check_attached(self) -> nn.Module:
-        if self._model is None:
-            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
+        self._router.check_attached()
+        assert self._model is not None
         return self._model

@@ -140,8 +140,8 @@ class Mux(GivenRows):
                 it at the forward pass. Blocks that end in another order than they began raise it,
                 and none of them is in force any more.
             RoutingBusyError: when the block begins: CUDA graphs of the model read the rows of
-                another thread's block, which does not end. At a forward pass: its thread or task
-                has no rows, while others' blocks are open.
+                another thread's block, which does not end. At a generate(): its thread or task
+                has no rows, while others' blocks are open, and nobody chose sticky ones.
             PoolCapacityError: when the block begins: the adapters do not fit beside those that are
                 pinned or in use. The other errors of `prefetch` come then, too.
         """

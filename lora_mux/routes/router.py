@@ -124,8 +124,7 @@ class Router:
             RoutingBusyError: CUDA graphs read the rows of another block, which does not end.
             RoutingError: at the end, if blocks end in another order than they began.
         """
-        if self.is_detached:
-            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
+        self.check_attached()
         scope = self.scopes.open(route, kind, beams, inputs)
         try:
             if self.captured:
@@ -137,6 +136,11 @@ class Router:
                 self.scopes.close(scope)
             finally:
                 self._leave(scope)
+
+    def check_attached(self) -> None:
+        """Refuse to go on after Mux.detach()."""
+        if self.is_detached:
+            raise DetachedError("this Mux was detached from its model; attach() makes a new one")
 
     def _leave(self, scope: Scope) -> None:
         """Show the rows around a scope again to whatever reads tensors of its thread."""
