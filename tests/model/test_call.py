@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lora_mux
-from diffusion import diffusers
+from diffusion import diffusers, unet
 from lora_mux.errors import ArgumentTypeError, DetachedError, RoutingError, UnknownAdapterError
 from tenants import Model, Row, attached, check, tenant, truth
 
@@ -210,17 +210,6 @@ class TestRefusals:
 def pipeline() -> Any:
     """A pipeline with guidance, of the smallest size, whose text encoder is a table."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-    ).eval()
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -230,7 +219,7 @@ def pipeline() -> Any:
         vae=vae,
         text_encoder=None,
         tokenizer=None,
-        unet=unet,
+        unet=unet(),
         scheduler=diffusers.DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,

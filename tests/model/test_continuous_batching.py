@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from continuous import collected
 from transformers.generation.continuous_batching.requests import RequestState
 
 import lora_mux
@@ -104,15 +105,6 @@ def test_one_adapter_for_all_requests(stage: SimpleNamespace) -> None:
     finally:
         stage.mux.set_adapter(None)
     assert base == [alone(stage.base, stage.peft, prompt, None) for prompt in PROMPTS]
-
-
-def collected(manager: Any, count: int) -> dict[str, list[int]]:
-    results: dict[str, list[int]] = {}
-    while len(results) < count:
-        result = manager.get_result(timeout=10)
-        assert result is not None and result.error is None, result
-        results[result.request_id] = result.generated_tokens
-    return results
 
 
 def test_requests_that_come_one_by_one(stage: SimpleNamespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from continuous import collected
 
 import lora_mux
 from lora_mux.errors import (
@@ -60,15 +61,6 @@ def settings(**fields: Any) -> dict[str, Any]:
             allow_block_sharing=False, **batching
         ),
     }
-
-
-def collected(manager: Any, count: int) -> dict[str, list[int]]:
-    results: dict[str, list[int]] = {}
-    while len(results) < count:
-        result = manager.get_result(timeout=20)
-        assert result is not None and result.error is None, result
-        results[result.request_id] = result.generated_tokens
-    return results
 
 
 def test_one_by_one(stage: SimpleNamespace) -> None:

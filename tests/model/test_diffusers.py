@@ -10,25 +10,11 @@ from batches import add_adapters, assert_equal, differ, with_adapter
 from torch import Tensor
 
 import lora_mux
-from diffusion import diffusers, flux
+from diffusion import diffusers, flux, unet
 from lora_mux.errors import RoutingError
 from peft_oracle import peft, save_adapters, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
-
-
-def unet() -> Any:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-    ).eval()
 
 
 def inputs(kind: str, samples: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A small diffusion transformer, and diffusers without the warnings of its import."""
+"""A small diffusion transformer, a small UNet, and diffusers without the warnings of its import."""
 
 import warnings
 from typing import Any
@@ -18,4 +18,18 @@ def flux() -> Any:
         joint_attention_dim=32,
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
+    ).eval()
+
+
+def unet() -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
     ).eval()
