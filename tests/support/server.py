@@ -24,7 +24,7 @@ GREEDY: dict[str, Any] = {
     "do_sample": False,
     "pad_token_id": 0,
 }
-PATIENCE = 20.0
+PATIENCE = 60.0  # seconds; a machine may be busy, and a client that waits longer hangs
 
 
 class Digits:
