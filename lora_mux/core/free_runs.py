@@ -1,5 +1,7 @@
 """Which rank rows of a pool are free: runs of consecutive rows, handed out first fit."""
 
+from collections.abc import Iterable
+
 
 class FreeRuns:
     """The free runs among `capacity` rows, in order; no two of them touch."""
@@ -7,6 +9,18 @@ class FreeRuns:
     def __init__(self) -> None:
         self.capacity = 0
         self._free: list[tuple[int, int]] = []  # (start, end)
+
+    @classmethod
+    def rebuilt(cls, capacity: int, taken: Iterable[tuple[int, int]]) -> "FreeRuns":
+        """The free runs among `capacity` rows when these (start, rows) are taken."""
+        runs, end = cls(), 0
+        runs.capacity = capacity
+        for start, rows in [*sorted(taken), (capacity, 0)]:
+            assert end <= start
+            if end < start:
+                runs._free.append((end, start))
+            end = start + rows
+        return runs
 
     @property
     def free(self) -> int:
