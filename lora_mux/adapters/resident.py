@@ -254,8 +254,8 @@ class Adapters:
 
         What has begun to be published is published; all else that was begun is undone.
         """
-        self._slots.mend()
         self._finish_binding()
+        self._slots.mend()
         named = set(self._slots.handles.values())
         self._nameless = self._slots.tenants - named
         self._pinned &= named

@@ -156,7 +156,7 @@ class Router:
             self.scopes.close(scope)
         finally:
             self._leave(scope)
-            scope.is_over = True
+        scope.is_over = True
 
     def check_attached(self) -> None:
         """Refuse to go on after Mux.detach()."""
