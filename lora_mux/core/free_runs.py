@@ -1,5 +1,8 @@
 """Which rank rows of a pool are free: runs of consecutive rows, handed out first fit."""
 
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+
 
 class FreeRuns:
     """The free runs among `capacity` rows, in order; no two of them touch."""
@@ -7,6 +10,31 @@ class FreeRuns:
     def __init__(self) -> None:
         self.capacity = 0
         self._free: list[tuple[int, int]] = []  # (start, end)
+
+    @classmethod
+    def rebuilt(cls, capacity: int, taken: Iterable[tuple[int, int]]) -> "FreeRuns":
+        """The free runs among `capacity` rows when runs (start, rows) are taken, in any order.
+
+        Raises:
+            AssertionError: two of them overlap, or one lies outside.
+        """
+        runs, free_from = cls(), 0
+        runs.capacity = capacity
+        for start, rows in sorted((start, rows) for start, rows in taken if rows):
+            if start < free_from:
+                raise AssertionError(f"rank row {start} is taken twice")
+            if start > free_from:
+                runs._free.append((free_from, start))
+            free_from = start + rows
+        if free_from > capacity:
+            raise AssertionError(f"rank row {free_from - 1} is taken, of {capacity}")
+        if free_from < capacity:
+            runs._free.append((free_from, capacity))
+        return runs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Where each run begins and ends, in order."""
+        return iter(self._free)
 
     @property
     def free(self) -> int:
@@ -44,15 +72,15 @@ class FreeRuns:
                 return start
         return None
 
-    def give(self, start: int, rows: int) -> None:
-        """Give rows back. They join the free runs that they touch."""
+    def give(self, start: int, rows: int) -> tuple[int, int]:
+        """Give rows back. They join the free runs that they touch; returns the run they are in."""
         if not rows:
-            return
-        end = start + rows
-        at = sum(free_start < start for free_start, _ in self._free)
-        after = at + 1 if at < len(self._free) and self._free[at][0] == end else at
-        if after > at:
-            end = self._free[at][1]
-        if at and self._free[at - 1][1] == start:
-            at, start = at - 1, self._free[at - 1][0]
-        self._free[at:after] = [(start, end)]
+            return start, start
+        free, end = self._free, start + rows
+        first = last = bisect(free, (start, end))
+        if first and free[first - 1][1] == start:
+            first, start = first - 1, free[first - 1][0]
+        if last < len(free) and free[last][0] == end:
+            last, end = last + 1, free[last][1]
+        free[first:last] = [(start, end)]
+        return start, end
