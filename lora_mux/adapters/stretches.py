@@ -49,17 +49,17 @@ class Stretches:
         """
         self._layout.evict(islice(gone, self._counted, None))
         self._counted = len(gone)
-        if self._layout.copy().first_short(self._needed) is None:
+        if self._layout.copy().admit(self._needed) is None:
             return Room()
         going = [handle for handle in self._evictable if handle not in gone]
         moving = [handle for handle in self._idle if handle not in gone]
+        several = len(self._needed) > 1  # a single arrival has a stretch or has none
         return (
             self._evict_stretches(going)
-            # A single arrival has a stretch or has none.
-            or (len(self._needed) > 1 and self._evict_the_oldest(going, ()))
+            or (self._evict_the_oldest(going, ()) if several else None)
             or self._empty_stretches(going, moving)
             or self._evict_the_oldest(going, moving)
-        ) or None
+        )
 
     @cached_property
     def _idle(self) -> list[int]:
@@ -99,7 +99,7 @@ class Stretches:
             layout.evict(evicted)
             for slot in sliding:
                 layout.slide(slot)
-            short = layout.first_short(self._needed)
+            short = layout.admit(self._needed)
             if short is None:
                 return Room(list(evicted), sliding)
             pieces = [*layout.free()]
@@ -117,7 +117,8 @@ class Stretches:
     def _evict_the_oldest(self, going: Sequence[int], moving: Iterable[int]) -> Room | None:
         """As few of the oldest go as make room when all others of `moving` slide.
 
-        Last resorts: they evict some that are of no use, and move some that are not in the way.
+        A last resort: some go that are of no use, and some move that are not in the way. Where
+        adapters in use divide the pool, it is a packing problem, of which this tries first fit.
         """
 
         def with_the_first(count: int) -> Room | None:
@@ -126,7 +127,7 @@ class Stretches:
             layout.evict(evicted)
             staying = map(slot_of, set(moving).difference(evicted))
             sliding = [slot for slot in sorted(staying, key=layout.place) if layout.slide(slot)]
-            return Room(evicted, sliding) if layout.first_short(self._needed) is None else None
+            return Room(evicted, sliding) if layout.admit(self._needed) is None else None
 
         counts = range(1 + len(going))
         least = bisect_left(counts, True, key=lambda count: with_the_first(count) is not None)
@@ -179,7 +180,7 @@ class _Layout:
         self.slid[slot] = new
         return new < start
 
-    def first_short(self, needed: Iterable[int]) -> int | None:
+    def admit(self, needed: Iterable[int]) -> int | None:
         """Let arrivals come, as far as they fit; returns the rows of the first that does not."""
         return next((rows for rows in needed if self.runs.take(rows) is None), None)
 
@@ -198,15 +199,11 @@ class _Layout:
         for age, handle in enumerate(going, start=1):
             if handle in gone:
                 continue
-            span = self.spans[slot_of(handle)]
-            given.append((span.offset, age, handle))
-            start, end = runs.give(span.offset, span.rows)
+            offset, own, *_ = self.spans[slot_of(handle)]
+            given.append(_Piece(offset, offset + own, own, age, handle))
+            start, end = runs.give(offset, own)
             if end - start >= rows:
-                inside = [piece for piece in self.free() if start <= piece.start < end]
-                for offset, age, handle in given:
-                    if start <= offset < end:
-                        own = self.spans[slot_of(handle)].rows
-                        inside.append(_Piece(offset, offset + own, own, age, handle))
+                inside = (p for p in (*self.free(), *given) if start <= p.start < end)
                 return [p.handle for p in _cheapest(inside, rows) if p.handle is not None]
         return []
 
