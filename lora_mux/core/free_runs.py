@@ -18,18 +18,13 @@ class FreeRuns:
         Raises:
             AssertionError: two of them overlap, or one lies outside.
         """
-        runs, free_from = cls(), 0
+        runs, end = cls(), 0
         runs.capacity = capacity
-        for start, rows in sorted((start, rows) for start, rows in taken if rows):
-            if start < free_from:
-                raise AssertionError(f"rank row {start} is taken twice")
-            if start > free_from:
-                runs._free.append((free_from, start))
-            free_from = start + rows
-        if free_from > capacity:
-            raise AssertionError(f"rank row {free_from - 1} is taken, of {capacity}")
-        if free_from < capacity:
-            runs._free.append((free_from, capacity))
+        for start, rows in [*sorted(taken), (capacity, 0)]:
+            assert end <= start, f"rank row {start} of {capacity} is taken, and not below {end}"
+            if end < start:
+                runs._free.append((end, start))
+            end = start + rows
         return runs
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -56,10 +56,10 @@ MUTATIONS = {
         FREE_RUNS, "first, start = first - 1, free[first - 1][0]", "pass", TEST_FREE_RUNS
     ),
     "runs: rebuilt from rows that two have": Mutation(
-        FREE_RUNS, "if start < free_from:", "if False:", TEST_FREE_RUNS
+        FREE_RUNS, "assert end <= start", "assert True", TEST_FREE_RUNS
     ),
     "runs: rebuilt without the end": Mutation(
-        FREE_RUNS, "if free_from < capacity:", "if False:", TEST_FREE_RUNS
+        FREE_RUNS, "[*sorted(taken), (capacity, 0)]", "sorted(taken)", TEST_FREE_RUNS
     ),
     "pool: rows slide without their values": Mutation(
         POOL, "buffer[new] = buffer[old].clone()", "pass", TEST_BOUNDED
