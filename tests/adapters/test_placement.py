@@ -196,6 +196,9 @@ PICTURES = {
         Case(["aaP..bbbb"], [[4]], "ab", movable="P"), ["aaP0000.."]
     ),
     "as few move as can be": Picture(Case([".P.Q.R...S."], [[4]], movable="PQRS"), ["RP.Q0000.S."]),
+    "one moves rather than two, for whom no one would go": Picture(
+        Case(["aaPbbX..Q.R."], [[4]], "ab", movable="PQR"), ["P0000X..Q.R."]
+    ),
     "the pinned move elsewhere": Picture(Case(["..XPP."], [[3]], movable="P"), ["PPX000"]),
     "several": Picture(Case(["aabbcc"], [[2], [2]], "cab"), ["00bb11"]),
     "the largest first": Picture(Case(["aaXbbbcc"], [[2], [3]], "bac"), ["00X111cc"]),
