@@ -14,6 +14,7 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
+from .free_runs import FreeRuns as FreeRuns
 from .locks import holding as holding
 from .locks import synchronized as synchronized
 from .pool import LoraWeights as LoraWeights

@@ -53,7 +53,13 @@ MUTATIONS = {
         SLOTS, "self._write(slot_of(handle), NONE)", "pass", TEST_TRITON_BACKEND
     ),
     "runs: neighbours stay apart": Mutation(
-        FREE_RUNS, "at, start = at - 1, self._free[at - 1][0]", "pass", TEST_FREE_RUNS
+        FREE_RUNS, "first, start = first - 1, free[first - 1][0]", "pass", TEST_FREE_RUNS
+    ),
+    "runs: rebuilt from rows that two have": Mutation(
+        FREE_RUNS, "assert end <= start", "assert True", TEST_FREE_RUNS
+    ),
+    "runs: rebuilt without the end": Mutation(
+        FREE_RUNS, "[*sorted(taken), (capacity, 0)]", "sorted(taken)", TEST_FREE_RUNS
     ),
     "pool: rows slide without their values": Mutation(
         POOL, "buffer[new] = buffer[old].clone()", "pass", TEST_BOUNDED

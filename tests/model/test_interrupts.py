@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,9 @@ def test_attach(request: pytest.FixtureRequest) -> None:
     model = Model()
     want = model(X)
     for memory in (None, "64KiB"):
+        attach = partial(lora_mux.attach, model, memory=memory)
         for line in lines(3, request):
-            ended = not interrupted(lambda: lora_mux.attach(model, memory=memory), line)
+            ended = not interrupted(attach, line)
             if lora_mux.model.top.mux_of(model) is not None:
                 lora_mux.detach(model)
             assert not ended or lora_mux.model.top.mux_of(model) is None
