@@ -8,7 +8,6 @@ while the generator runs, in whatever context that is.
 Where it cannot be known whose rows a pass has, it is refused.
 """
 
-import asyncio
 import dis
 import inspect
 import itertools
@@ -24,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import RoutingBusyError, RoutingError
 from . import threads
 from .route import Route
+from .threads import running_name
 
 Kind: TypeAlias = Literal["block", "disabled block", "call"]  # what a scope spans
 
@@ -71,7 +71,7 @@ class Scope:
 
     def __str__(self) -> str:
         opener = self.opener()
-        name = "one that is gone" if opener is None else _name(opener)
+        name = "one that is gone" if opener is None else threads.name_of(opener)
         return f"{self.kind} of {name}"
 
     @property
@@ -82,7 +82,7 @@ class Scope:
     @property
     def is_own(self) -> bool:
         """Whether the thread or task that opened it runs here."""
-        return self.opener() is _running()
+        return self.opener() is threads.running()
 
     @property
     def is_left_behind(self) -> bool:
@@ -126,7 +126,7 @@ class Scopes:
             kind,
             beams,
             inputs,
-            weakref.ref(_running()),
+            weakref.ref(threads.running()),
             inner[0] if inner else None,
             around,
             threading.get_ident(),
@@ -335,24 +335,6 @@ def _nearest(innermost: Scope | None, others: list[Scope]) -> Scope | None:
             # The context knows best which one is innermost, if it knows any of them.
             return innermost if innermost in found else max(found, key=lambda s: s.number)
     return None
-
-
-def _running() -> Any:
-    """The asyncio task that runs here, else the thread."""
-    # The exception of current_task() where no loop runs would take 1 us of each block.
-    task = asyncio.current_task() if asyncio._get_running_loop() else None
-    return task or threading.current_thread()
-
-
-def running_name() -> str:
-    """The task or thread that runs here, for messages."""
-    return _name(_running())
-
-
-def _name(running: Any) -> str:
-    if isinstance(running, threading.Thread):
-        return f"thread {running.name!r}"
-    return f"task {running.get_name()!r}"
 
 
 def _generators() -> tuple[tuple[FrameType, ...], tuple[FrameType, ...]]:

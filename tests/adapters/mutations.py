@@ -6,6 +6,8 @@ BOUNDED = "adapters/bounded.py"
 PLACEMENT = "adapters/placement.py"
 RESIDENT = "adapters/resident.py"
 STRETCHES = "adapters/stretches.py"
+CHANGES = "adapters/changes.py"
+TEST_INTERRUPTS = ("model/test_interrupts.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_PLACEMENT = ("adapters/test_placement.py",)
 MUTATIONS = {
@@ -16,10 +18,7 @@ MUTATIONS = {
         BOUNDED, "self._pinned | set(wanted)", "set(wanted)", TEST_BOUNDED
     ),
     "placement: the last routed makes room": Mutation(
-        BOUNDED,
-        "self._resident[handle] = None\n            self._wait",
-        "pass\n            self._wait",
-        TEST_BOUNDED,
+        BOUNDED, "self._resident.move_to_end(handle)", "pass", TEST_BOUNDED
     ),
     "placement: evicted before it is known to fit": Mutation(
         PLACEMENT, "raise PoolCapacityError(_no_room", "return {}, {}; (_no_room", TEST_BOUNDED
@@ -47,5 +46,20 @@ MUTATIONS = {
     ),
     "adapters: a replaced one stays for ever": Mutation(
         RESIDENT, "if users is not None and handle not in users:", "if False:", TEST_BOUNDED
+    ),
+    "interrupts: nothing is mended": Mutation(
+        CHANGES, "self._mend()\n            self._unfinished", "self._unfinished", TEST_INTERRUPTS
+    ),
+    "interrupts: names are given before they are known": Mutation(
+        RESIDENT,
+        "self._finish_binding()\n        self._slots.mend()",
+        "self._slots.mend()",
+        TEST_INTERRUPTS,
+    ),
+    "interrupts: what is on its way in stays live": Mutation(
+        BOUNDED, "self._slots.suspend(handle)  # it was", "pass  # it was", TEST_INTERRUPTS
+    ),
+    "interrupts: the sticky rows keep the old adapter": Mutation(
+        RESIDENT, "self._router.mend_sticky()", "pass", TEST_INTERRUPTS
     ),
 }
