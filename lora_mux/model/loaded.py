@@ -1,6 +1,7 @@
 """The adapters of an attached model, as users load and keep them."""
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -70,12 +71,11 @@ class LoadedAdapters:
         self._check_attached()
         self._slots.check_new(name, replace)
         root = local_folder(folder, revision)
-        if is_diffusers_folder(root):
-            weights = read_diffusers_file(root, self.targets)
-            return self._adapters.add(name, weights, str(folder), replace)
-        checkpoint = read_peft_folder(root)
-        handle = self._adapters.load(name, checkpoint.stored, replace)
-        checkpoint.warn_unless_complete(self.targets)
+        read = read_diffusers_file if is_diffusers_folder(root) else read_peft_folder
+        stored = read(root, self.targets)
+        handle = self._adapters.load(name, stored, replace)
+        for remark in stored.outline.remarks:
+            warnings.warn(f"{stored.source} {remark}", stacklevel=2)
         logger.debug("loaded %r from %s", name, folder)
         return handle
 

@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "half a pair": (tensors(PAIR[0]), "lora_B.weight is missing"),
     "not finite": ({PAIR[0]: torch.full((2, 8), torch.nan), **tensors(PAIR[1])}, "finite"),
-    "no row": ({PAIR[0]: torch.ones(0, 8), PAIR[1]: torch.ones(8, 0)}, "rank"),
+    "no row": ({PAIR[0]: torch.ones(0, 8), PAIR[1]: torch.ones(8, 0)}, r"shape is \[0, 8\]"),
     "a convolution": ({PAIR[0]: torch.ones(2, 8, 1, 1), **tensors(PAIR[1])}, "2-dimensional"),
     "nothing": ({}, "one component"),
 }
@@ -152,7 +152,7 @@ def test_refusals(what: str, tmp_path: Path) -> None:
 
 CONFIG_REFUSED: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "must be JSON"),
-    "a list": ("[1]", "must hold an object"),
+    "a list": ("[1]", "must hold a JSON object"),
     "DoRA": (
         json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", 1)]}),
         "`use_dora` must be unset",
@@ -180,7 +180,7 @@ def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     save_file(tensors(*PAIR), tmp_path / "another tenant's")
     (tmp_path / "mine" / FILE).symlink_to(tmp_path / "another tenant's")
-    refused(tmp_path / "mine", "must be inside its folder, got a link to")
+    refused(tmp_path / "mine", "must be a file of its folder, got a link to")
 
 
 def refused(folder: Path, message: str) -> None:
