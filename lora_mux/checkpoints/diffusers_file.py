@@ -108,7 +108,7 @@ def _prefix(source: str, keys: Collection[str], targets: Collection[str]) -> str
         prefix
         for path in {re.split(r"\.lora_[AB]\.", key)[0] for key in keys}
         for prefix in ("", path.partition(".")[0] + ".")
-        if path.removeprefix(prefix) in known
+        if path.startswith(prefix) and path.removeprefix(prefix) in known
     )
     if len(matches) == 1:
         return next(iter(matches))

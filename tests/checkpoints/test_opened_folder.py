@@ -37,10 +37,18 @@ class System:
         self.calls = 0
         self.acts: dict[int, Callable[[], None]] = {}  # before the call of this number
         self.bytes_of_a_read = 1 << 30
+        self.opened: set[int] = set()  # the inodes of all that was
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(os, name)
-        return self._watched(value) if name in ("open", "readlink") else value
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, **how: Any) -> int:
+        descriptor: int = self._watched(os.open)(path, flags, **how)
+        self.opened.add(os.fstat(descriptor).st_ino)
+        return descriptor
+
+    def readlink(self, path: str, **how: Any) -> str:
+        return self._watched(os.readlink)(path, **how)  # type: ignore[no-any-return]
 
     def fstat(self, descriptor: int) -> Any:
         return self._coarse(self._watched(os.fstat)(descriptor))
@@ -91,6 +99,7 @@ class Owner:
             (folder / CONFIG).write_bytes(config.replace(b'"lora_alpha": 4', alpha))
             self._versions.append({name: (folder / name).read_bytes() for name in FILES})
             self.weights.append({path: part.A for path, part in made.parts.items()})
+        self.secret = {(self._secret / name).stat().st_ino for name in FILES}
         self.states: set[State] = set()
 
     def restore(self) -> None:
@@ -230,6 +239,7 @@ def read_while_it_changes(
     except CheckpointError as caught:
         error = str(caught)
     assert time.monotonic() - start < 1
+    assert system.opened.isdisjoint(owner.secret), "another tenant's file was opened"
     if state is None:
         assert str(owner.folder) in error
         outcomes["refused"] += 1
