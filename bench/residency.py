@@ -5,11 +5,14 @@ pools that hold some of them. Four times are taken: registering; the first use o
 not resident, against a plain copy of as many bytes; routes to resident adapters; and routes that
 evict another adapter each time. PEFT's load_adapter and set_adapter run on the same files in the
 same run. The files are in the page cache.
+
+Then what registering alone takes, in time and on the host, with as many targets as a 7B Llama has.
 """
 
 import argparse
 import itertools
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -22,6 +25,7 @@ import torch
 from torch import nn
 
 import lora_mux
+from lora_mux.checkpoints import read_peft_folder
 from lora_mux.measure.provenance import ROOT, provenance
 from lora_mux.progress import progress_bar
 
@@ -86,6 +90,42 @@ def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     }
 
 
+def host_bytes() -> int:
+    """What this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def per_adapter(register: Callable[[int], object], count: int) -> dict[str, float]:
+    """Time and host memory of one, after a first one that the others share an outline with."""
+    register(0)
+    before, start = host_bytes(), time.perf_counter()
+    for i in range(1, count + 1):
+        register(i)
+    took = time.perf_counter() - start
+    return {"microseconds": 1e6 * took / count, "bytes": (host_bytes() - before) / count}
+
+
+def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Many narrow layers: of their values nothing is read."""
+    base = stack(args.targets, 8)
+    folders = save_folders(base, 1, 8, root / "narrow")
+    time.sleep(2.1)  # newer files are read twice
+    mux = lora_mux.attach(stack(args.targets, 8), memory="64MiB")
+    mux.reserve(args.registered + 1, 1)
+    kept = []
+
+    def read(i: int) -> None:
+        kept.append(read_peft_folder(folders[i % len(folders)], mux.targets))
+
+    def load(i: int) -> None:
+        mux.load(f"a{i}", folders[i % len(folders)])
+
+    return {
+        "registering, reading alone": per_adapter(read, args.registered),
+        "registering": per_adapter(load, args.registered),
+    }
+
+
 def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     model: Any = peft.PeftModel.from_pretrained(
         stack(args.layers, args.width), folders[0], adapter_name="a0"
@@ -107,7 +147,8 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
-    for name, default in (sizes | {"folders": 48, "peft": 48}).items():
+    sizes |= {"folders": 48, "peft": 48, "targets": 224, "registered": 2000}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
     args = parser.parse_args()
@@ -115,17 +156,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PEFT's, about the base model's missing config
         folders = save_folders(stack(args.layers, args.width), args.rank, args.folders, Path(root))
-        sizes = {key: getattr(args, key) for key in (*sizes, "folders", "peft")}
+        sizes = {key: getattr(args, key) for key in sizes}
         record = {
             **provenance(torch.device("cpu")),
             "sizes": sizes,
             "milliseconds": {"lora_mux": ours(args, folders), "PEFT": theirs(args, folders)},
+            "per adapter": registering(args, Path(root)),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
     for who, figures in record["milliseconds"].items():
         for what, took in figures.items():
             print(f"{who:9} {what:28} {took}")
+    for what, figures in record["per adapter"].items():
+        print(f"{what:28} {figures}")
     print(f"wrote {args.out}")
 
 
