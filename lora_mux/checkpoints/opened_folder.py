@@ -140,13 +140,12 @@ class OpenedFolder:
         path = f"{self.path}/{name}"
         with _as_checkpoint_error(path):
             directory, there = self._find(name, path)
-            try:
-                descriptor = os.open(there, FILE, dir_fd=directory)
+            try:  # in one statement, so that an interrupt leaves nothing open
+                self._stack.callback(os.close, descriptor := os.open(there, FILE, dir_fd=directory))
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{self.path} must hold {name}, got a folder without it"
                 ) from None
-            self._stack.callback(os.close, descriptor)
             file = OpenedFile(path, descriptor, directory, there)
         self._files.append(file)
         return file
@@ -168,8 +167,10 @@ class OpenedFolder:
                 f"{path} must be a file of its folder, got a link to {target!r:.100}; copy the "
                 "file there"
             )
-        blobs = os.open("../../blobs", FOLDER | os.O_NOFOLLOW, dir_fd=self._descriptor)
-        self._stack.callback(os.close, blobs)
+        flags = FOLDER | os.O_NOFOLLOW
+        self._stack.callback(
+            os.close, blobs := os.open("../../blobs", flags, dir_fd=self._descriptor)
+        )
         return blobs, blob[1]
 
     def _is_snapshot(self) -> bool:
@@ -198,8 +199,7 @@ def open_folder(path: str) -> Iterator[OpenedFolder]:
         )
     with ExitStack() as stack:
         try:
-            descriptor = os.open(path, FOLDER)
-            stack.callback(os.close, descriptor)
+            stack.callback(os.close, descriptor := os.open(path, FOLDER))
             folder = OpenedFolder(path, descriptor, stack)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(

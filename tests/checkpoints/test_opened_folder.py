@@ -165,7 +165,8 @@ class Owner:
         file.mkdir()
 
     def truncate(self, file: Path) -> None:
-        os.truncate(file, self.draw.randrange(file.stat().st_size))
+        with self._writable(file) as opened:
+            opened.truncate(self.draw.randrange(1 + file.stat().st_size))
 
     def grow(self, file: Path) -> None:
         with self._writable(file) as opened:
