@@ -23,9 +23,9 @@ from .safetensors_file import (
     FileOutline,
     Fingerprint,
     Header,
+    adapter_in_file,
     parse_header,
     read_header,
-    stored_adapter,
 )
 from .stored_adapter import StoredAdapter, TensorPlace
 
@@ -71,7 +71,7 @@ def read_diffusers_file(folder: str | PathLike[str], targets: Sequence[str]) -> 
         parsed = parse_header(file.path, header, file.state.bytes)
         return _outline(file.path, parsed, fingerprint, targets)
 
-    return stored_adapter(opened, file, DIFFUSERS_FILE, header, tuple(targets), outline)
+    return adapter_in_file(opened, file, DIFFUSERS_FILE, header, tuple(targets), outline)
 
 
 def _outline(

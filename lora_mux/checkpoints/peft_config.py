@@ -101,8 +101,10 @@ def read_json(content: bytes, source: str) -> dict[str, Any]:
     """The fields in an adapter_config.json.
 
     Raises:
-        CheckpointError: begins with `source`; it is no JSON object.
+        CheckpointError: begins with `source`; it is no JSON object, or too long.
     """
+    if len(content) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{source} must be at most {MAX_CONFIG_BYTES} bytes, got more")
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError, MemoryError) as error:

@@ -5,6 +5,7 @@ folder comes from strangers: no pickle is ever read, every key must be understoo
 compared with the config before a value is read.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from os import PathLike, fspath
@@ -19,11 +20,11 @@ from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, r
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
+    adapter_in_file,
     check_finite,
     file_outline,
     parse_header,
     read_header,
-    stored_adapter,
 )
 from .stored_adapter import StoredAdapter, TensorPlace, lora_weights
 
@@ -62,11 +63,7 @@ def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -
     with open_folder(fspath(folder)) as opened:
         _refuse_pickle(opened)
         config_file, file = opened.open(CONFIG_FILE), opened.open(WEIGHTS_FILE)
-        size = config_file.state.bytes
-        if size > MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                f"{config_file.path} must be at most {MAX_CONFIG_BYTES} bytes, got {size}"
-            )
+        size = min(config_file.state.bytes, MAX_CONFIG_BYTES + 1)
         content, header = config_file.read(0, size), read_header(file)
     fields = read_json(content, config_file.path)
     config = parse_config(fields, config_file.path)
@@ -75,8 +72,8 @@ def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -
         places = parse_header(file.path, header, file.state.bytes).places
         return peft_outline(file.path, config, fingerprint, places, targets)
 
-    meaning = (_honoured(fields), *targets)
-    return stored_adapter(opened, file, WEIGHTS_FILE, header, meaning, outline)
+    meaning = (_digest(fields), *targets)
+    return adapter_in_file(opened, file, WEIGHTS_FILE, header, meaning, outline)
 
 
 def peft_outline(
@@ -92,14 +89,14 @@ def peft_outline(
     return file_outline(fingerprint, keys, scaling, places, _remarks(config, keys.keys(), targets))
 
 
-def _honoured(fields: Mapping[str, Any]) -> str:
-    """What a checked config means. PEFT writes modules, which are sets, in any order."""
+def _digest(fields: Mapping[str, Any]) -> bytes:
+    """What a checked config means, in 32 bytes. PEFT writes modules, sets, in any order."""
     modules = {"target_modules", "exclude_modules"}
     # An initialisation may be anything that is no string, and then means nothing.
     names = (HONOURED - {"init_lora_weights"}) & fields.keys()
     known = {name: fields[name] for name in sorted(names)}
     sets = {n: sorted(v) for n, v in known.items() if n in modules and isinstance(v, list)}
-    return json.dumps(known | sets)
+    return hashlib.sha256(json.dumps(known | sets).encode()).digest()
 
 
 def _remarks(config: PeftConfig, held: Set[str], targets: Sequence[str]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def file_outline(
     )
 
 
-def stored_adapter(
+def adapter_in_file(
     folder: OpenedFolder,
     file: OpenedFile,
     name: str,

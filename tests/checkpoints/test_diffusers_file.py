@@ -153,6 +153,7 @@ def test_refusals(what: str, tmp_path: Path) -> None:
 
 CONFIG_REFUSED: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "must be JSON"),
+    "too long": (" " * (1 << 20) + "{}", "must be at most 1048576 bytes"),
     "a list": ("[1]", "must hold a JSON object"),
     "DoRA": (
         json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", 1)]}),

@@ -1,6 +1,7 @@
 """Folders whose owner changes them between any two system calls of the reader."""
 
 import errno
+import json
 import os
 import pickle
 import random
@@ -368,6 +369,18 @@ class TestRegistered:
         stored = read_peft_folder(owner.folder)
         assert owner.state_of(stored) == (0, 0)
         assert len(pickle.dumps(stored)) < 10_000
+
+    def test_configs_are_not_kept(self, owner: Owner) -> None:
+        config = json.loads((owner.folder / CONFIG).read_bytes())
+        kept = []
+        for i in range(24):
+            if i == 4:
+                before = resident_bytes()
+            config["exclude_modules"] = [f"{i}.{j:09}" for j in range(60_000)]
+            (owner.folder / CONFIG).write_text(json.dumps(config))
+            kept.append(read_peft_folder(owner.folder))
+        assert len({id(stored.outline) for stored in kept}) == 24
+        assert resident_bytes() - before < 10 << 20
 
     def test_copies(self, owner: Owner) -> None:
         stored = pickle.loads(pickle.dumps(read_peft_folder(owner.folder)))
