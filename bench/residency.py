@@ -7,6 +7,9 @@ evict another adapter each time. PEFT's load_adapter and set_adapter run on the 
 same run. The files are in the page cache.
 
 Then what registering alone takes, in time and on the host, with as many targets as a 7B Llama has.
+
+Then a big adapter comes into pools that are full of small ones, of which every second one was used
+lately, while another thread routes to one of them: how long it takes, and how long a route waits.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import itertools
 import json
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -49,6 +53,11 @@ def save_folders(base: nn.Sequential, rank: int, count: int, root: Path) -> list
     return folders
 
 
+def row_bytes(width: int) -> int:
+    """What a rank row of one layer takes."""
+    return 2 * width * 4 + 1
+
+
 def milliseconds(call: Callable[[], object], times: int) -> dict[str, float]:
     """Minimum and median."""
     took = []
@@ -67,13 +76,12 @@ def routed(mux: lora_mux.Mux, name: str) -> None:
 
 def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     model = stack(args.layers, args.width)
-    row_bytes = args.layers * (2 * args.width * 4 + 1)
-    mux = lora_mux.attach(model, memory=args.resident * args.rank * row_bytes)
+    size = args.rank * args.layers * row_bytes(args.width)
+    mux = lora_mux.attach(model, memory=args.resident * size)
     names = [f"a{i}" for i in range(args.adapters)]
     start = time.perf_counter()
     mux.load_many({name: folders[i % len(folders)] for i, name in enumerate(names)})
     registered = time.perf_counter() - start
-    size = args.rank * row_bytes
     source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
     cold = itertools.cycle(names[: 2 * args.resident])  # twice as many as fit
     first = milliseconds(lambda: routed(mux, next(cold)), args.resident)  # into free rows
@@ -126,6 +134,48 @@ def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     }
 
 
+def crowd(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """By setting."""
+    rows, big = args.crowd, args.big
+    return {
+        f"1 layer, {rows} of rank 1, one of {rows // 2}": into_a_crowd(1, 16, rows, 1, rows // 2),
+        f"{args.layers} layers, {2 * big} of rank 2, one of {big}": into_a_crowd(
+            args.layers, args.width, 2 * big, 2, big
+        ),
+    }
+
+
+def into_a_crowd(layers: int, width: int, small: int, rank: int, big: int) -> dict[str, float]:
+    """Milliseconds until the big adapter is resident, and the longest of a route meanwhile."""
+    rows = small * rank
+    mux = lora_mux.attach(stack(layers, width), memory=rows * layers * row_bytes(width))
+
+    def add(name: str, rank: int) -> None:
+        pair = torch.randn(rank, width), torch.randn(width, rank)
+        mux.add_adapter(name, {str(i): pair for i in range(layers)}, alpha=1)
+
+    names = [f"small{i}" for i in range(small)]
+    for name in progress_bar(names, f"{small} adapters"):
+        add(name, rank)
+        mux.prefetch([name])
+    mux.prefetch(names[::2])
+    mux.pin(names[-1])
+    add("big", big)
+    done, took = threading.Event(), []
+
+    def route() -> None:
+        while not done.is_set():
+            took.append(milliseconds(lambda: routed(mux, names[-1]), 1)["min"])
+
+    other = threading.Thread(target=route)
+    other.start()
+    arrival = milliseconds(lambda: mux.prefetch(["big"]), 1)["min"]
+    done.set()
+    other.join()
+    gone = sum(not mux.memory().adapters[name].resident for name in names)
+    return {"until it is resident": arrival, "longest route": max(took), "evicted": gone}
+
+
 def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     model: Any = peft.PeftModel.from_pretrained(
         stack(args.layers, args.width), folders[0], adapter_name="a0"
@@ -147,8 +197,9 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
-    sizes |= {"folders": 48, "peft": 48, "targets": 224, "registered": 2000}
-    for name, default in sizes.items():
+    others = {"folders": 48, "peft": 48, "crowd": 2000, "big": 256}
+    others |= {"targets": 224, "registered": 2000}
+    for name, default in (sizes | others).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
     args = parser.parse_args()
@@ -156,20 +207,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PEFT's, about the base model's missing config
         folders = save_folders(stack(args.layers, args.width), args.rank, args.folders, Path(root))
-        sizes = {key: getattr(args, key) for key in sizes}
+        sizes = {key: getattr(args, key) for key in (*sizes, *others)}
         record = {
             **provenance(torch.device("cpu")),
             "sizes": sizes,
-            "milliseconds": {"lora_mux": ours(args, folders), "PEFT": theirs(args, folders)},
+            "milliseconds": {
+                "lora_mux": ours(args, folders),
+                "PEFT": theirs(args, folders),
+                "into a crowd": crowd(args),
+            },
             "per adapter": registering(args, Path(root)),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
     for who, figures in record["milliseconds"].items():
         for what, took in figures.items():
-            print(f"{who:9} {what:28} {took}")
+            print(f"{who:12} {what:41} {took}")
     for what, figures in record["per adapter"].items():
-        print(f"{what:28} {figures}")
+        print(f"{what:54} {figures}")
     print(f"wrote {args.out}")
 
 

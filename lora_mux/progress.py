@@ -8,8 +8,8 @@ Step = TypeVar("Step")
 
 
 def progress_bar(steps: Collection[Step], title: str) -> Iterable[Step]:
-    """The steps, with a bar on stderr if that is a terminal and rich is installed."""
-    if not sys.stderr.isatty():
+    """The steps, with a bar on stderr if they are several, it is a terminal, and rich is there."""
+    if len(steps) < 2 or not sys.stderr.isatty():
         return steps
     try:
         from rich.console import Console

@@ -1,6 +1,7 @@
 """The adapters of one attached model: names, handles and rank rows, changed from any thread.
 
 resident       Adapters: all of them are in the pools, which grow
+changes        changes that an interrupt may end at any line
 bounded        BoundedAdapters: pools of a fixed size; the other adapters wait on the host
 placement      which adapters make room for others, and which move
 copy_stream    how values travel to a device while the model computes
@@ -9,6 +10,7 @@ memory_report  how much memory the adapters take
 """
 
 from .bounded import BoundedAdapters as BoundedAdapters
+from .changes import Prepared as Prepared
 from .memory_budget import parse_size as parse_size
 from .memory_report import MemoryReport as MemoryReport
 from .resident import Adapters as Adapters

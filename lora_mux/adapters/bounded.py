@@ -1,7 +1,9 @@
 """Adapters beyond the memory of the device: pools of a fixed size, and the rest on the host."""
 
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any, TypeVar
@@ -9,16 +11,21 @@ from typing import Any, TypeVar
 import torch
 
 from ..checkpoints import PackedTensors, StoredAdapter, copy_to_host
-from ..core import LoraWeights, Pool, Slots, rank_rows
+from ..core import LoraWeights, Pool, Slots, rank_rows, synchronized
 from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
 from ..routes import Route, Router
+from .changes import Prepared
 from .copy_stream import CopyStream
 from .memory_budget import rank_rows_within
 from .placement import Placement, find_room
-from .resident import Adapters, AnyRoute
+from .resident import Adapters, AnyRoute, Result
 
-Result = TypeVar("Result")
+Found = TypeVar("Found")
+
+# What one holding of the lock may do, because routes wait meanwhile: about 5 ms on a CPU.
+SLIDES_AT_ONCE = 64
+SPANS_AT_ONCE = 8192  # that are erased, over all pools
 
 
 @dataclass
@@ -47,34 +54,34 @@ class BoundedAdapters(Adapters):
         for pool in self._pools.values():
             pool.fix(rows)
         self._loaded: dict[int, LoadedAdapter] = {}  # by handle
-        self._resident: dict[int, None] = {}  # handles, the one that was routed last at the end
+        # Handles, the one that was routed last at the end. What is here is there with all it needs.
+        self._resident: OrderedDict[int, None] = OrderedDict()
         self._streams: dict[torch.device, CopyStream] = {}
 
+    @synchronized
     def settle(self) -> None:
         """Let the current stream wait for all adapters that are on their way to the device."""
-        with self._lock:
-            for handle in self._resident:
-                self._wait_for(handle)
+        self._change.recover()
+        for handle in self._resident:
+            self._wait_for(handle)
 
     def __getstate__(self) -> dict[str, Any]:
         loaded = {h: with_changes(adapter, arrivals={}) for h, adapter in self._loaded.items()}
         return {**vars(self), "_loaded": loaded, "_streams": {}}
 
-    def add(
-        self, name: str, weights: Mapping[str, LoraWeights], source: str, replace: bool = False
-    ) -> int:
-        """Load a copy of an adapter, which stays on the host."""
+    def prepare_weights(self, weights: Mapping[str, LoraWeights], source: str) -> Prepared:
+        """Register a copy of an adapter, which stays on the host."""
         self._cut(weights, source)
-        return self.load(name, copy_to_host(source, weights, self._on_gpu()), replace)
+        return self.prepare(copy_to_host(source, weights, self._on_gpu()))
 
-    def load(self, name: str, stored: StoredAdapter, replace: bool = False) -> int:
-        """Register an adapter; its values are read when it becomes resident.
+    def prepare(self, stored: StoredAdapter) -> Prepared:
+        """Register an adapter; its values are read when it becomes resident."""
+        return self._registered(stored, self._cut_shapes(stored))
 
-        It becomes resident at once if it replaces an adapter that is pinned or in force by name.
-        """
-        shapes = self._cut_shapes(stored)
-        with self._lock:
-            self._slots.check_new(name, replace)
+    @synchronized
+    def _registered(self, stored: StoredAdapter, shapes: Mapping[str, LoraWeights]) -> Prepared:
+        self._change.recover()
+        with self._change:
             self._free_unused()
             for path, part in shapes.items():
                 check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
@@ -83,47 +90,50 @@ class BoundedAdapters(Adapters):
             for path, pool in self._pools.items():  # so that a graph can read it in any slot
                 pool.reserve(0, self._slots.capacity, rows.get(path, 0))
             self._loaded[handle] = LoadedAdapter(stored, rows)
-        try:
-            self._name(handle, name, replace)
-        except BaseException:
-            with self._lock:
-                self._put_out([handle] if handle in self._resident else [])
-                del self._loaded[handle]
-                self._slots.free(handle)
-            raise
-        return handle
+            return self._claimed(handle)
 
-    def _name(self, handle: int, name: str, replace: bool) -> None:
-        """Give a registered adapter its name, and the residence and pin of the one before."""
+    def publish(self, prepared: Mapping[str, Prepared], replace: bool = False) -> dict[str, int]:
+        """Give prepared adapters their names, all or none; returns name -> handle.
 
-        def before_and_needed() -> tuple[int | None, Iterable[int]]:
-            self._slots.check_new(name, replace)
-            before = self._slots.get(name)
-            stays = before is not None and (
-                before in self._pinned or self._router.is_sticky(before)
-            )
-            return before, [handle] if stays else []
+        One becomes resident at once if it replaces an adapter that is pinned or in force by name.
+        """
+        handles = {name: one.handle for name, one in prepared.items()}
 
-        with self._made_resident(before_and_needed) as before:
-            if before in self._pinned:
-                self._pinned.add(handle)
-            self._bind(name, handle)
+        def before() -> tuple[dict[int, int], Iterable[int]]:
+            self._check_names(prepared, replace)
+            found = {handle: self._slots.get(name) for name, handle in handles.items()}
+            follows = {
+                handle: old
+                for handle, old in found.items()
+                if old is not None and (old in self._pinned or self._router.is_sticky(old))
+            }
+            return follows, follows
 
-    def remove(self, name: str) -> None:
-        """Forget a name. Its handle is dead from now on."""
-        with self._lock, self._writing():
-            super().remove(name)
+        def bind(follows: dict[int, int]) -> dict[str, int]:
+            with self._change:
+                self._pinned.update(new for new, old in follows.items() if old in self._pinned)
+                self._bind(handles)
+            return handles
+
+        return self._made_resident(before, bind)
+
+    def _unbind(self, name: str) -> None:
+        with self._writing():
+            super()._unbind(name)
 
     def resident(
-        self, make: Callable[[], AnyRoute], leaving: bool = False
-    ) -> AbstractContextManager[AnyRoute]:
-        """A block in which a new route can be put in force: its adapters are resident and stay."""
+        self,
+        make: Callable[[], AnyRoute],
+        publish: Callable[[AnyRoute], Result],
+        leaving: bool = False,
+    ) -> Result:
+        """Put a new route in force, whose adapters are resident and stay."""
 
         def route_and_handles() -> tuple[AnyRoute, Iterable[int]]:
             route = make()
             return route, self._handles_of(route)
 
-        return self._made_resident(route_and_handles, leaving)
+        return self._made_resident(route_and_handles, publish, leaving)
 
     def _handles_of(self, route: Route | None) -> Iterable[int]:
         if route is None or not route.handles:
@@ -135,8 +145,9 @@ class BoundedAdapters(Adapters):
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
         wanted = list(names)
-        with self._made_resident(lambda: (None, self._slots.lookup(wanted).values())):
-            pass
+        self._made_resident(
+            lambda: (None, self._slots.lookup(wanted).values()), lambda nothing: nothing
+        )
 
     def pin(self, name: str) -> None:
         """Make an adapter resident, and keep it so."""
@@ -145,48 +156,73 @@ class BoundedAdapters(Adapters):
             handle = self._slots.lookup([name])[name]
             return handle, [handle]
 
-        with self._made_resident(handle_of_name) as handle:
-            self._pinned.add(handle)
+        self._made_resident(handle_of_name, self._pinned.add)
 
+    @synchronized
     def unpin(self, name: str) -> None:
         """Let an adapter make room for others again."""
-        with self._lock:
-            self._pinned.discard(self._slots.lookup([name])[name])
+        self._change.recover()
+        self._pinned.discard(self._slots.lookup([name])[name])
 
-    @contextmanager
     def _made_resident(
-        self, find: Callable[[], tuple[Result, Iterable[int]]], leaving: bool = False
-    ) -> Iterator[Result]:
-        """A block that holds the lock, and in which adapters are resident.
+        self,
+        find: Callable[[], tuple[Found, Iterable[int]]],
+        publish: Callable[[Found], Result],
+        leaving: bool = False,
+    ) -> Result:
+        """Make adapters resident, then do what needs them, with the lock held.
 
-        Files are read without the lock. Names and routes may change meanwhile, so that `find` is
-        called again afterwards.
+        Files are read without the lock, and room is made in steps, between which others can pass.
+        Names and routes may change meanwhile, so that `find` is called again at each step.
 
         Args:
-            find: returns the result that the block yields, and the handles that it needs.
+            find: returns what `publish` takes, and the handles that are to be resident.
+            publish: is called when they are.
             leaving: as in `resident`.
+
+        Returns:
+            What `publish` returns.
         """
         read: dict[int, PackedTensors] = {}
         while True:
-            with self._lock:
-                result, needed = find()
-                handles = list(needed)
-                arriving = [handle for handle in handles if handle not in self._resident]
-                placement = self._find_room(arriving, handles, leaving) if arriving else None
-                unread = {h: self._loaded[h].stored for h in arriving if h not in read}
-                if not unread:
-                    if placement is not None:
-                        self._carry_out(placement, read)
-                    self._use(handles)
-                    yield result
-                    return
+            unread, results = self._step(find, publish, leaving, read)
+            if results:
+                return results[0]
             for handle, stored in unread.items():
                 read[handle] = self._read(stored)
+            time.sleep(0)  # the lock alone would let this thread take it again
+
+    @synchronized
+    def _step(
+        self,
+        find: Callable[[], tuple[Found, Iterable[int]]],
+        publish: Callable[[Found], Result],
+        leaving: bool,
+        read: Mapping[int, PackedTensors],
+    ) -> tuple[dict[int, StoredAdapter], list[Result]]:
+        """Go on as far as one holding of the lock may: what is still unread, and the result."""
+        self._change.recover()
+        found, needed = find()
+        handles = list(needed)
+        arriving = [handle for handle in handles if handle not in self._resident]
+        if arriving:
+            with self._change:
+                self._free_unused()
+            placement = self._find_room(arriving, handles, leaving)
+            unread = {h: self._loaded[h].stored for h in arriving if h not in read}
+            if unread:
+                return unread, []
+            with self._change:
+                if not self._make_room(placement):
+                    return {}, []
+                self._bring(placement.arriving, read)
+        with self._change:
+            self._use(handles)
+        return {}, [publish(found)]
 
     def _find_room(self, arriving: list[int], wanted: list[int], leaving: bool) -> Placement:
-        self._free_unused()
         reachable = self._router.reachable(leaving)
-        present = *self._nameless, *self._resident
+        present = *self._nameless.difference(self._claims), *self._resident
         # A route that only the device knows may select any adapter that is present.
         idle = [h for h in present if reachable is not None and h not in reachable]
         spared = self._pinned | set(wanted)
@@ -204,14 +240,22 @@ class BoundedAdapters(Adapters):
                 pool.check_values(part, f"{stored.source}[{path!r}]")
         return values
 
-    def _carry_out(self, placement: Placement, read: Mapping[int, PackedTensors]) -> None:
-        streams = self._streams_in_use()
+    def _make_room(self, placement: Placement) -> bool:
+        """Do what a placement asks for, or a part of it; whether that was all."""
+        evictions = max(1, SPANS_AT_ONCE // len(self._pools))
+        slides = [(path, slot) for path, slots in placement.sliding.items() for slot in slots]
         with self._writing():
-            self._put_out(placement.evicted)
-            for path, slots in placement.sliding.items():
-                for slot in slots:
-                    self._pools[path].slide(slot)
-        for handle in placement.arriving:
+            self._put_out(placement.evicted[:evictions])
+            if len(placement.evicted) > evictions:
+                return False
+            for path, slot in slides[:SLIDES_AT_ONCE]:
+                self._pools[path].slide(slot)
+        return len(slides) <= SLIDES_AT_ONCE
+
+    def _bring(self, arriving: Iterable[int], read: Mapping[int, PackedTensors]) -> None:
+        """Write adapters to the pools, for whom there is room."""
+        streams = self._streams_in_use()
+        for handle in arriving:
             adapter = self._loaded[handle]
             weights = {
                 device: adapter.stored.weights(stream.to_device(read[handle]))
@@ -219,6 +263,7 @@ class BoundedAdapters(Adapters):
             }
             with self._writing():
                 write(self._slots, handle, self._parts(weights))
+                self._slots.make_live(handle)
             adapter.arrivals = {device: stream.mark() for device, stream in streams.items()}
             self._resident[handle] = None
 
@@ -234,34 +279,48 @@ class BoundedAdapters(Adapters):
 
     def _put_out(self, handles: Iterable[int]) -> None:
         """Take adapters out of the pools; those without a name are gone for good."""
-        for handle in handles:
-            if handle in self._nameless:
-                self._free(handle)
-                continue
+        nameless = self._nameless.intersection(handles)
+        if nameless:
+            self._free(nameless)
+        evicted = [handle for handle in handles if handle not in nameless]
+        for handle in evicted:
             self._slots.suspend(handle)
-            self._erase(handle)
+        if evicted:
+            self._erase(evicted)
+        for handle in evicted:
             del self._resident[handle]
 
     def _use(self, handles: Iterable[int]) -> None:
         """Note that adapters are used now, and let the current stream wait for their arrival."""
         for handle in handles:
-            del self._resident[handle]
-            self._resident[handle] = None
+            self._resident.move_to_end(handle)
             self._wait_for(handle)
 
     def _wait_for(self, handle: int) -> None:
         for device, mark in self._loaded[handle].arrivals.items():
             self._streams[device].wait(mark)
 
-    def _retire(self, handle: int) -> None:
-        self._pinned.discard(handle)
-        self._resident.pop(handle, None)
-        super()._retire(handle)
-
-    def _free(self, handle: int) -> None:
+    def _free(self, handles: Iterable[int]) -> None:
         with self._writing():
-            super()._free(handle)
-        del self._loaded[handle]
+            super()._free(handles)
+        for handle in handles:
+            for kept in (self._loaded, self._resident):
+                kept.pop(handle, None)
+
+    def _mend(self) -> None:
+        with self._writing():
+            for handle in self._loaded:
+                if self._slots.is_live(handle) and handle not in self._resident:
+                    self._slots.suspend(handle)  # it was on its way in
+            super()._mend()
+        tenants = self._slots.tenants
+        self._loaded = {h: adapter for h, adapter in self._loaded.items() if h in tenants}
+        for handle in [h for h in self._resident if not self._slots.is_live(h)]:
+            del self._resident[handle]
+
+    def _is_whole(self, handle: int) -> bool:
+        # The values of one with a name are on the host, should it have been on its way in or out.
+        return handle in self._nameless or self._slots.is_live(handle)
 
     def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
         shapes = super()._cut_shapes(stored)

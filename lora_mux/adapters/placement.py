@@ -5,15 +5,21 @@ when it is carried out, because runs are handed out first fit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..core import Pool, slot_of
 from ..errors import PoolCapacityError
+from .stretches import Stretches
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How room is made. The handles of adapters, and the slots of those that only move."""
+    """How room is made. The handles of adapters, and the slots of those that only move.
+
+    All that are evicted go first, then those that slide do, and then the arriving ones come. Rank
+    rows only ever slide down, so that one may stop after any slide, and plan again from there.
+    """
 
     arriving: Sequence[int]  # in the order of writing
     evicted: Sequence[int]
@@ -29,6 +35,9 @@ def find_room(
 ) -> Placement:
     """Room for adapters in every pool.
 
+    Adapters that may go make room before others move. Those move that may not go, and only where
+    they lie in the way.
+
     Args:
         pools: by path.
         rank_rows: handle -> path -> the rank rows that it takes there.
@@ -40,54 +49,50 @@ def find_room(
         PoolCapacityError: there is no room, even without all that may go.
     """
     order = sorted(arriving, key=lambda handle: -max(rank_rows[handle].values()))
-    evicted: list[int] = []
-    settled = False
-    while not settled:  # an eviction for one pool changes what moves in the others
-        settled = True
-        sliding = {}
-        for path, pool in pools.items():
-            needed = [rank_rows[handle][path] for handle in order if path in rank_rows[handle]]
-            if not needed:
-                continue
-            while True:
-                slides = _slides(pool, needed, evicted, idle)
-                if slides is not None:
-                    break
-                candidates = (h for h in evictable if path in rank_rows[h] and h not in evicted)
-                victim = next(candidates, None)
-                if victim is None:
-                    raise PoolCapacityError(_no_room(path, pool, needed, evicted))
-                evicted.append(victim)
-                settled = False
-            if slides:
-                sliding[path] = slides
-    return Placement(order, evicted, sliding)
+    needed = {
+        path: [rank_rows[handle][path] for handle in order if path in rank_rows[handle]]
+        for path in pools
+    }
+    evicted, sliding = _find_in_all(pools, needed, idle, evictable)
+    if not sliding and len(asking := dict.fromkeys(reversed(evicted.values()))) > 1:
+        # Who went for the first pool may be of no use since others went for the last one.
+        oldest_first = [handle for handle in evictable if handle in evicted]
+        last_first = {path: needed[path] for path in (*asking, *needed)}
+        with suppress(PoolCapacityError):  # in another order, several that arrive may not fit
+            evicted, sliding = _find_in_all(pools, last_first, (), oldest_first)
+    return Placement(order, list(evicted), sliding)
 
 
-def _slides(
-    pool: Pool, needed: Sequence[int], evicted: Sequence[int], idle: Sequence[int]
-) -> list[int] | None:
-    """The slots that have to slide for `needed` to fit; None if that does not help either."""
-    runs = pool.runs.copy()
-    for handle in evicted:
-        if span := pool.spans.get(slot_of(handle)):
-            runs.give(span.offset, span.rows)
-    if runs.free < sum(needed):
-        return None
-    without_sliding = runs.copy()
-    if all(without_sliding.take(rows) is not None for rows in needed):
-        return []
-    staying = {slot_of(handle) for handle in idle if handle not in evicted}
-    moving = sorted(staying & pool.spans.keys(), key=pool.spans.__getitem__)
-    for slot in moving:
-        span = pool.spans[slot]
-        runs.give(span.offset, span.rows)
-        runs.take(span.rows)
-    return moving if all(runs.take(rows) is not None for rows in needed) else None
+def _find_in_all(
+    pools: Mapping[str, Pool],
+    needed: Mapping[str, Sequence[int]],
+    idle: Sequence[int],
+    evictable: Sequence[int],
+) -> tuple[dict[int, str], dict[str, Sequence[int]]]:
+    """Who goes, with the path of the first pool that asks for it, and which slots slide."""
+    stretches = {
+        path: Stretches(pools[path], rows, idle, evictable) for path, rows in needed.items()
+    }
+    evicted: dict[int, str] = {}
+    sliding: dict[str, Sequence[int]] = {}
+    counted = dict.fromkeys(needed, -1)  # how many had been evicted when a pool was planned
+    several = any(len(rows) > 1 for rows in needed.values())
+    stale = list(needed)
+    while stale:
+        for path in stale:
+            room = stretches[path].make_room(evicted)
+            if room is None:
+                raise PoolCapacityError(_no_room(path, pools[path], needed[path], evictable))
+            evicted |= dict.fromkeys(room.evicted, path)
+            sliding[path] = room.sliding
+            counted[path] = len(evicted)
+        # A single arrival that finds room without slides finds it when others go as well.
+        stale = [p for p in needed if counted[p] < len(evicted) and (several or sliding[p])]
+    return evicted, {path: slots for path, slots in sliding.items() if slots}
 
 
-def _no_room(path: str, pool: Pool, needed: Sequence[int], evicted: Sequence[int]) -> str:
-    freed = [pool.spans[slot_of(h)].rows for h in evicted if slot_of(h) in pool.spans]
+def _no_room(path: str, pool: Pool, needed: Sequence[int], evictable: Iterable[int]) -> str:
+    freed = [pool.spans[slot_of(h)].rows for h in evictable if slot_of(h) in pool.spans]
     runs = pool.runs
     return (
         f"the pool of {path!r} must hold {sum(needed)} more rank rows, but of its {runs.capacity} "

@@ -1,11 +1,11 @@
 """The adapters of an attached model, all of them resident."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from ..checkpoints import StoredAdapter
-from ..core import LoraWeights, Slots, slot_of
+from ..core import LoraWeights, Slots, holding, slot_of, synchronized
 from ..errors import AdapterError
 from ..layers import (
     MuxLinear,
@@ -14,12 +14,14 @@ from ..layers import (
     cut_and_check,
     cut_and_check_shapes,
     follow_materialised,
-    store,
+    write,
 )
 from ..routes import Route, Router
+from .changes import Change, Claims, Prepared
 from .memory_report import MemoryReport, report_memory
 
 AnyRoute = TypeVar("AnyRoute", bound=Route | None)
+Result = TypeVar("Result")
 
 
 class Adapters:
@@ -27,6 +29,9 @@ class Adapters:
 
     One lock serialises changes. Forward passes do not take it: adapters that they may still ask for
     (`Router.reachable`) stay where they are, and are freed later.
+
+    An adapter is prepared first, under a handle that nobody knows. Publishing it is one step. What
+    an interrupt leaves of a change, at whatever line it comes, is mended by `_mend`.
     """
 
     def __init__(self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router) -> None:
@@ -35,69 +40,123 @@ class Adapters:
         self._slots = slots
         self._router = router
         self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
-        self._nameless: set[int] = set()  # handles that lost their name, and may still be in use
+        # Handles without a name: of adapters that lost it and may still be in use, or that are
+        # being prepared.
+        self._nameless: set[int] = set()
+        self._claims = Claims()
+        self._binding: dict[str, int] = {}  # names that are being given, all of them or none
+        self._change = Change(self._mend)
 
     @property
     def _lock(self) -> AbstractContextManager[bool]:
         return self._router.changes
 
+    @synchronized
     def settle(self) -> None:
-        """Let the current stream wait for all adapters that are on their way to the device."""
+        """Before a copy is made: everything is in order, and on the device."""
+        self._change.recover()
 
-    def load(self, name: str, stored: StoredAdapter, replace: bool = False) -> int:
-        """Read an adapter and load it under a name; returns its handle."""
+    def prepare(self, stored: StoredAdapter) -> Prepared:
+        """Read an adapter, and bring it to its place."""
         self._cut_shapes(stored)  # which raises before anything is read
-        return self.add(name, stored.weights(stored.read(False)), stored.source, replace)
+        return self.prepare_weights(stored.weights(stored.read(False)), stored.source)
 
-    def add(
-        self, name: str, weights: Mapping[str, LoraWeights], source: str, replace: bool = False
-    ) -> int:
-        """Load an adapter under a name; returns its handle.
+    def prepare_weights(self, weights: Mapping[str, LoraWeights], source: str) -> Prepared:
+        """Bring an adapter to its place.
 
         Everything is checked before anything is written, and a failure leaves nothing behind.
 
         Args:
-            name: a new name.
             weights: path -> factors.
             source: what error messages call them.
-            replace: the name may be that of a loaded adapter.
         """
-        cut = self._cut(weights, source)
-        with self._lock:
-            self._slots.check_new(name, replace)
+        return self._placed(self._cut(weights, source), source)
+
+    @synchronized
+    def _placed(self, cut: Mapping[str, LoraWeights], source: str) -> Prepared:
+        self._change.recover()
+        with self._change:
             self._free_unused()
             for path, part in cut.items():
                 check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
-            handle = store(
-                self._slots, ((pool, cut.get(path)) for path, pool in self._pools.items())
+            handle = self._slots.allot()
+            write(
+                self._slots, handle, ((pool, cut.get(path)) for path, pool in self._pools.items())
             )
-            self._bind(name, handle)
-        return handle
+            return self._claimed(handle)
 
+    def _claimed(self, handle: int) -> Prepared:
+        prepared = self._claims[handle] = Prepared(handle)
+        self._nameless.add(handle)
+        return prepared
+
+    @synchronized
+    def publish(self, prepared: Mapping[str, Prepared], replace: bool = False) -> dict[str, int]:
+        """Give prepared adapters their names, all or none; returns name -> handle.
+
+        Args:
+            prepared: by name.
+            replace: the names may be those of loaded adapters.
+        """
+        self._change.recover()
+        self._check_names(prepared, replace)
+        handles = {name: one.handle for name, one in prepared.items()}
+        with self._change:
+            for handle in handles.values():
+                self._slots.make_live(handle)
+            self._bind(handles)
+        return handles
+
+    @synchronized
+    def abandon(self, prepared: Iterable[Prepared]) -> None:
+        """Take prepared adapters away again, those that got no name."""
+        self._change.recover()
+        for one in prepared:
+            self._claims.pop(one.handle, None)
+        with self._change:
+            self._free_unused()
+
+    def _check_names(self, names: Iterable[str], replace: bool) -> None:
+        for name in names:
+            self._slots.check_new(name, replace)
+
+    @synchronized
     def remove(self, name: str) -> None:
         """Forget a name. Its handle is dead from now on."""
-        with self._lock:
-            self._retire(self._slots.unbind(name))
+        self._change.recover()
+        self._slots.lookup([name])
+        with self._change:
+            self._unbind(name)
+
+    def _unbind(self, name: str) -> None:
+        self._nameless.add(self._slots.unbind(name))
+        self._free_unused()
 
     def resident(
-        self, make: Callable[[], AnyRoute], leaving: bool = False
-    ) -> AbstractContextManager[AnyRoute]:
-        """A block in which a new route can be put in force: its adapters are resident and stay.
+        self,
+        make: Callable[[], AnyRoute],
+        publish: Callable[[AnyRoute], Result],
+        leaving: bool = False,
+    ) -> Result:
+        """Put a new route in force, whose adapters are resident and stay.
 
-        Inside the block nothing else changes. Afterwards the route itself keeps its adapters where
-        they are, if it is in force.
+        Nothing else changes meanwhile. Afterwards the route itself keeps its adapters where they
+        are, as long as it is in force.
 
         Args:
             make: makes the route. It is called with the lock held, so that names mean the same when
                 the route is put in force.
+            publish: puts it in force.
             leaving: the route that the new one replaces is not used any more.
-        """
-        return self._locked(make)
 
-    @contextmanager
-    def _locked(self, make: Callable[[], AnyRoute]) -> Iterator[AnyRoute]:
-        with self._lock:
-            yield make()
+        Returns:
+            What `publish` returns.
+        """
+        return holding(self._lock, lambda: publish(self._made(make)))
+
+    def _made(self, make: Callable[[], AnyRoute]) -> AnyRoute:
+        self._change.recover()
+        return make()
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
@@ -111,10 +170,12 @@ class Adapters:
         """Let an adapter make room for others again."""
         self._slots.lookup([name])
 
+    @synchronized
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room in every layer for that many adapters of up to that rank."""
-        with self._lock:
-            check_reservation(self._slots, adapters, rank)
+        self._change.recover()
+        check_reservation(self._slots, adapters, rank)
+        with self._change:
             self._slots.capacity = max(self._slots.capacity, adapters)
             for layer in self._layers.values():
                 follow_materialised(layer)
@@ -123,11 +184,13 @@ class Adapters:
                 rank_rows = adapters * rank if pool.fixed is None else 0
                 pool.reserve(rank_rows, self._slots.capacity, rank)
 
+    @synchronized
     def memory(self) -> MemoryReport:
         """How much memory the pools and the adapters take."""
-        with self._lock:
+        self._change.recover()
+        with self._change:
             self._free_unused()
-            return report_memory(self._pools, self._slots, self._pinned, self._nameless)
+        return report_memory(self._pools, self._slots, self._pinned, self._nameless)
 
     def _touched_layers(
         self, weights: Mapping[str, LoraWeights], source: str
@@ -142,9 +205,7 @@ class Adapters:
                 f"({len(unknown)} of {len(weights)} paths are not); attach with targets that cover "
                 "it"
             )
-        with self._lock:
-            for layer in self._layers.values():
-                follow_materialised(layer)
+        self._follow_materialised()
         return {path: layer for path, layer in self._layers.items() if path in weights}
 
     def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
@@ -166,34 +227,70 @@ class Adapters:
             for path, layer in self._touched_layers(weights, source).items()
         }
 
-    def _bind(self, name: str, handle: int) -> None:
-        before = self._slots.bind(name, handle)
-        if before is not None:
-            self._router.replace_sticky(before, handle)
-            self._retire(before)
+    @synchronized
+    def _follow_materialised(self) -> None:
+        for layer in self._layers.values():
+            follow_materialised(layer)
 
-    def _retire(self, handle: int) -> None:
-        """Free an adapter that lost its name, now or once no forward pass uses it."""
-        self._nameless.add(handle)
+    def _bind(self, handles: dict[str, int]) -> None:
+        """Give live adapters their names, and free those that had them."""
+        self._binding = handles  # from here on it happens, even if an interrupt comes
+        self._finish_binding()
         self._free_unused()
+
+    def _finish_binding(self) -> None:
+        for name, handle in self._binding.items():
+            before = self._slots.bind(name, handle)
+            if before not in (None, handle):
+                assert before is not None
+                self._nameless.add(before)
+                self._pinned.discard(before)
+                self._router.replace_sticky(before, handle)
+            self._nameless.discard(handle)
+        self._binding = {}
+
+    def _mend(self) -> None:
+        """Put in order what an interrupt has left. It may itself be interrupted, and begin again.
+
+        What has begun to be published is published; all else that was begun is undone.
+        """
+        self._finish_binding()
+        self._slots.mend()
+        named = set(self._slots.handles.values())
+        self._nameless = self._slots.tenants - named
+        self._pinned &= named
+        self._router.mend_sticky()
+        kept = {slot_of(handle) for handle in self._slots.tenants if self._is_whole(handle)}
+        for pool in self._pools.values():
+            pool.mend(kept)
+        self._free_unused()
+
+    def _is_whole(self, handle: int) -> bool:
+        """Whether the rank rows of a handle are all there, or may be in use."""
+        return True
 
     def _free_unused(self) -> None:
         """Free the adapters without a name that no forward pass uses any more."""
         if not self._nameless:
             return
         reachable, in_use = self._router.reachable(), self._router.in_use()
-        for handle in list(self._nameless):
+        unused = []
+        for handle in self._nameless.difference(self._claims.keys()):
             # A pass that begins now cannot use a handle that is not live.
             users = reachable if self._slots.is_live(handle) else in_use
             if users is not None and handle not in users:
-                self._free(handle)
+                unused.append(handle)
+        if unused:
+            self._free(unused)
 
-    def _free(self, handle: int) -> None:
-        """Free the slot and the rank rows of an adapter without a name."""
-        self._nameless.remove(handle)
-        self._erase(handle)
-        self._slots.free(handle)
+    def _free(self, handles: Iterable[int]) -> None:
+        """Free the slots and the rank rows of adapters without a name."""
+        self._erase(handles)
+        for handle in handles:
+            self._slots.free(handle)
+            self._nameless.discard(handle)
 
-    def _erase(self, handle: int) -> None:
+    def _erase(self, handles: Iterable[int]) -> None:
+        slots = [slot_of(handle) for handle in handles]
         for pool in self._pools.values():
-            pool.erase(slot_of(handle))
+            pool.erase(slots)

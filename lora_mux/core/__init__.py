@@ -6,6 +6,7 @@
     routing     Routing, the index and weight of a batch
     selections  names -> a Routing
     arguments   checks of the numbers and names that users give
+    locks       what only one thread does at a time
 
 This room knows tensors. It knows nothing of models, and nothing of how a result is computed.
 """
@@ -13,6 +14,9 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
+from .free_runs import FreeRuns as FreeRuns
+from .locks import holding as holding
+from .locks import synchronized as synchronized
 from .pool import LoraWeights as LoraWeights
 from .pool import Pool as Pool
 from .pool import RankRows as RankRows

@@ -1,5 +1,8 @@
 """Which rank rows of a pool are free: runs of consecutive rows, handed out first fit."""
 
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+
 
 class FreeRuns:
     """The free runs among `capacity` rows, in order; no two of them touch."""
@@ -7,6 +10,26 @@ class FreeRuns:
     def __init__(self) -> None:
         self.capacity = 0
         self._free: list[tuple[int, int]] = []  # (start, end)
+
+    @classmethod
+    def rebuilt(cls, capacity: int, taken: Iterable[tuple[int, int]]) -> "FreeRuns":
+        """The free runs among `capacity` rows when runs (start, rows) are taken, in any order.
+
+        Raises:
+            AssertionError: two of them overlap, or one lies outside.
+        """
+        runs, end = cls(), 0
+        runs.capacity = capacity
+        for start, rows in [*sorted(taken), (capacity, 0)]:
+            assert end <= start, f"rank row {start} of {capacity} is taken, and not below {end}"
+            if end < start:
+                runs._free.append((end, start))
+            end = start + rows
+        return runs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Where each run begins and ends, in order."""
+        return iter(self._free)
 
     @property
     def free(self) -> int:
@@ -44,15 +67,15 @@ class FreeRuns:
                 return start
         return None
 
-    def give(self, start: int, rows: int) -> None:
-        """Give rows back. They join the free runs that they touch."""
+    def give(self, start: int, rows: int) -> tuple[int, int]:
+        """Give rows back. They join the free runs that they touch; returns the run they are in."""
         if not rows:
-            return
-        end = start + rows
-        at = sum(free_start < start for free_start, _ in self._free)
-        after = at + 1 if at < len(self._free) and self._free[at][0] == end else at
-        if after > at:
-            end = self._free[at][1]
-        if at and self._free[at - 1][1] == start:
-            at, start = at - 1, self._free[at - 1][0]
-        self._free[at:after] = [(start, end)]
+            return start, start
+        free, end = self._free, start + rows
+        first = last = bisect(free, (start, end))
+        if first and free[first - 1][1] == start:
+            first, start = first - 1, free[first - 1][0]
+        if last < len(free) and free[last][0] == end:
+            last, end = last + 1, free[last][1]
+        free[first:last] = [(start, end)]
+        return start, end

@@ -7,7 +7,7 @@ the others; one that does not touch this layer has rank 0 and occupies none.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -48,8 +48,20 @@ class Span(NamedTuple):
     scaling: float
 
 
+class Move(NamedTuple):
+    """Rank rows on their way to another place: all that it takes to finish, and to begin again."""
+
+    slot: int
+    span: Span  # where they come to be
+    left: slice  # the rows where none of them will be any more
+    values: Mapping[str, Tensor]  # by buffer; copies, because old and new place may overlap
+
+
 # Elements: every row begins at a multiple of 16 bytes, which vector loads need.
 ALIGNMENT = 16
+
+BUFFERS = ("A_rows", "B_rows", "constant")  # one row for each rank row
+TABLES = ("offset", "rank", "scaling")  # one entry for each slot
 
 
 class Version:
@@ -83,6 +95,7 @@ class Pool(nn.Module):
         self.runs = FreeRuns()  # which rank rows are free
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
         self.version = Version()  # another one whenever rank rows are written or moved
+        self.moving: Move | None = None
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
@@ -205,15 +218,20 @@ class Pool(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def erase(self, slot: int) -> None:
-        """Free the rank rows of a slot, if it has any here; no tenant leaves values behind."""
-        if slot not in self.spans:
+    def erase(self, slots: Iterable[int]) -> None:
+        """Free the rank rows of slots that have any here; no tenant leaves values behind."""
+        held = {slot: self.spans[slot] for slot in slots if slot in self.spans}
+        if not held:
             return
-        start, used, *_ = self.spans.pop(slot)
-        self.rank[slot] = 0
-        self.A_rows[start : start + used] = 0
-        self.B_rows[start : start + used] = 0
-        self.runs.give(start, used)
+        one = len(held) == 1  # an int, unlike a list, costs no copy to the device
+        self.rank[next(iter(held)) if one else list(held)] = 0
+        for start, end in _joined(held.values()):
+            self.A_rows[start:end] = 0
+            self.B_rows[start:end] = 0
+        # The span last: what has none is known to be empty.
+        for slot, span in held.items():
+            del self.spans[slot]
+            self.runs.give(span.offset, span.rows)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -225,24 +243,51 @@ class Pool(nn.Module):
         assert start is not None and start <= span.offset
         if start == span.offset:
             return
+        old = slice(span.offset, span.offset + span.rows)
+        left = slice(max(span.offset, start + span.rows), old.stop)
+        values = {name: getattr(self, name)[old].clone() for name in BUFFERS}
+        self.moving = Move(slot, span._replace(offset=start), left, values)
+        self._finish_move(self.moving)
+
+    def _finish_move(self, move: Move) -> None:
+        """Bring rank rows to their new place, for the first time or after an interrupt."""
         self.version = Version()
-        old, new = (slice(o, o + span.rows) for o in (span.offset, start))
-        left = slice(max(span.offset, start + span.rows), span.offset + span.rows)
-        for name in ("A_rows", "B_rows", "constant"):
+        start, rows, *_ = move.span
+        for name, values in move.values.items():
             buffer: Tensor = getattr(self, name)
-            buffer[new] = buffer[old].clone()  # old and new may overlap
-            buffer[left] = 0
-        self.offset[slot] = start
-        self.spans[slot] = span._replace(offset=start)
+            buffer[start : start + rows] = values
+            buffer[move.left] = 0
+        self.offset[move.slot] = start
+        self.spans[move.slot] = move.span
+        self.moving = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def mend(self, kept: Collection[int]) -> None:
+        """Put in order what an interrupted change has left, and erase all slots but those kept.
+
+        An interrupt can come at any line. The spans tell what is whole: one is set before anything
+        is written, and goes after everything was erased.
+        """
+        if self.moving is not None:
+            self._finish_move(self.moving)
+        for names in (BUFFERS, TABLES):
+            sizes = {len(getattr(self, name)) for name in names}
+            if len(sizes) > 1:
+                self._grow(names, max(sizes))
+        taken = ((span.offset, span.rows) for span in self.spans.values())
+        self.runs = FreeRuns.rebuilt(len(self.A_rows), taken)
+        self.erase(self.spans.keys() - kept)
+        self.version = Version()
 
     def reserve(self, rank_rows: int, slots: int, max_rank: int) -> None:
         """Grow the buffers so that they hold that much; what is there stays as it is."""
         if rank_rows > self.runs.capacity:
             capacity = max(rank_rows, 2 * self.runs.capacity)  # doubling: n loads copy O(n) rows
-            self._grow(("A_rows", "B_rows", "constant"), capacity)
+            self._grow(BUFFERS, capacity)
             self.runs.grow(capacity)
         if slots > self.rank.shape[0]:
-            self._grow(("offset", "rank", "scaling"), max(slots, 2 * self.rank.shape[0]))
+            self._grow(TABLES, max(slots, 2 * self.rank.shape[0]))
         if max_rank > self.max_rank:
             self.max_rank = max_rank
 
@@ -301,6 +346,15 @@ class Pool(nn.Module):
 def rank_rows(weights: LoraWeights) -> int:
     """How many rank rows it takes: a bias is one more."""
     return weights.A.shape[0] + (weights.bias is not None)
+
+
+def _joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """(start, end) of the rank rows of spans, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for start, rows, *_ in sorted(spans):
+        begins = joined.pop()[0] if joined and joined[-1][1] == start else start
+        joined.append((begins, start + rows))
+    return joined
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -32,15 +32,17 @@ class Slots:
     """The adapters of one model, or of one stand-alone layer: name -> handle -> slot.
 
     Other threads may read while one thread changes it. Its owner lets one thread change it at a
-    time.
+    time, and calls `mend` after a change that was interrupted.
     """
 
     def __init__(self, generations: Sequence[int] = ()) -> None:
+        # What was given out, and what it is called. All else follows from these; see `mend`.
+        self._tenants: dict[int, int] = {}  # slot -> its handle
         self._handles: dict[str, int] = {}
-        # Of loaded adapters, and of replaced ones that are still live.
-        self._names: dict[int, str] = {}
         # Of each slot's present tenant, else of its next one.
         self._generation = list(generations)
+        # Of loaded adapters, and of replaced ones that are still live.
+        self._names: dict[int, str] = {}
         self._free = [s for s, g in reversed([*enumerate(generations)]) if g < GENERATIONS]
         # Slot -> the handle of its tenant, or -1: once for all loaded adapters, and for the live
         # ones once for each device that asked. These tables never move and never grow (256 KB
@@ -60,13 +62,18 @@ class Slots:
     @property
     def next_generations(self) -> list[int]:
         """What the slots of other adapters on the same model begin with, after these."""
-        free = set(self._free)
-        return [g if slot in free else g + 1 for slot, g in enumerate(self._generation)]
+        tenants = self._tenants
+        return [g + 1 if slot in tenants else g for slot, g in enumerate(self._generation)]
 
     @property
     def handles(self) -> dict[str, int]:
         """A new dict name -> handle, in the order of loading."""
         return dict(self._handles)
+
+    @property
+    def tenants(self) -> set[int]:
+        """The handles that have a slot, with a name or without."""
+        return set(self._tenants.values())
 
     def get(self, name: str) -> int | None:
         """The handle of a name, or None."""
@@ -105,7 +112,9 @@ class Slots:
             self._generation.append(0)
         if slot >= self.capacity:
             self.capacity = max(FIRST_CAPACITY, 2 * self.capacity)
-        return self._generation[slot] << SLOT_BITS | slot
+        handle = self._generation[slot] << SLOT_BITS | slot
+        self._tenants[slot] = handle
+        return handle
 
     def make_live(self, handle: int) -> None:
         """From now on the handle means the rank rows of its slot."""
@@ -126,7 +135,7 @@ class Slots:
         self._names[handle] = name
         self._loaded[slot_of(handle)] = handle
         self._handles[name] = handle
-        if before is not None:
+        if before is not None and before != handle:
             self._loaded[slot_of(before)] = NONE
             self.name_changes += 1
         return before
@@ -134,7 +143,8 @@ class Slots:
     def unbind(self, name: str) -> int:
         """Forget `name`; returns its handle, which is dead for ever but still has its slot."""
         handle = self.lookup([name])[name]
-        del self._handles[name], self._names[handle]
+        del self._names[handle]  # first: a handle with this name is live, see `mend`
+        del self._handles[name]
         self._loaded[slot_of(handle)] = NONE
         self.name_changes += 1
         self.suspend(handle)
@@ -146,9 +156,44 @@ class Slots:
         self._names.pop(handle, None)
         if self.is_live(handle):
             self.suspend(handle)
-        self._generation[slot] += 1
+        self._generation[slot] = (handle >> SLOT_BITS) + 1
+        del self._tenants[slot]
         if self._generation[slot] < GENERATIONS:  # a slot is retired after its last generation
             self._free.append(slot)
+
+    def successor(self, handle: int) -> int:
+        """The handle that a replaced adapter's name means now; any other handle itself."""
+        name = self._names.get(handle)
+        return handle if name is None else self._handles.get(name, handle)
+
+    def mend(self) -> None:
+        """Put in order what a change has left that an interrupt has ended, at whatever line.
+
+        Tenants and names are what is true: each changes in one step, a tenant's generation before
+        it. A tenant without a name was not loaded to its end, or was removed or replaced.
+        """
+        named = {handle: name for name, handle in self._handles.items()}
+        tenants = self.tenants
+        replaced = {h: n for h, n in self._names.items() if h in tenants}
+        self._names = replaced | named
+        ends = range(len(self._generation) - 1, -1, -1)
+        self._free = [
+            s for s in ends if s not in self._tenants and self._generation[s] < GENERATIONS
+        ]
+        loaded = np.full_like(self._loaded, NONE)
+        for handle in named:
+            loaded[slot_of(handle)] = handle
+        differs = loaded != self._loaded  # other threads read the rest meanwhile
+        self._loaded[differs] = loaded[differs]
+        live = self._live[CPU].numpy()
+        for handle in live[live != NONE].tolist():
+            if handle not in self._names:
+                self.suspend(handle)
+        for device in self._live:
+            self._live[device].copy_(self._live[CPU])
+        # What was kept under these may be wrong.
+        self.suspensions += 1
+        self.name_changes += 1
 
     def live(self, device: torch.device) -> Tensor:
         """int32 [65536]: the live handle of each slot, or -1. Later changes are made in place."""

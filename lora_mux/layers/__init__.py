@@ -14,7 +14,6 @@ from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room
 from .storing import cut_and_check as cut_and_check
 from .storing import cut_and_check_shapes as cut_and_check_shapes
-from .storing import store as store
 from .storing import weights_from_pairs as weights_from_pairs
 from .storing import write as write
 from .swapping import swap_in as swap_in

@@ -15,7 +15,7 @@ from ..routes import Place, Router
 from . import sharding
 from .handed_in import LastPlan, spread
 from .sharding import Shard
-from .storing import check_reservation, check_room, cut_and_check, scaling_from, store
+from .storing import check_reservation, check_room, cut_and_check, scaling_from, write
 from .targets import check_linear, device_of, dtype_of, features
 
 STAND_ALONE = Place("")
@@ -109,10 +109,11 @@ class MuxLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         """Give a linear layer that has become a MuxLinear its empty pool."""
-        patched = vars(self).pop("forward", None)
+        patched = vars(self).get("forward")
         if patched is not None:  # it would hide the class's forward, and the adapters with it
             # Past nn.Module's own setattr, which would register a forward that is a module.
             vars(self).update(mux_patched=patched, mux_owns_output=False)
+            del vars(self)["forward"]
             if shard is not None:
                 sharding.reinstall(self, patched)
         sizes = features(self) if shard is None else shard.sizes
@@ -254,8 +255,11 @@ class MuxLinear(nn.Module):
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
         weights = cut_and_check(self.mux_pool, self.mux_shard, given, "adapter")
+        self._mend()
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
-        handle = store(self.mux_slots, [(self.mux_pool, weights)])
+        handle = self.mux_slots.allot()
+        write(self.mux_slots, handle, [(self.mux_pool, weights)])
+        self.mux_slots.make_live(handle)
         self.mux_slots.bind(name, handle)
         return handle
 
@@ -274,9 +278,19 @@ class MuxLinear(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Free an adapter's rank rows. Its handle raises from now on, and never means another."""
         self._refuse_attached("remove_adapter")
+        self._mend()
         handle = self.mux_slots.unbind(name)
-        self.mux_pool.erase(slot_of(handle))
+        self.mux_pool.erase([slot_of(handle)])
         self.mux_slots.free(handle)
+
+    def _mend(self) -> None:
+        """Undo what a change has left that was interrupted, at whatever line."""
+        slots = self.mux_slots
+        slots.mend()
+        named = set(slots.handles.values())
+        self.mux_pool.mend({slot_of(handle) for handle in named})
+        for handle in slots.tenants - named:
+            slots.free(handle)
 
     def _refuse_attached(self, method: str) -> None:
         if self.mux_router is not None:

@@ -42,32 +42,10 @@ def _cut(shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeight
     return weights
 
 
-def store(slots: Slots, parts: Iterable[tuple[Pool, LoraWeights | None]]) -> int:
-    """Write checked factors to their pools; returns their new handle, which has no name yet."""
-    handle = slots.allot()
-    try:
-        write(slots, handle, parts)
-    except BaseException:
-        slots.free(handle)
-        raise
-    return handle
-
-
 def write(slots: Slots, handle: int, parts: Iterable[tuple[Pool, LoraWeights | None]]) -> None:
-    """Write checked factors to their pools, then make the handle live.
-
-    Nothing of them is left behind if a pool fails.
-    """
-    written = []
-    try:
-        for pool, weights in parts:
-            written.append(pool)
-            pool.write(slot_of(handle), weights, slots.capacity)
-        slots.make_live(handle)
-    except BaseException:
-        for pool in written:
-            pool.erase(slot_of(handle))
-        raise
+    """Write checked factors to their pools, under a handle that is not live yet."""
+    for pool, weights in parts:
+        pool.write(slot_of(handle), weights, slots.capacity)
 
 
 def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:

@@ -1,6 +1,7 @@
 """Making a layer of a model a MuxLinear in place, and a plain layer again."""
 
 import torch
+from torch import nn
 
 from ..routes import Place, Router
 from .linear import MuxLinear, mux_class
@@ -18,12 +19,17 @@ def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) ->
     return linear
 
 
-def swap_out(layer: MuxLinear) -> None:
-    """The linear layer as it was before swap_in."""
-    patched = layer.mux_patched
-    for name in [name for name in vars(layer) if name.startswith("mux_")]:
-        del vars(layer)[name]
-    del layer.mux_pool
+def swap_out(linear: nn.Module) -> None:
+    """Make it the layer that it was before swap_in, also if an interrupt ended that half-way.
+
+    In this order it computes what the plain layer does, wherever an interrupt comes.
+    """
+    own = vars(linear)
+    patched = own.get("mux_patched")
     if patched is not None:
-        vars(layer)["forward"] = patched
-    layer.__class__ = type(layer).__bases__[1]
+        own["forward"] = patched
+    if isinstance(linear, MuxLinear):
+        linear.__class__ = type(linear).__bases__[1]
+    linear._modules.pop("mux_pool", None)
+    for name in [name for name in own if name.startswith("mux_")]:
+        del own[name]

@@ -118,8 +118,7 @@ def attach_peft(
     settings = ops.Settings(backend, batch_invariant, fused)
     live = read_peft_model(peft_model)
     mux = Mux(unload_peft(peft_model), live.targets, settings)
-    for name, weights in live.adapters.items():
-        mux._adapters.add(name, weights, "peft_model")
+    mux._add(live.adapters, "peft_model")
     mux.set_adapter(live.active)
     return mux
 

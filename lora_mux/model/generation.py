@@ -118,11 +118,19 @@ def inputs_of_generate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
     return {name: value for name, value in named.items() if value is not None}
 
 
-def follow_generation(model: nn.Module, mux: GivenRows) -> list[str]:
-    """Wrap those of the methods that the model has; returns their names."""
-    wrapped = []
-    for wrapper in (Generate, KeepRows, GenerateBatch, InitContinuousBatching):
+WRAPPERS = (Generate, KeepRows, GenerateBatch, InitContinuousBatching)
+
+
+def follow_generation(model: nn.Module, mux: GivenRows) -> None:
+    """Wrap those of the methods that the model has."""
+    for wrapper in WRAPPERS:
         if hasattr(type(model), wrapper.name) and wrapper.name not in vars(model):
             vars(model)[wrapper.name] = wrapper(model, mux)
-            wrapped.append(wrapper.name)
-    return wrapped
+
+
+def forget_generation(model: nn.Module, mux: GivenRows) -> None:
+    """Take the wrappers off again, as many as there are."""
+    for wrapper in WRAPPERS:
+        found = vars(model).get(wrapper.name)
+        if isinstance(found, Generate) and found.mux is mux:
+            del vars(model)[wrapper.name]

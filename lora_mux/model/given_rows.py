@@ -1,13 +1,15 @@
 """Running blocks and calls under rows, which hooks and wrapped methods of a model need of a Mux."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..adapters import AnyRoute
-from ..routes import Kind, Route, Rows, make_route
+from ..routes import Kind, Route, Rows, Scope, make_route
 from .loaded import LoadedAdapters
+
+Result = TypeVar("Result")
 
 KEYWORD = "adapter_names"  # of forward() and generate(), as in PEFT
 
@@ -26,20 +28,43 @@ class GivenRows(LoadedAdapters):
 
         return current
 
-    @contextmanager
     def _under(
         self,
         make: Callable[[], AnyRoute],
         kind: Kind,
         beams: int | None = None,
         inputs: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Iterator[AnyRoute]:
+    ) -> AbstractContextManager[AnyRoute]:
         """Inside, passes have the rows of a route, whose adapters are resident and stay."""
-        self._router.wait_for_graphs()
-        with ExitStack() as stack:
-            with self._adapters.resident(make) as route:
-                stack.enter_context(self._router.opened(route, kind, beams, inputs))
-            yield route
+
+        def open_scope(scope: Scope) -> AnyRoute:
+            def publish(route: AnyRoute) -> AnyRoute:
+                self._router.open(scope, route)
+                return route
+
+            self._router.wait_for_graphs()
+            return self._adapters.resident(make, publish)
+
+        return self._scope(open_scope, kind, beams, inputs)
+
+    @contextmanager
+    def _scope(
+        self,
+        open_scope: Callable[[Scope], Result],
+        kind: Kind,
+        beams: int | None = None,
+        inputs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[Result]:
+        """A block or a call, whose scope `open_scope` opens; it ends whatever happens."""
+        router = self._router
+        scope = router.scopes.new(kind, beams, inputs)
+        try:
+            try:
+                yield open_scope(scope)
+            finally:
+                router.close(scope)
+        finally:  # an interrupt may have ended the first one, or have come before it
+            router.close(scope)
 
     def _generating(
         self, rows: Rows | None, beams: int, inputs: Mapping[str, Any]
@@ -49,9 +74,9 @@ class GivenRows(LoadedAdapters):
             return self._under(self._router.rows_of_generate, "call", beams, inputs)
         return self._under(lambda: self._route_of_call(rows), "call", beams, inputs)
 
-    def _given(self, rows: Rows) -> AbstractContextManager[Route]:
-        """A block in which the rows of one call are made, and a pass can begin with them."""
-        return self._adapters.resident(lambda: self._route_of_call(rows))
+    def _give(self, rows: Rows, begin: Callable[[Route], None]) -> None:
+        """Make the rows of one call, and let a pass begin with them while their adapters stay."""
+        self._adapters.resident(lambda: self._route_of_call(rows), begin)
 
     def _route_of_call(self, rows: Rows) -> Route:
         return make_route(rows, None, self._slots, argument=KEYWORD)

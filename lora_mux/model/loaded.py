@@ -2,14 +2,15 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 
 from torch import Tensor, nn
 
-from ..adapters import Adapters, MemoryReport
+from ..adapters import Adapters, MemoryReport, Prepared
 from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
-from ..core import Slots, check_names
+from ..core import LoraWeights, Slots, check_names
 from ..errors import ArgumentTypeError
 from ..layers import MuxLinear, weights_from_pairs
 from ..progress import progress_bar
@@ -70,17 +71,35 @@ class LoadedAdapters:
         """
         self._check_attached()
         self._slots.check_new(name, replace)
+        return self._publish({name: partial(self._prepared, folder, revision)}, replace)[name]
+
+    def _prepared(self, folder: str | PathLike[str], revision: str | None = None) -> Prepared:
         root = local_folder(folder, revision)
         read = read_diffusers_file if is_diffusers_folder(root) else read_peft_folder
         stored = read(root, self.targets)
-        handle = self._adapters.load(name, stored, replace)
         for remark in stored.outline.remarks:
-            warnings.warn(f"{stored.source} {remark}", stacklevel=2)
-        logger.debug("loaded %r from %s", name, folder)
-        return handle
+            warnings.warn(f"{stored.source} {remark}", stacklevel=4)
+        return self._adapters.prepare(stored)
+
+    def _publish(
+        self, adapters: Mapping[str, Callable[[], Prepared]], replace: bool = False
+    ) -> dict[str, int]:
+        """Prepare adapters, then give them their names, all or none; returns name -> handle."""
+        prepared: dict[str, Prepared] = {}
+        try:
+            for name in progress_bar(adapters, "loading adapters"):
+                prepared[name] = adapters[name]()
+            handles = self._adapters.publish(prepared, replace)
+        except BaseException:
+            self._adapters.abandon(prepared.values())
+            raise
+        logger.debug("loaded %s", ", ".join(adapters))
+        return handles
 
     def load_many(self, folders: Mapping[str, str | PathLike[str]]) -> dict[str, int]:
         """Load many checkpoints, all or none of them, with a progress bar on a terminal.
+
+        Nobody sees one of them before all are there.
 
         Args:
             folders: name -> folder, as in `load`.
@@ -98,16 +117,8 @@ class LoadedAdapters:
             )
         for name in folders:
             self._slots.check_new(name)
-        handles: dict[str, int] = {}
-        try:
-            for name in progress_bar(folders, "loading adapters"):
-                handles[name] = self.load(name, folders[name])
-        except BaseException:
-            for name in handles:
-                self.remove(name)
-            raise
-        logger.info("loaded %d adapters", len(handles))
-        return handles
+        prepare = {n: partial(self._prepared, folder) for n, folder in folders.items()}
+        return self._publish(prepare)
 
     def add_adapter(
         self,
@@ -137,7 +148,17 @@ class LoadedAdapters:
         self._check_attached()
         self._slots.check_new(name)
         parts = weights_from_pairs(weights, alpha, scaling, "weights")
-        return self._adapters.add(name, parts, "weights")
+        return self._add({name: parts}, "weights")[name]
+
+    def _add(
+        self, adapters: Mapping[str, Mapping[str, LoraWeights]], source: str
+    ) -> dict[str, int]:
+        """Load adapters from their factors, all or none."""
+        prepare = {
+            name: partial(self._adapters.prepare_weights, parts, source)
+            for name, parts in adapters.items()
+        }
+        return self._publish(prepare)
 
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room in every layer, so that loading adapters later moves no buffer.

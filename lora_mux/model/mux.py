@@ -15,10 +15,10 @@ from ..errors import ArgumentTypeError, TargetError
 from ..layers import Target, common_dtype, dtype_of, swap_in, swap_out
 from ..routes import Expand, Route, Router, Rows, UniformRoutes, make_route
 from .call import Call
-from .generation import follow_generation
+from .generation import follow_generation, forget_generation
 from .given_rows import GivenRows
 from .layout import find_layout
-from .top import BeginPass, EndPass, mux_of, refuse_wrapper
+from .top import BeginPass, EndPass, mux_of, refuse_wrapper, remove_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +40,28 @@ class Mux(GivenRows):
         memory: int | None = None,
     ) -> None:
         self._model: nn.Module | None = model
+        self._linears = [target.linear for target in targets.values()]
         self._slots = Slots(_GENERATIONS.get(model, ()))
         self._uniform_routes = UniformRoutes(self._slots)
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
         self._router.layout, places = find_layout(model, targets)
-        self._layers = {
-            path: swap_in(target, places[path], self._router, dtype_of(target.linear, dtype))
-            for path, target in targets.items()
-        }
         try:
+            self._layers = {
+                path: swap_in(target, places[path], self._router, dtype_of(target.linear, dtype))
+                for path, target in targets.items()
+            }
             self._adapters = (
                 Adapters(self._layers, self._slots, self._router)
                 if memory is None
                 else BoundedAdapters(self._layers, self._slots, self._router, memory)
             )
-        except BaseException:  # `memory` is less than is needed, or more than there is
-            self._swap_out()
+            model.register_forward_pre_hook(BeginPass(self), with_kwargs=True)
+            model.register_forward_hook(EndPass(self), always_call=True)
+            follow_generation(model, self)
+        except BaseException:  # an interrupt; `memory` is less than is needed, or than there is
+            self._take_out(model)
             raise
-        self._hooks = (
-            model.register_forward_pre_hook(BeginPass(self), with_kwargs=True),
-            model.register_forward_hook(EndPass(self), always_call=True),
-        )
-        self._wrapped = follow_generation(model, self)
         logger.info("attached %d targets", len(self._layers))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,28 +246,32 @@ class Mux(GivenRows):
         It is a block like those of `route`: the innermost one counts.
         """
         self._check_attached()
-        return self._router.opened(None, "disabled block")
+        return self._scope(lambda scope: self._router.open(scope, None), "disabled block")
 
     def detach(self) -> None:
         """Give the plain model back: the same modules, without a trace of the adapters or the Mux.
 
+        After an interrupt the model answers as the base; another call goes on.
+
         Raises:
             RoutingBusyError: a block is open or a pass is in progress, in any thread or task.
         """
-        model = self._check_attached()
+        model = self._model
+        if model is None:
+            model = self._check_attached()  # which raises
         self._router.refuse_in_use()
         _GENERATIONS[model] = self._slots.next_generations
+        self._router.set(None)  # what is still to be taken out adds nothing from here on
         self._router.is_detached = True
-        for hook in self._hooks:
-            hook.remove()
-        for name in self._wrapped:
-            delattr(model, name)
-        self._swap_out()
+        self._take_out(model)
         self._model = None
 
-    def _swap_out(self) -> None:
-        for layer in self._layers.values():
-            swap_out(layer)
+    def _take_out(self, model: nn.Module) -> None:
+        """Take whatever is there of this Mux out of its model."""
+        for linear in self._linears:
+            swap_out(linear)
+        forget_generation(model, self)
+        remove_hooks(model, self)  # last: `Mux.of` finds the Mux by them
 
     def __repr__(self) -> str:
         state = "" if self._model is not None else ", detached"
@@ -294,5 +297,4 @@ class Mux(GivenRows):
         return make_route(rows, weights, self._slots, expand=expand, towers=own)
 
     def _set(self, make: Callable[[], Route | None]) -> None:
-        with self._adapters.resident(make, leaving=True) as route:
-            self._router.set(route)
+        self._adapters.resident(make, self._router.set, leaving=True)

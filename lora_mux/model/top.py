@@ -1,5 +1,6 @@
 """What happens at the model's top: a pass begins with its rows, and ends."""
 
+import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -58,7 +59,8 @@ def _begin(
     mux: GivenRows, args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType
 ) -> None:
     rows = kwargs.get(KEYWORD)
-    mux._router.begin(args, kwargs, caller, None if rows is None else mux._given(rows))
+    given = None if rows is None else functools.partial(mux._give, rows)
+    mux._router.begin(args, kwargs, caller, given)
 
 
 def _untraced(function: Callable[..., None]) -> Callable[..., None]:
@@ -81,6 +83,16 @@ def mux_of(model: nn.Module) -> GivenRows | None:
         if isinstance(hook, BeginPass):
             return hook.mux
     return None
+
+
+def remove_hooks(model: nn.Module, mux: GivenRows) -> None:
+    """Take a Mux's hooks off its model, as many as there are."""
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if isinstance(hook, BeginPass | EndPass) and hook.mux is mux:
+                model._forward_hooks_always_called.pop(number, None)
+                model._forward_pre_hooks_with_kwargs.pop(number, None)
+                del hooks[number]
 
 
 def refuse_wrapper(model: nn.Module) -> None:

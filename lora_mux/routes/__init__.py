@@ -18,6 +18,7 @@ from .route import UniformRoutes as UniformRoutes
 from .route import make_route as make_route
 from .router import Router as Router
 from .scopes import Kind as Kind
+from .scopes import Scope as Scope
 from .towers import MEDIA_ARGUMENT as MEDIA_ARGUMENT
 from .towers import TEXT_ARGUMENTS as TEXT_ARGUMENTS
 from .towers import Layout as Layout

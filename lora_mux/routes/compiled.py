@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..core import NONE, LastPass, Routing, unchecked_routing
+from ..core import NONE, LastPass, Routing, holding, unchecked_routing
 from ..errors import RoutingBusyError
 from .passes import Planned, Shape
 from .route import Expand, Manner, Route
@@ -123,10 +123,13 @@ class CompiledView(threading.local):
     ) -> None:
         self.cell = Cell()  # once for each thread
         number = id(self.cell)
-        with lock:  # another thread may be changing the sticky rows
+
+        def enter() -> None:
             self.cell.follow(sticky.route, CPU, False)
             # No WeakSet, of which a look at all would take a quarter of set_adapter's time.
             cells[number] = weakref.ref(self.cell, lambda _: cells.pop(number, None))
+
+        holding(lock, enter)  # another thread may be changing the sticky rows
 
 
 class Cell:

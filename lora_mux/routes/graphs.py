@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ..core import NONE, Routing
 from ..errors import RoutingBusyError
 from .route import Route
-from .scopes import Scope, running_name
+from .scopes import Scope
+from .threads import running_name
 
 NOBODY = -2  # a handle that no adapter ever has, and that does not mean "none" either
 PATIENCE = 30.0  # seconds that a block waits for another one to end

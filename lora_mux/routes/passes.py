@@ -119,10 +119,10 @@ _PASS: ContextVar[Pass | None] = ContextVar("lora_mux_pass", default=None)
 class Passes:
     """The passes of one model that are in progress, or whose backward may still come."""
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self) -> None:
         self._owner = object()
-        self._lock = lock  # the router's
-        self._in_progress: weakref.WeakSet[Pass] = weakref.WeakSet()
+        # By id. No WeakSet, which other threads could not look through while it changes.
+        self._in_progress: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
         self._hooks: dict[int, weakref.ref[functools.partial[None]]] = {}
         self._in_backward: dict[int, Pass] = {}  # by autograd's number of the backward
         self._thread = _Thread()
@@ -139,8 +139,7 @@ class Passes:
         """
         self.forget_interrupted()
         began = Pass(self._owner, caller, _PASS.get(), self._thread.token)
-        with self._lock:
-            self._in_progress.add(began)
+        self._in_progress[id(began)] = began
         _PASS.set(began)
         return began
 
@@ -159,8 +158,7 @@ class Passes:
         """The pass of this context is over; None if there is none."""
         ended = self.current()
         if ended is not None:
-            with self._lock:
-                self._in_progress.discard(ended)
+            self._in_progress.pop(id(ended), None)
             _PASS.set(ended.outer)
             ended.finish()
         return ended
@@ -176,15 +174,23 @@ class Passes:
     @property
     def in_progress(self) -> bool:
         """Whether a pass is in progress in any context."""
-        with self._lock:
-            return bool(self._in_progress)
+        return bool(self._in_progress_now())
+
+    def _in_progress_now(self) -> list[Pass]:
+        alive = (ref() for ref in self._in_progress.valuerefs())
+        return [began for began in alive if began is not None]
+
+    def forget_other_threads(self) -> None:
+        """In a process that was forked, where they do not run."""
+        for began in self._in_progress_now():
+            if began.thread is not self._thread.token:
+                self._in_progress.pop(id(began), None)
 
     def in_use(self) -> list[Route | None]:
         """The routes of passes that are in progress, or may still be run backward."""
         alive = (hook() for hook in list(self._hooks.values()))
         awaiting = [hook.args[0].route for hook in alive if hook is not None]
-        with self._lock:
-            return awaiting + [began.route for began in self._in_progress]
+        return awaiting + [began.route for began in self._in_progress_now()]
 
     def follow_into_backward(self, past: Pass, output: object) -> None:
         """Let the backward of a pass's output find the pass.

@@ -8,10 +8,10 @@ for a thousand. When a pass begins at the model's top, its route is resolved onc
 The pass keeps what it began with. What anybody sets meanwhile counts from the next pass on.
 """
 
+import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import Pool, Slots
+from ..core import Pool, Slots, holding, synchronized
 from ..errors import DetachedError, RoutingBusyError, RoutingError, UnknownAdapterError
 from .compiled import NUMBERS, ROUTERS, Cell, CompiledView
 from .graphs import CapturedRoutings
 from .passes import Pass, Passes, Shape, handles_of
 from .plans import Plans
 from .route import Route
-from .scopes import Kind, Scope, Scopes, Sticky
+from .scopes import Scope, Scopes, Sticky
 from .towers import NO_LAYOUT, Place, as_seen_from
 
 NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
@@ -59,14 +59,21 @@ class Router:
         # that nobody frees the adapters of a pass that is about to begin.
         self._lock = threading.RLock()
         self.changes = threading.RLock()  # held while adapters come, go or move
-        self.scopes = Scopes(self._lock)
-        self.passes = Passes(self._lock)
+        self.scopes = Scopes()
+        self.passes = Passes()
         self.captured = CapturedRoutings()
         self._cells: dict[int, weakref.ref[Cell]] = {}  # those of all threads
         self.view = CompiledView(self._cells, self.sticky, self._lock)
         number = next(NUMBERS)
         ROUTERS[number] = self
         self._plans = Plans(number, self.slots, self.scopes, self.captured)
+
+    def after_fork(self) -> None:
+        """In the new process only the thread that forked runs, and nobody gives the locks back."""
+        for lock in (self._lock, self.changes):
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does
+        self.scopes.end_those_left_behind()
+        self.passes.forget_other_threads()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("slots", "settings", "anchor", "layout", "sticky", "is_detached")
@@ -79,17 +86,32 @@ class Router:
     def set(self, route: Route | None) -> None:
         """Choose the sticky rows: every pass that begins from now on, and has no others."""
         self.passes.forget_interrupted()
-        with self._lock:
-            self.sticky.route, self.sticky.is_chosen = route, True
-            self._follow_sticky()
+        self._set_sticky(route)
 
+    @synchronized
+    def _set_sticky(self, route: Route | None) -> None:
+        self.sticky.route, self.sticky.is_chosen = route, True
+        self._follow_sticky()
+
+    @synchronized
     def replace_sticky(self, old: int, new: int) -> None:
         """Give the sticky route, if it is by name, another handle for a name."""
-        with self._lock:
-            if self.is_sticky(old):
-                assert self.sticky.route is not None
-                self.sticky.route = self.sticky.route.with_replaced(old, new)
-                self._follow_sticky()
+        if self.is_sticky(old):
+            assert self.sticky.route is not None
+            self.sticky.route = self.sticky.route.with_replaced(old, new)
+            self._follow_sticky()
+
+    def mend_sticky(self) -> None:
+        """Let the sticky route follow names and views as it should, after an interrupt."""
+        route = self.sticky.route
+        for handle in (route and route.named and route.handles) or ():
+            if (successor := self.slots.successor(handle)) != handle:
+                self.replace_sticky(handle, successor)
+        self._show_sticky()
+
+    @synchronized
+    def _show_sticky(self) -> None:
+        self._follow_sticky()
 
     def is_sticky(self, handle: int) -> bool:
         """Whether the sticky route selects a handle, and does so by name."""
@@ -110,32 +132,31 @@ class Router:
         rows: Any = None if self.anchor is None else self.anchor._buffers["A_rows"]
         return torch.device("cpu") if rows is None else rows.device
 
-    @contextmanager
-    def opened(
-        self,
-        route: Route | None,
-        kind: Kind,
-        beams: int | None = None,
-        inputs: Mapping[str, Any] = NO_INPUTS,
-    ) -> Iterator[None]:
-        """A block or a call inside which passes have these rows; None = the base model.
+    def open(self, scope: Scope, route: Route | None) -> None:
+        """From now on, passes inside a new scope have these rows; None = the base model.
 
         Raises:
             RoutingBusyError: CUDA graphs read the rows of another block, which does not end.
-            RoutingError: at the end, if blocks end in another order than they began.
         """
         self.check_attached()
-        scope = self.scopes.open(route, kind, beams, inputs)
+        self.scopes.open(scope, route)
+        if self.captured:
+            self.captured.enter(scope, self.scopes.here())
+        self.view.cell.follow(route, self._device(), True)
+
+    def close(self, scope: Scope) -> None:
+        """End a scope, in whatever state it is, also one whose end was interrupted.
+
+        Raises:
+            RoutingError: blocks end in another order than they began.
+        """
+        if scope.is_over:
+            return
         try:
-            if self.captured:
-                self.captured.enter(scope, self.scopes.here())
-            self.view.cell.follow(route, self._device(), True)
-            yield
+            self.scopes.close(scope)
         finally:
-            try:
-                self.scopes.close(scope)
-            finally:
-                self._leave(scope)
+            self._leave(scope)
+        scope.is_over = True
 
     def check_attached(self) -> None:
         """Refuse to go on after Mux.detach()."""
@@ -152,54 +173,54 @@ class Router:
         if self.captured:
             self.captured.leave(scope, outer, self.sticky.route)
 
+    @synchronized
     def keep(self, rows: Sequence[int], beams: int) -> None:
         """Let the call of generate() here go on with these of its samples."""
-        with self._lock:
-            scope = self.scopes.current()
-            if scope is not None and scope.is_call:
-                scope.keep(rows, beams)
-                self.view.cell.follow(scope.route, self._device(), True)
+        scope = self.scopes.current()
+        if scope is not None and scope.is_call:
+            scope.keep(rows, beams)
+            self.view.cell.follow(scope.route, self._device(), True)
 
+    @synchronized
     def reachable(self, leaving: bool = False) -> frozenset[int] | None:
         """The handles that passes may still ask for; None if only a device knows.
 
         Args:
             leaving: the sticky rows are about to be replaced, and do not count.
         """
-        with self._lock:
-            sticky = None if leaving else self.sticky.route
-            return handles_of([*self.scopes.routes(), *self.passes.in_use(), sticky])
+        sticky = None if leaving else self.sticky.route
+        return handles_of([*self.scopes.routes(), *self.passes.in_use(), sticky])
 
     def in_use(self) -> frozenset[int] | None:
         """The handles that a pass in progress, or its backward, has begun to use."""
         return handles_of(self.passes.in_use())
 
+    @synchronized
     def rows(self) -> RowsHere:
         """What a pass would have that began here and now.
 
         Raises:
             RoutingError: that cannot be known; see `Scopes.current`.
         """
-        with self._lock:
-            scope = self.scopes.current()
-            if scope is None:
-                return RowsHere(self.sticky.route)
-            disabled = scope.kind == "disabled block"
-            return RowsHere(scope.route, disabled, scope.beams, scope.inputs)
+        scope = self.scopes.current()
+        if scope is None:
+            return RowsHere(self.sticky.route)
+        disabled = scope.kind == "disabled block"
+        return RowsHere(scope.route, disabled, scope.beams, scope.inputs)
 
+    @synchronized
     def rows_of_generate(self) -> Route | None:
         """The route that generate() begins with here and now, and keeps to its end.
 
         Raises:
             RoutingError, RoutingBusyError: that cannot be known.
         """
-        with self._lock:
-            scope = self.scopes.current() or self.scopes.of_starter()
-            if scope is not None:
-                return scope.route
-            if not self.sticky.is_chosen:
-                self.scopes.refuse_beside_blocks()
-            return self.sticky.route
+        scope = self.scopes.current() or self.scopes.of_starter()
+        if scope is not None:
+            return scope.route
+        if not self.sticky.is_chosen:
+            self.scopes.refuse_beside_blocks()
+        return self.sticky.route
 
     def wait_for_graphs(self) -> None:
         """Wait until a block of this context may change what CUDA graphs read."""
@@ -214,15 +235,14 @@ class Router:
     def refuse_in_use(self) -> None:
         """Refuse a change of the model while anybody is using its rows."""
         self.passes.forget_interrupted()
-        with self._lock:
-            alive = [scope for scope in self.scopes.all_open() if not scope.is_left_behind]
-            busy = [f"the {scope} is open" for scope in alive]
-            if self.passes.in_progress:
-                busy.append("a forward pass is in progress")
-            if busy:
-                raise RoutingBusyError(
-                    f"the model cannot be detached while {busy[0]}; let it end first"
-                )
+        alive = [scope for scope in self.scopes.all_open() if not scope.is_left_behind]
+        busy = [f"the {scope} is open" for scope in alive]
+        if self.passes.in_progress:
+            busy.append("a forward pass is in progress")
+        if busy:
+            raise RoutingBusyError(
+                f"the model cannot be detached while {busy[0]}; let it end first"
+            )
 
     @property
     def disabled(self) -> bool:
@@ -237,7 +257,7 @@ class Router:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         caller: FrameType,
-        given: AbstractContextManager[Route] | None = None,
+        given: Callable[[Callable[[Route], None]], None] | None = None,
     ) -> None:
         """A pass begins at the model's top: find its rows, and refuse a batch that does not fit.
 
@@ -245,7 +265,8 @@ class Router:
             args: of the model's forward.
             kwargs: of the model's forward.
             caller: a frame that is on the stack until the pass is over.
-            given: rows that were given with this call; inside, their adapters stay.
+            given: makes the rows that were given with this call, and calls its argument with them
+                while their adapters stay.
         """
         # Begun before anything is refused, because the end comes then, too.
         began = self.passes.begin(caller)
@@ -253,8 +274,7 @@ class Router:
         if given is None:
             self._find_rows(began)
         else:
-            with given as route:
-                self._find_rows(began, RowsHere(route))
+            given(lambda route: self._find_rows(began, RowsHere(route)))
         if self.layout.towers:
             began.inputs = self.layout.bound(args, kwargs)
         samples, tokens = self.layout.batch(args, kwargs) or (None, 0)
@@ -277,25 +297,25 @@ class Router:
         try:
             self._take_rows(found, given)
         except UnknownAdapterError:
-            with self.changes:  # another thread may be about to choose other sticky rows
-                self._take_rows(found, given)
+            # Another thread may be about to choose other sticky rows.
+            holding(self.changes, lambda: self._take_rows(found, given))
 
+    @synchronized
     def _take_rows(self, found: Pass, given: RowsHere | None) -> None:
-        with self._lock:
-            past = self.passes.of_backward()
-            if past is not None:
-                found.route, found.disabled, beams = past.route, past.disabled, past.shape.beams
-                found.inputs = past.inputs
-            else:
-                found.route, found.disabled, beams, found.inputs = given or self.rows()
-            found.shape = Shape(beams=beams)
-            if past is not None:
-                found.resolved, found.towers = past.resolved, past.towers
-            elif found.route is not None:
-                found.resolved = found.route.resolve(self.slots)
-                for path, route in found.route.towers.items():
-                    own = Pass(found.owner, route=route, resolved=route.resolve(self.slots))
-                    found.towers[path] = own
+        past = self.passes.of_backward()
+        if past is not None:
+            found.route, found.disabled, beams = past.route, past.disabled, past.shape.beams
+            found.inputs = past.inputs
+        else:
+            found.route, found.disabled, beams, found.inputs = given or self.rows()
+        found.shape = Shape(beams=beams)
+        if past is not None:
+            found.resolved, found.towers = past.resolved, past.towers
+        elif found.route is not None:
+            found.resolved = found.route.resolve(self.slots)
+            for path, route in found.route.towers.items():
+                own = Pass(found.owner, route=route, resolved=route.resolve(self.slots))
+                found.towers[path] = own
 
     def check_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse a batch of generate() that does not fit the rows, before it is repeated."""
@@ -357,3 +377,14 @@ class Router:
         """
         seen = as_seen_from(place, now, x, pool, self.layout)
         return None if seen is None else self._plans.plan(seen, x, pool, weight, self.settings)
+
+
+def _after_fork() -> None:
+    for ref in ROUTERS.valuerefs():
+        router = ref()
+        if isinstance(router, Router):
+            router.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,6 @@ while the generator runs, in whatever context that is.
 Where it cannot be known whose rows a pass has, it is refused.
 """
 
-import asyncio
 import dis
 import inspect
 import itertools
@@ -24,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import RoutingBusyError, RoutingError
 from . import threads
 from .route import Route
+from .threads import running_name
 
 Kind: TypeAlias = Literal["block", "disabled block", "call"]  # what a scope spans
 
@@ -59,6 +59,7 @@ class Scope:
     thread: int
     number: int  # in the order of opening
     ended: bool = False
+    is_over: bool = False  # it has ended, and everything follows what is around it
     may_linger: bool = False  # it has ended, and the context that opened it may still hold it
     whole: Route | None = None  # of generate(): the rows that it began with
 
@@ -70,7 +71,7 @@ class Scope:
 
     def __str__(self) -> str:
         opener = self.opener()
-        name = "one that is gone" if opener is None else _name(opener)
+        name = "one that is gone" if opener is None else threads.name_of(opener)
         return f"{self.kind} of {name}"
 
     @property
@@ -81,7 +82,7 @@ class Scope:
     @property
     def is_own(self) -> bool:
         """Whether the thread or task that opened it runs here."""
-        return self.opener() is _running()
+        return self.opener() is threads.running()
 
     @property
     def is_left_behind(self) -> bool:
@@ -100,58 +101,61 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lora_mux_scopes", default=(
 class Scopes:
     """The scopes of one router."""
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self) -> None:
         self._owner = object()
-        self._lock = lock  # the router's
         self._open: dict[int, Scope] = {}  # those of all contexts, by number
         _ALL[id(self)] = self
         threads.follow(_in_force)
 
-    def open(
+    def new(
         self,
-        route: Route | None,
         kind: Kind,
         beams: int | None = None,
         inputs: Mapping[str, Any] = MappingProxyType({}),
     ) -> Scope:
-        """A scope of this context, inside of those that it has; None = the base model."""
+        """A scope of this context that is not open yet. `close` takes it in any state."""
         inner, outer = _generators()
         around: frozenset[int] = frozenset()
         if inner or outer:
             # Numbers and no frames, which would keep alive what their generators hold.
             running = *inner, *outer
             around = frozenset(s.number for s in self.all_open() if s.generator in running)
-        scope = Scope(
+        return Scope(
             self._owner,
-            route,
+            None,
             kind,
             beams,
             inputs,
-            weakref.ref(_running()),
+            weakref.ref(threads.running()),
             inner[0] if inner else None,
             around,
             threading.get_ident(),
             next(_NUMBERS),
         )
+
+    def open(self, scope: Scope, route: Route | None) -> None:
+        """Put a new scope in force, inside of those that this context has; None = the base."""
+        scope.route = route
         self._open[scope.number] = scope
         _SCOPES.set((*_without_stale(), scope))
-        return scope
 
     def close(self, scope: Scope) -> None:
-        """End a scope, in whatever context.
+        """End a scope, in whatever context, or go on with an end that was interrupted.
 
         Raises:
             RoutingError: blocks end in another order than they began. Then none of them is in force
                 any more.
         """
         stack = _SCOPES.get()
+        if scope.ended and scope not in stack:
+            return
         if scope.generator is None and stack and stack[-1] is scope:  # as nearly always
-            scope.may_linger = not scope.is_own
+            scope.may_linger = scope.may_linger or not scope.is_own
             self._end(scope)
             _SCOPES.set(stack[:-1])
             return
-        siblings, is_over = self._siblings(scope), scope.ended
-        crossed = not is_over and any(other.number > scope.number for other in siblings)
+        siblings, is_open = self._siblings(scope), scope.number in self._open
+        crossed = is_open and any(other.number > scope.number for other in siblings)
         is_here = scope in stack and scope.is_own
         scope.may_linger = not is_here or scope.generator is not None
         ended = [scope, *siblings] if crossed else [scope]
@@ -179,9 +183,14 @@ class Scopes:
         return [s for s in found if s is not scope and not s.is_call and not s.ended]
 
     def _end(self, scope: Scope) -> None:
-        with self._lock:
-            self._open.pop(scope.number, None)
+        self._open.pop(scope.number, None)
         scope.ended, scope.generator, scope.inputs = True, None, {}
+
+    def end_those_left_behind(self) -> None:
+        """In a process that was forked, where the threads and tasks of others do not run."""
+        for scope in self.all_open():
+            if scope.is_left_behind:
+                self._end(scope)
 
     def routes(self) -> list[Route | None]:
         """The routes of the scopes that are open in any context."""
@@ -326,24 +335,6 @@ def _nearest(innermost: Scope | None, others: list[Scope]) -> Scope | None:
             # The context knows best which one is innermost, if it knows any of them.
             return innermost if innermost in found else max(found, key=lambda s: s.number)
     return None
-
-
-def _running() -> Any:
-    """The asyncio task that runs here, else the thread."""
-    # The exception of current_task() where no loop runs would take 1 us of each block.
-    task = asyncio.current_task() if asyncio._get_running_loop() else None
-    return task or threading.current_thread()
-
-
-def running_name() -> str:
-    """The task or thread that runs here, for messages."""
-    return _name(_running())
-
-
-def _name(running: Any) -> str:
-    if isinstance(running, threading.Thread):
-        return f"thread {running.name!r}"
-    return f"task {running.get_name()!r}"
 
 
 def _generators() -> tuple[tuple[FrameType, ...], tuple[FrameType, ...]]:

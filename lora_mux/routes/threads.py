@@ -1,4 +1,4 @@
-"""Threads that were started inside a block, and run generate() there.
+"""Who runs here; and threads that were started inside a block, and run generate() there.
 
 transformers documents its streamers so: `Thread(target=model.generate, ...)`, started next to the
 loop that reads the stream. A new thread has an empty context, so that it would get the base model's
@@ -6,6 +6,7 @@ answer. Python itself goes this way: with `-X thread_inherit_context` (3.14) thr
 whole context.
 """
 
+import asyncio
 import functools
 import threading
 from collections.abc import Callable, Mapping
@@ -38,3 +39,22 @@ def follow(in_force: Callable[[], Mapping[object, Any]]) -> None:
         start(thread)
 
     threading.Thread.start = noting  # type: ignore[method-assign, assignment]
+
+
+def running() -> Any:
+    """The asyncio task that runs here, else the thread."""
+    # The exception of current_task() where no loop runs would take 1 us of each block.
+    task = asyncio.current_task() if asyncio._get_running_loop() else None
+    return task or threading.current_thread()
+
+
+def running_name() -> str:
+    """The task or thread that runs here, for messages."""
+    return name_of(running())
+
+
+def name_of(running: Any) -> str:
+    """A task's or a thread's name, for messages."""
+    if isinstance(running, threading.Thread):
+        return f"thread {running.name!r}"
+    return f"task {running.get_name()!r}"

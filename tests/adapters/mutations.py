@@ -5,7 +5,11 @@ from mutation import Mutation
 BOUNDED = "adapters/bounded.py"
 PLACEMENT = "adapters/placement.py"
 RESIDENT = "adapters/resident.py"
+STRETCHES = "adapters/stretches.py"
+CHANGES = "adapters/changes.py"
+TEST_INTERRUPTS = ("model/test_interrupts.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
+TEST_PLACEMENT = ("adapters/test_placement.py",)
 MUTATIONS = {
     "placement: what is asked for is evicted": Mutation(
         BOUNDED, "self._pinned | set(wanted)", "self._pinned", TEST_BOUNDED
@@ -14,19 +18,25 @@ MUTATIONS = {
         BOUNDED, "self._pinned | set(wanted)", "set(wanted)", TEST_BOUNDED
     ),
     "placement: the last routed makes room": Mutation(
-        BOUNDED,
-        "self._resident[handle] = None\n            self._wait",
-        "pass\n            self._wait",
-        TEST_BOUNDED,
+        BOUNDED, "self._resident.move_to_end(handle)", "pass", TEST_BOUNDED
     ),
     "placement: evicted before it is known to fit": Mutation(
-        PLACEMENT, "raise PoolCapacityError(_no_room", "break; (_no_room", TEST_BOUNDED
+        PLACEMENT, "raise PoolCapacityError(_no_room", "return {}, {}; (_no_room", TEST_BOUNDED
     ),
-    "placement: total free is enough": Mutation(
-        PLACEMENT,
-        "if all(without_sliding.take(rows) is not None for rows in needed):",
-        "if True:",
-        TEST_BOUNDED,
+    "placement: whoever went in vain": Mutation(
+        PLACEMENT, "reversed(evicted.values()))) > 1", "evicted.values())) > 99", TEST_PLACEMENT
+    ),
+    "placement: plans of before a later eviction": Mutation(
+        PLACEMENT, "stale = [p for p in needed if", "stale = [p for p in () if", TEST_PLACEMENT
+    ),
+    "placement: more goes than is needed": Mutation(
+        STRETCHES, "while room - ordered[first].room >= rows:", "while False:", TEST_PLACEMENT
+    ),
+    "placement: moving costs no more than evicting": Mutation(
+        STRETCHES, "more_than_all = (1 + len(going)) ** 2", "more_than_all = 1", TEST_PLACEMENT
+    ),
+    "placement: no last resort": Mutation(
+        STRETCHES, "or self._evict_the_oldest(going, moving)", "or None", TEST_PLACEMENT
     ),
     "residency: values that overflow come in": Mutation(
         BOUNDED, "if torch.finfo(pool.A_rows.dtype).max < widest", "if False", TEST_BOUNDED
@@ -36,5 +46,20 @@ MUTATIONS = {
     ),
     "adapters: a replaced one stays for ever": Mutation(
         RESIDENT, "if users is not None and handle not in users:", "if False:", TEST_BOUNDED
+    ),
+    "interrupts: nothing is mended": Mutation(
+        CHANGES, "self._mend()\n            self._unfinished", "self._unfinished", TEST_INTERRUPTS
+    ),
+    "interrupts: names are given before they are known": Mutation(
+        RESIDENT,
+        "self._finish_binding()\n        self._slots.mend()",
+        "self._slots.mend()",
+        TEST_INTERRUPTS,
+    ),
+    "interrupts: what is on its way in stays live": Mutation(
+        BOUNDED, "self._slots.suspend(handle)  # it was", "pass  # it was", TEST_INTERRUPTS
+    ),
+    "interrupts: the sticky rows keep the old adapter": Mutation(
+        RESIDENT, "self._router.mend_sticky()", "pass", TEST_INTERRUPTS
     ),
 }

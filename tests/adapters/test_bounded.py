@@ -365,12 +365,23 @@ class TestFragments:
         stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 6})
         stage.mux.prefetch(["a", "b", "c", "d"])
         for name in ("b", "d"):
-            stage.route(name)
+            stage.mux.pin(name)
         stage.route("e")  # a and c go, which lie apart; b moves
         assert stage.resident == {"b", "d", "e"}
         stage.route("b", "d", "e")
         spans = {s: (v.offset, v.rows) for s, v in stage.model.first.mux_pool.spans.items()}
-        assert sorted(spans.values()) == [(0, 3), (3, 3), (6, 6)]
+        assert sorted(spans.values()) == [(0, 3), (3, 6), (9, 3)]
+
+    def test_room_is_made_by_evicting_before_moving(self, tmp_path: Path) -> None:
+        stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 6})
+        stage.mux.prefetch(["a", "b", "c", "d"])
+        for name in ("b", "d"):
+            stage.route(name)
+        before = dict(stage.model.first.mux_pool.spans)
+        stage.route("e")  # a and b go, though c was used before b: it lies apart from a
+        assert stage.resident == {"c", "d", "e"}
+        after = stage.model.first.mux_pool.spans
+        assert all(after[slot] == before[slot] for slot in after.keys() & before.keys())
 
     def test_what_is_in_use_is_no_more_moved_than_evicted(self, tmp_path: Path) -> None:
         stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 6})
@@ -397,13 +408,13 @@ class TestFragments:
     def test_rows_that_were_slid_from_hold_nothing(self, tmp_path: Path) -> None:
         stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 4})
         stage.mux.prefetch(["a", "b", "c", "d"])
-        for name in ("b", "d"):
-            stage.route(name)
-        stage.route("e")
+        stage.mux.pin("b")
+        stage.mux.pin("d")
+        stage.route("e")  # a and c go; b slides from 3 to 0
         for layer in (stage.model.first, stage.model.second):
             pool = layer.mux_pool
             assert pool.runs.free == 2
-            assert not pool.A_rows[10:].any() and not pool.B_rows[10:].any()
+            assert not pool.A_rows[7:9].any() and not pool.B_rows[7:9].any()
         stage.route("b", "d", "e")
 
 

@@ -71,8 +71,8 @@ MUTATIONS = {
     ),
     "safetensors_file: no outline is shared": Mutation(
         SAFETENSORS_FILE,
-        "shared = _OUTLINES.get((fingerprint, meaning))",
-        "shared = None",
+        "shared = _OUTLINES.setdefault((fingerprint, meaning), outline(fingerprint))",
+        "shared = outline(fingerprint)",
         TEST_OPENED_FOLDER,
     ),
     "peft_folder: another order is another config": Mutation(

@@ -71,12 +71,14 @@ class Files:
     def damaged(self) -> bytes:
         draw = self.draw
         header, values = self.good()
-        way = draw.choice([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7])
+        way = draw.choice([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
         if way == 0:
             self._change(header)
         elif way == 7:
             header["none"] = {"dtype": "F32", "shape": [draw.randrange(2), 3]}
             header["none"]["data_offsets"] = [0, 0]
+        elif way == 8 and len(header) > 1:  # a hole, or values behind the last tensor
+            del header[draw.choice(list(header))]
         text = json.dumps(header, ensure_ascii=draw.random() < 0.5).encode()
         if way == 1:  # a bit
             at = draw.randrange(len(text))

@@ -29,7 +29,10 @@ MUTATIONS = {
     ),
     "pool: infinite after a cast": Mutation(POOL, "self._confine()", "pass", TEST_CASTS),
     "pool: one version before and after rows slide": Mutation(
-        POOL, "self.version = Version()\n        old, new", "old, new", TEST_CPU_AND_TEST_LINEAR
+        POOL,
+        "self.version = Version()\n        start, rows",
+        "start, rows",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: one version before and after a write": Mutation(
         POOL, "self.version = Version()\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
@@ -53,13 +56,27 @@ MUTATIONS = {
         SLOTS, "self._write(slot_of(handle), NONE)", "pass", TEST_TRITON_BACKEND
     ),
     "runs: neighbours stay apart": Mutation(
-        FREE_RUNS, "at, start = at - 1, self._free[at - 1][0]", "pass", TEST_FREE_RUNS
+        FREE_RUNS, "first, start = first - 1, free[first - 1][0]", "pass", TEST_FREE_RUNS
+    ),
+    "runs: rebuilt from rows that two have": Mutation(
+        FREE_RUNS, "assert end <= start", "assert True", TEST_FREE_RUNS
+    ),
+    "runs: rebuilt without the end": Mutation(
+        FREE_RUNS, "[*sorted(taken), (capacity, 0)]", "sorted(taken)", TEST_FREE_RUNS
     ),
     "pool: rows slide without their values": Mutation(
-        POOL, "buffer[new] = buffer[old].clone()", "pass", TEST_BOUNDED
+        POOL, "buffer[start : start + rows] = values", "pass", TEST_BOUNDED
     ),
-    "pool: rows slide over themselves": Mutation(POOL, "buffer[left] = 0", "pass", TEST_BOUNDED),
+    "pool: rows slide over themselves": Mutation(
+        POOL, "buffer[move.left] = 0", "pass", TEST_BOUNDED
+    ),
     "slots: removals are not counted": Mutation(
         SLOTS, "self.suspensions += 1", "pass", TEST_TRITON_BACKEND
+    ),
+    "interrupts: a move is not finished": Mutation(
+        POOL,
+        "if self.moving is not None:\n            self._finish_move(self.moving)",
+        "",
+        ("model/test_interrupts.py",),
     ),
 }

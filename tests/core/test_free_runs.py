@@ -44,7 +44,8 @@ def test_against_booleans(seed: int) -> None:
                 taken.append((start, count))
         elif taken:
             start, count = taken.pop(draw.randrange(len(taken)))
-            runs.give(start, count)
+            begin, end = runs.give(start, count)
+            assert begin <= start and start + count <= end and (begin, end) in list(runs)
             rows.free[start : start + count] = [True] * count
         assert runs.capacity == len(rows.free)
         assert runs.free == sum(rows.free)
@@ -54,3 +55,16 @@ def test_against_booleans(seed: int) -> None:
         twin = runs.copy()
         twin.take(1)
         assert runs.free == sum(rows.free)
+        draw.shuffle(taken)
+        rebuilt = FreeRuns.rebuilt(len(rows.free), [*taken, (0, 0)])
+        assert (rebuilt.capacity, list(rebuilt)) == (runs.capacity, list(runs))
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [[(0, 3), (2, 1)], [(4, 2), (3, 2)], [(5, 1), (5, 1)], [(7, 2)], [(8, 1)], [(-1, 2)]],
+    ids=str,
+)
+def test_rebuilt_notices_rows_that_two_have(taken: list[tuple[int, int]]) -> None:
+    with pytest.raises(AssertionError, match="is taken"):
+        FreeRuns.rebuilt(8, taken)

@@ -312,7 +312,7 @@ def test_a_remembered_plan_follows_the_rank_rows(change: str) -> None:
     handles = torch.tensor(case.handles)[index]
     pool = layer.mux_pool
     with torch.no_grad():
-        pool.erase(0)
+        pool.erase([0])
         case.check(x, index)
         plan = layer.mux_last.plan if layer.mux_last else None
         if change == "slide":
@@ -320,7 +320,7 @@ def test_a_remembered_plan_follows_the_rank_rows(change: str) -> None:
         elif change == "write":
             case.adapters[1] = case.adapters[2]
             new = case.adapters[2]
-            pool.erase(1)
+            pool.erase([1])
             pool.write(1, LoraWeights(new.A, new.B, new.scaling), slots=3)
         else:
             double = {f"mux_pool.{change}": 2 * getattr(pool, change)}

@@ -49,10 +49,13 @@ class TestInTheMiddle:
         acts: dict[str, Callable[[], Any]] = {
             "set_adapter": lambda: mux.set_adapter("b"),
             "remove": lambda: mux.remove("a"),
-            "replace": lambda: mux._adapters.add(
-                "a",
-                {path: lora_mux.core.LoraWeights(*pair, 1.0) for path in mux.targets},
-                "test",
+            "replace": lambda: mux._adapters.publish(
+                {
+                    "a": mux._adapters.prepare_weights(
+                        {path: lora_mux.core.LoraWeights(*pair, 1.0) for path in mux.targets},
+                        "test",
+                    )
+                },
                 replace=True,
             ),
             "block": block,
