@@ -257,6 +257,8 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
 }
 
 
+# What a file lacks is said before its modules are looked for in the model.
+@pytest.mark.filterwarnings("ignore:.*lacks modules:UserWarning")
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_bad_weights_are_named(name: str, tmp_path: Path) -> None:
     weights, match = BAD_WEIGHTS[name]
