@@ -6,6 +6,8 @@ not resident, against a plain copy of as many bytes; routes to resident adapters
 evict another adapter each time. PEFT's load_adapter and set_adapter run on the same files in the
 same run. The files are in the page cache.
 
+Then what registering alone takes, in time and on the host, with as many targets as a 7B Llama has.
+
 Then a big adapter comes into pools that are full of small ones, of which every second one was used
 lately, while another thread routes to one of them: how long it takes, and how long a route waits.
 """
@@ -13,6 +15,7 @@ lately, while another thread routes to one of them: how long it takes, and how l
 import argparse
 import itertools
 import json
+import os
 import tempfile
 import threading
 import time
@@ -26,6 +29,7 @@ import torch
 from torch import nn
 
 import lora_mux
+from lora_mux.checkpoints import read_peft_folder
 from lora_mux.measure.provenance import ROOT, provenance
 from lora_mux.progress import progress_bar
 
@@ -94,6 +98,42 @@ def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     }
 
 
+def host_bytes() -> int:
+    """What this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def per_adapter(register: Callable[[int], object], count: int) -> dict[str, float]:
+    """Time and host memory of one, after a first one that the others share an outline with."""
+    register(0)
+    before, start = host_bytes(), time.perf_counter()
+    for i in range(1, count + 1):
+        register(i)
+    took = time.perf_counter() - start
+    return {"microseconds": 1e6 * took / count, "bytes": (host_bytes() - before) / count}
+
+
+def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Many narrow layers: of their values nothing is read."""
+    base = stack(args.targets, 8)
+    folders = save_folders(base, 1, 8, root / "narrow")
+    time.sleep(2.1)  # newer files are read twice
+    mux = lora_mux.attach(stack(args.targets, 8), memory="64MiB")
+    mux.reserve(args.registered + 1, 1)
+    kept = []
+
+    def read(i: int) -> None:
+        kept.append(read_peft_folder(folders[i % len(folders)], mux.targets))
+
+    def load(i: int) -> None:
+        mux.load(f"a{i}", folders[i % len(folders)])
+
+    return {
+        "registering, reading alone": per_adapter(read, args.registered),
+        "registering": per_adapter(load, args.registered),
+    }
+
+
 def crowd(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """By setting."""
     rows, big = args.crowd, args.big
@@ -158,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
     others = {"folders": 48, "peft": 48, "crowd": 2000, "big": 256}
+    others |= {"targets": 224, "registered": 2000}
     for name, default in (sizes | others).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
@@ -175,12 +216,15 @@ def main() -> None:
                 "PEFT": theirs(args, folders),
                 "into a crowd": crowd(args),
             },
+            "per adapter": registering(args, Path(root)),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
     for who, figures in record["milliseconds"].items():
         for what, took in figures.items():
             print(f"{who:12} {what:41} {took}")
+    for what, figures in record["per adapter"].items():
+        print(f"{what:54} {figures}")
     print(f"wrote {args.out}")
 
 

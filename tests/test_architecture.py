@@ -43,7 +43,7 @@ LIBRARIES = {
     "kernels": {"torch", "triton"},
     "core": {"torch", "numpy"},
     "ops": {"torch", "numpy", "triton"},  # triton inside a function, to ask for its version
-    "checkpoints": {"torch", "safetensors"},
+    "checkpoints": {"torch"},
     "progress": {"rich"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
 }

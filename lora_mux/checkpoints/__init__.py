@@ -5,7 +5,8 @@ peft_config       what the config in such a folder means
 peft_model        a PeftModel in memory
 diffusers_file    the LoRA file of a diffusers pipeline
 hub               repositories of the Hugging Face hub
-safetensors_file  one file of tensors: its header, and its values in one read
+opened_folder     a folder that its owner may change while it is read
+safetensors_file  one file of tensors: its header, and the values that are needed
 stored_adapter    an adapter that is not in the pools: in a file, or packed on the host
 """
 
@@ -15,6 +16,7 @@ from .hub import local_folder as local_folder
 from .peft_folder import read_peft_folder as read_peft_folder
 from .peft_model import read_peft_model as read_peft_model
 from .peft_model import unload_peft as unload_peft
-from .safetensors_file import PackedTensors as PackedTensors
+from .stored_adapter import Outline as Outline
+from .stored_adapter import PackedTensors as PackedTensors
 from .stored_adapter import StoredAdapter as StoredAdapter
 from .stored_adapter import copy_to_host as copy_to_host

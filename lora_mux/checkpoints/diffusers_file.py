@@ -7,89 +7,126 @@ The file's metadata may hold a LoraConfig as JSON, whose fields are named like t
 not, alpha = rank, as in diffusers itself, so that scaling = 1.
 """
 
-import json
+import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from ..core import LoraWeights
 from ..errors import CheckpointError
-from .peft_config import PeftConfig, parse_config
-from .peft_folder import CONFIG_FILE, peft_weights, resolve_inside
-from .safetensors_file import SafetensorsFile
+from .opened_folder import open_folder
+from .peft_config import PeftConfig, parse_config, read_json
+from .peft_folder import CONFIG_FILE, peft_outline
+from .safetensors_file import (
+    FileOutline,
+    Fingerprint,
+    Header,
+    adapter_in_file,
+    parse_header,
+    read_header,
+)
+from .stored_adapter import StoredAdapter, TensorPlace
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 LOAD_WITH_DIFFUSERS = "load it with diffusers (pipe.load_lora_weights) and use attach_peft"
 
+Value = TypeVar("Value")
 
-def is_diffusers_folder(folder: Path) -> bool:
+
+@dataclass(frozen=True)
+class _InferredConfig(PeftConfig):
+    ranks: Mapping[str, int] = field(default_factory=dict)  # by path
+
+    def rank(self, path: str) -> int:
+        return self.ranks[path]
+
+    def scaling(self, path: str) -> float:
+        return 1.0
+
+
+def is_diffusers_folder(folder: str | PathLike[str]) -> bool:
     """Whether a folder holds diffusers' file. If it has PEFT's files as well, those count."""
-    return (folder / DIFFUSERS_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+    return os.path.lexists(os.path.join(folder, DIFFUSERS_FILE)) and not os.path.lexists(
+        os.path.join(folder, CONFIG_FILE)
+    )
 
 
-def read_diffusers_file(folder: Path, targets: Collection[str]) -> dict[str, LoraWeights]:
-    """Path -> factors, of the component in the file whose modules are targets.
+def read_diffusers_file(folder: str | PathLike[str], targets: Sequence[str]) -> StoredAdapter:
+    """Read the header, of which the component counts whose modules are targets.
 
     Raises:
         CheckpointError: names the file and the entry that is broken, belongs to another model, is
             in another of the many formats that diffusers reads, or is more than plain LoRA on
-            linear layers.
+            linear layers. Reading the values later raises it if they are not finite, or if the
+            file has changed.
     """
-    path = resolve_inside(folder, folder / DIFFUSERS_FILE)
-    file = SafetensorsFile(path)
-    values = file.read()
-    tensors = {key: values[key] for key in file.tensors}
-    try:
-        fields = json.loads(file.metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: `{METADATA}` must be JSON, got {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: `{METADATA}` must hold an object, got {fields!r:.80}")
-    other = next((key for key in tensors if ".lora_A." not in key and ".lora_B." not in key), None)
+    with open_folder(fspath(folder)) as opened:
+        file = opened.open(DIFFUSERS_FILE)
+        header = read_header(file)
+
+    def outline(fingerprint: Fingerprint) -> FileOutline:
+        parsed = parse_header(file.path, header, file.state.bytes)
+        return _outline(file.path, parsed, fingerprint, targets)
+
+    return adapter_in_file(opened, file, DIFFUSERS_FILE, header, tuple(targets), outline)
+
+
+def _outline(
+    source: str, header: Header, fingerprint: Fingerprint, targets: Sequence[str]
+) -> FileOutline:
+    fields = _fields(source, header.metadata)
+    other = next((k for k in header.places if ".lora_A." not in k and ".lora_B." not in k), None)
     if other is not None:
         raise CheckpointError(
-            f"{path}: key {other!r} must be of lora_A or lora_B, got another format; "
+            f"{source}: key {other!r} must be of lora_A or lora_B, got another format; "
             f"{LOAD_WITH_DIFFUSERS}"
         )
-    prefix = _prefix(path, tensors, targets)
-    mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-    config = parse_config(own, str(path)) if own else _inferred_config(mine)
-    return peft_weights(str(path), config, mine)
+    prefix = _prefix(source, header.places, targets)
+    places, own = _below(prefix, header.places), _below(prefix, fields)
+    config = parse_config(own, source) if own else _inferred_config(places)
+    return peft_outline(source, config, fingerprint, places)
 
 
-def _prefix(file: Path, keys: Collection[str], targets: Collection[str]) -> str:
+def _fields(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configs in the metadata of a file."""
+    text = metadata.get(METADATA, "{}")
+    return read_json(text.encode(errors="replace"), f"{source}: `{METADATA}`")
+
+
+def _below(prefix: str, entries: Mapping[str, Value]) -> dict[str, Value]:
+    """The entries whose keys begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+
+
+def _prefix(source: str, keys: Collection[str], targets: Collection[str]) -> str:
     """What the keys of this model begin with: "", or a component and a dot."""
     known = set(targets)
     matches: Counter[str] = Counter(
         prefix
         for path in {re.split(r"\.lora_[AB]\.", key)[0] for key in keys}
         for prefix in ("", path.partition(".")[0] + ".")
-        if path.removeprefix(prefix) in known
+        if path.startswith(prefix) and path.removeprefix(prefix) in known
     )
     if len(matches) == 1:
         return next(iter(matches))
     components = sorted(matches or {key.partition(".")[0] for key in keys})
+    some = ", ".join(f"{component:.40}" for component in components[:5])
     raise CheckpointError(
-        f"{file} must hold one component whose modules are targets of this model, got "
-        f"{'several' if matches else 'others'} ({', '.join(components[:5])}); "
+        f"{source} must hold one component whose modules are targets of this model, got "
+        f"{'several' if matches else 'others'} ({some}); "
         f"{LOAD_WITH_DIFFUSERS if matches else 'attach with targets that cover it'}"
     )
 
 
-def _inferred_config(tensors: Mapping[str, Tensor]) -> PeftConfig:
+def _inferred_config(places: Mapping[str, TensorPlace]) -> PeftConfig:
     """The config that the shapes tell: alpha = rank everywhere."""
     ranks = {
-        key.removesuffix(".lora_A.weight"): tensor.shape[0]
-        for key, tensor in tensors.items()
-        if key.endswith(".lora_A.weight") and tensor.ndim and len(tensor)
+        key.removesuffix(".lora_A.weight"): place.shape[0]
+        for key, place in places.items()
+        if key.endswith(".lora_A.weight") and place.shape
     }
-    # The most common rank is the default, so that few paths are matched with patterns.
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
-    bias = any(key.endswith(".lora_B.bias") for key in tensors)
-    return PeftConfig(r, r, lora_bias=bias, rank_pattern=others, alpha_pattern=others)
+    bias = any(key.endswith(".lora_B.bias") for key in places)
+    return _InferredConfig(lora_bias=bias, ranks=ranks)

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
@@ -98,13 +97,21 @@ class PeftConfig:
         return layer is not None and int(layer[1]) in self.layers_to_transform
 
 
-def read_config(file: Path) -> PeftConfig:
-    """The config in an adapter_config.json.
+def read_json(content: bytes, source: str) -> dict[str, Any]:
+    """The fields in an adapter_config.json.
 
     Raises:
-        CheckpointError: it is not JSON, a field has a wrong value, or one means more than LoRA.
+        CheckpointError: begins with `source`; it is no JSON object, or too long.
     """
-    return parse_config(_read_json(file), str(file))
+    if len(content) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{source} must be at most {MAX_CONFIG_BYTES} bytes, got more")
+    try:
+        values = json.loads(content.decode())
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{source} must be JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source} must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
@@ -133,19 +140,6 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         layers_to_transform=check.layers("layers_to_transform"),
         layers_pattern=check.layer_names("layers_pattern"),
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        size = file.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file} must be at most {MAX_CONFIG_BYTES} bytes, got {size}")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} must be a readable JSON file, got {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _refuse_other_formulas(source: str, values: Mapping[str, Any]) -> None:

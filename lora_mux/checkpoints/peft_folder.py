@@ -1,24 +1,32 @@
 """PEFT checkpoint folders: adapter_config.json + adapter_model.safetensors, read strictly.
 
 The keys in the file name the adapted modules; the config gives the rank and the scaling of each. A
-folder comes from strangers: no pickle is ever read, its files must be inside it, every key must be
-understood, and shapes are compared with the config before a tensor is loaded.
+folder comes from strangers: no pickle is ever read, every key must be understood, and shapes are
+compared with the config before a value is read.
 """
 
-import functools
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from os import PathLike, fspath
+from typing import Any
 
 from torch import Tensor
 
-from ..core import LoraWeights, is_finite
+from ..core import LoraWeights
 from ..errors import CheckpointError
-from .peft_config import PeftConfig, read_config
-from .safetensors_file import PackedTensors, SafetensorsFile
-from .stored_adapter import StoredAdapter, lora_weights
+from .opened_folder import OpenedFolder, open_folder
+from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, read_json
+from .safetensors_file import (
+    FileOutline,
+    Fingerprint,
+    adapter_in_file,
+    check_finite,
+    file_outline,
+    parse_header,
+    read_header,
+)
+from .stored_adapter import StoredAdapter, TensorPlace, lora_weights
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,69 +44,76 @@ OTHER_SUFFIXES = {
     ".base_layer.bias": "it is a bias of the base model, which all adapters share",
 }
 DIMENSIONS = {"A": 2, "B": 2, "bias": 1}  # of the factors of a linear layer
+# Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
+MAX_RANK_OF_SMALL_LAYERS = 8192
 MAX_PATHS_IN_WARNING = 3
 
 
-@dataclass(frozen=True)
-class PeftFolder:
-    """A checkpoint folder of which everything but the values was read and checked."""
-
-    folder: Path
-    config: PeftConfig
-    stored: StoredAdapter
-
-    def warn_unless_complete(self, targets: Sequence[str]) -> None:
-        """Warn if the file holds other modules than its config targets.
-
-        Args:
-            targets: the paths of all linear layers that can carry adapters.
-        """
-        held = self.stored.keys.keys()
-        wanted = {path for path in targets if self.config.targets(path)}
-        if self.config.target_modules is None or isinstance(self.config.target_modules, str):
-            wanted &= held  # a pattern may also match layers that were never adapted
-        missing = sorted(wanted - held)
-        extra = sorted(path for path in held if not self.config.targets(path))
-        for paths, what in (
-            (missing, "lacks modules that its config targets"),
-            (extra, "holds modules that its config does not target"),
-        ):
-            if paths:
-                more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
-                warnings.warn(
-                    f"{self.folder / WEIGHTS_FILE} {what}: "
-                    f"{', '.join(paths[:MAX_PATHS_IN_WARNING])}{more}",
-                    stacklevel=3,
-                )
-
-
-def read_peft_folder(folder: str | PathLike[str]) -> PeftFolder:
+def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -> StoredAdapter:
     """Read the config and the header of a PEFT checkpoint folder.
+
+    Args:
+        targets: the paths of all linear layers that can carry adapters.
 
     Raises:
         CheckpointError: names the file, and the field or key that is missing, broken, unsafe, or
             more than plain LoRA on linear layers. Reading the values later raises it if they are
             not finite, or if the file has changed.
     """
-    root = Path(folder)
-    try:
-        files = _find_files(root)
-    except OSError as error:
-        raise CheckpointError(f"`folder` must be readable, got {error}") from None
-    config = read_config(files[CONFIG_FILE])
-    file = SafetensorsFile(files[WEIGHTS_FILE])
-    source = str(root / WEIGHTS_FILE)
-    keys = _checked_keys(source, config, file.tensors, lambda key: file.tensors[key].shape)
-    read = functools.partial(_read_and_check, file, source)  # not a closure, which has no pickle
+    with open_folder(fspath(folder)) as opened:
+        _refuse_pickle(opened)
+        config_file, file = opened.open(CONFIG_FILE), opened.open(WEIGHTS_FILE)
+        size = min(config_file.state.bytes, MAX_CONFIG_BYTES + 1)
+        content, header = config_file.read(0, size), read_header(file)
+    fields = read_json(content, config_file.path)
+    config = parse_config(fields, config_file.path)
+
+    def outline(fingerprint: Fingerprint) -> FileOutline:
+        places = parse_header(file.path, header, file.state.bytes).places
+        return peft_outline(file.path, config, fingerprint, places, targets)
+
+    meaning = (_digest(fields), *targets)
+    return adapter_in_file(opened, file, WEIGHTS_FILE, header, meaning, outline)
+
+
+def peft_outline(
+    source: str,
+    config: PeftConfig,
+    fingerprint: Fingerprint,
+    places: Mapping[str, TensorPlace],
+    targets: Sequence[str] = (),
+) -> FileOutline:
+    """The outline of the adapter that has these tensors, whose keys are PEFT's."""
+    keys = _checked_keys(source, config, places)
     scaling = {path: config.scaling(path) for path in keys}
-    return PeftFolder(root, config, StoredAdapter(str(folder), keys, scaling, file.tensors, read))
+    return file_outline(fingerprint, keys, scaling, places, _remarks(config, keys.keys(), targets))
 
 
-def _read_and_check(file: SafetensorsFile, source: str, pinned: bool) -> PackedTensors:
-    values = file.read(pinned)
-    for key in values.places:
-        _check_finite(source, key, values[key])
-    return values
+def _digest(fields: Mapping[str, Any]) -> bytes:
+    """What a checked config means, in 32 bytes. PEFT writes modules, sets, in any order."""
+    modules = {"target_modules", "exclude_modules"}
+    # An initialisation may be anything that is no string, and then means nothing.
+    names = (HONOURED - {"init_lora_weights"}) & fields.keys()
+    known = {name: fields[name] for name in sorted(names)}
+    sets = {n: sorted(v) for n, v in known.items() if n in modules and isinstance(v, list)}
+    return hashlib.sha256(json.dumps(known | sets).encode()).digest()
+
+
+def _remarks(config: PeftConfig, held: Set[str], targets: Sequence[str]) -> Iterator[str]:
+    """In what the file differs from what its config targets."""
+    wanted = {path for path in targets if config.targets(path)}
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        wanted &= held  # a pattern may also match layers that were never adapted
+    missing = sorted(wanted - held)
+    extra = sorted(path for path in held if not config.targets(path))
+    for paths, what in (
+        (missing, "lacks modules that its config targets"),
+        (extra, "holds modules that its config does not target"),
+    ):
+        if paths:
+            more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
+            some = (f"{path:.100}" for path in paths[:MAX_PATHS_IN_WARNING])
+            yield f"{what}: {', '.join(some)}{more}"
 
 
 def peft_weights(
@@ -110,58 +125,32 @@ def peft_weights(
         CheckpointError: begins with `source`, and names the key that does not agree with the
             config.
     """
-    keys = _checked_keys(source, config, tensors, lambda key: tensors[key].shape)
+    keys = _checked_keys(source, config, tensors)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
-        _check_finite(source, key, tensor)
+        check_finite(source, key, tensor)
     scaling = {path: config.scaling(path) for path in keys}
     return lora_weights(keys, scaling, tensors.__getitem__)
 
 
-def resolve_inside(folder: Path, file: Path) -> Path:
-    """The real path of a file, if no link leads out of its folder, say to another tenant's.
-
-    The hub's cache keeps a repository's files beside its folders, and links to them.
-    """
-    if not file.is_symlink():
-        return file
-    root, real = folder.resolve(), file.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{file} must be inside its folder, got a link to {real}")
-    return real
-
-
-def _find_files(root: Path) -> dict[str, Path]:
-    """The two files of a folder, by their names."""
-    if not root.is_dir():
-        raise CheckpointError(f"`folder` must be an existing folder, got {str(root)!r}")
-    files = {name: root / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    for name, file in files.items():
-        if not file.is_file():
-            hint = ""
-            if name == WEIGHTS_FILE and (root / PICKLE_FILE).exists():
-                hint = (
-                    f", only {PICKLE_FILE}, a pickle, which can run code when it is read; load it "
-                    "with PEFT, and save it as safetensors with save_pretrained()"
-                )
-            raise CheckpointError(f"{root} must hold {name}, got a folder without it{hint}")
-    return {name: resolve_inside(root, file) for name, file in files.items()}
+def _refuse_pickle(folder: OpenedFolder) -> None:
+    """Say why a folder that holds a pickle instead of safetensors is refused."""
+    if folder.holds(PICKLE_FILE) and not folder.holds(WEIGHTS_FILE):
+        raise CheckpointError(
+            f"{folder.path} must hold {WEIGHTS_FILE}, got a folder without it, only {PICKLE_FILE}, "
+            "a pickle, which can run code when it is read; load it with PEFT, and save it as "
+            "safetensors with save_pretrained()"
+        )
 
 
 def _checked_keys(
-    source: str,
-    config: PeftConfig,
-    keys: Iterable[str],
-    shape_of: Callable[[str], Sequence[int]],
+    source: str, config: PeftConfig, tensors: Mapping[str, Tensor | TensorPlace]
 ) -> dict[str, dict[str, str]]:
     """Path -> {"A": key, "B": key, "bias": key}, whose shapes agree with the config."""
-    modules = _keys_by_module(source, keys)
+    modules = _keys_by_module(source, tensors)
     for path, parts in modules.items():
-        shapes = {part: list(shape_of(key)) for part, key in parts.items()}
+        shapes = {part: list(tensors[key].shape) for part, key in parts.items()}
         _check_shapes(source, path, parts, config, shapes)
     return modules
 
@@ -219,13 +208,14 @@ def _check_shapes(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
             f"{shapes['A']} and lora_B {shapes['B']}"
         )
+    most = max(MAX_RANK_OF_SMALL_LAYERS, shapes["A"][1], shapes["B"][0])
+    if rank > most:
+        raise CheckpointError(
+            f"{source}: module {path!r} must have a rank of at most {most}, got {rank}: more "
+            "than such a layer can use"
+        )
     if ("bias" in parts) != config.lora_bias:
         raise CheckpointError(
             f"{source}: module {path!r} must {'' if config.lora_bias else 'not '}have lora_B.bias, "
             f"because its config says lora_bias={config.lora_bias}"
         )
-
-
-def _check_finite(source: str, key: str, tensor: Tensor) -> None:
-    if not is_finite(tensor, tensor.dtype):
-        raise CheckpointError(f"{source}: key {key!r} must be finite, got NaN or infinity")

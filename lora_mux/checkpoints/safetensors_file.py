@@ -1,29 +1,35 @@
-"""Safetensors files from strangers: the header now, the values later and in one read.
+"""Safetensors files from strangers: the header now, the values later, and only those needed.
 
-The safetensors library checks the header. That takes no memory for values, so that thousands of
-files can be open. Values are read into memory of our own and never mapped: whoever writes to a
-mapped file changes what was checked, and whoever truncates it ends the process.
+The header is parsed here, from bytes that were read: the safetensors library maps the file to do
+that. Everything that the format leaves open is refused: a key twice, other fields, empty tensors.
+
+Format: 8 bytes, the length of a JSON object; the object, key -> dtype, shape and data_offsets; and
+the values, side by side without holes.
 """
 
+import hashlib
 import json
-import math
-import os
-import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..core import is_finite
 from ..errors import CheckpointError
+from .opened_folder import FileState, OpenedFile, OpenedFolder, open_folder
+from .stored_adapter import Outline, PackedTensors, StoredAdapter, TensorPlace
 
-# 10,000 tensors need 1.2 MB. The library itself would read headers of up to 100 MB.
+# 10,000 tensors need 1.2 MB.
 MAX_HEADER_BYTES = 1 << 23
+MAX_TENSORS = 1 << 16
+MAX_KEY_BYTES = 256  # real ones have about 100
+MAX_DIMENSIONS = 8
+MAX_DIGITS = 18  # of a number: less than 2^63
 LENGTH_BYTES = 8  # of the header's length, with which a file begins
-ALIGNMENT = 16  # bytes; each packed tensor begins at a multiple
 FLOATING = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,144 +40,234 @@ FLOATING = {
 }
 
 
-class FileState(NamedTuple):
-    """The numbers by which a file that was changed or replaced is noticed."""
+class Header(NamedTuple):
+    """What a header says."""
 
-    device: int
-    inode: int
-    bytes: int
-    modified: int  # in nanoseconds
+    places: dict[str, TensorPlace]  # by key; where they are in the file
+    metadata: dict[str, str]
 
 
-class TensorInfo(NamedTuple):
-    """A tensor without its values."""
+class Fingerprint(NamedTuple):
+    """A header, and how many bytes follow it, in little memory."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class TensorPlace(NamedTuple):
-    """Where a tensor is among packed ones."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # its first byte
-
-    @property
-    def end(self) -> int:
-        """The byte after its last one."""
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+    digest: bytes
+    header_bytes: int
+    file_bytes: int
 
 
-@dataclass(frozen=True)
-class PackedTensors:
-    """Tensors side by side in one stretch of memory, which one copy moves."""
+@dataclass(frozen=True, eq=False)
+class FileOutline(Outline):
+    """An outline and what it takes to read the values of such a file."""
 
-    data: Tensor  # uint8 [bytes]
-    places: Mapping[str, TensorPlace]  # by key
-
-    def __getitem__(self, key: str) -> Tensor:
-        place = self.places[key]
-        held = self.data[place.start : place.end]
-        if held.storage_offset() % place.dtype.itemsize:
-            held = held.clone()  # the tensors of a file need not be aligned
-        return held.view(place.dtype).view(place.shape)
-
-    def to(self, device: torch.device) -> "PackedTensors":
-        """The tensors on a device, by one copy."""
-        return PackedTensors(self.data.to(device, non_blocking=True), self.places)
+    fingerprint: Fingerprint = field(kw_only=True)
+    # The first byte and the one after the last of each stretch that is needed.
+    runs: tuple[tuple[int, int], ...] = field(kw_only=True)
 
 
-def pack(tensors: Mapping[str, Tensor], pinned: bool) -> PackedTensors:
-    """Copies of tensors, packed; pinned: in memory from which a GPU copies without the host."""
-    places, end = {}, 0
-    for key, tensor in tensors.items():
-        end += -end % ALIGNMENT
-        places[key] = TensorPlace(tensor.dtype, tuple(tensor.shape), end)
-        end = places[key].end
-    packed = PackedTensors(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), places)
-    for key, tensor in tensors.items():
-        packed[key].copy_(tensor.detach())
-    return packed
+# Outlines in use, by what they were made from, so that adapters of one shape share one.
+_OUTLINES: WeakValueDictionary[Hashable, FileOutline] = WeakValueDictionary()
 
 
-class SafetensorsFile:
-    """A safetensors file of floating tensors whose header was read and checked."""
+def read_header(file: OpenedFile) -> bytes:
+    """A file up to its values, unparsed.
 
-    def __init__(self, path: Path) -> None:
-        """Read the header.
-
-        Raises:
-            CheckpointError: it is no whole safetensors file, or holds other tensors than floats.
-        """
-        self.path = path
-        try:
-            self._state = _state(os.stat(path))
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes, more than {MAX_HEADER_BYTES}")
-            with safe_open(path, framework="pt") as tensors:
-                slices = {key: tensors.get_slice(key) for key in tensors.keys()}
-                self.tensors = {key: self._info(key, part) for key, part in slices.items()}
-                self.metadata: dict[str, str] = tensors.metadata() or {}
-        except (SafetensorError, OSError, ValueError, MemoryError) as error:
-            raise self._broken(error) from None
-
-    def read(self, pinned: bool = False) -> PackedTensors:
-        """Read the values.
-
-        Args:
-            pinned: into memory from which a GPU copies without the host.
-
-        Raises:
-            CheckpointError: the file is not the one that was opened any more, or does not fit into
-                memory.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                if _state(os.fstat(file.fileno())) != self._state:
-                    raise CheckpointError(
-                        f"{self.path} must be the file that was loaded, got one that has changed "
-                        "since; load it again with replace=True"
-                    )
-                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-                places = {key: self._place(key, header[key]) for key in self.tensors}
-                size = self._state.bytes - LENGTH_BYTES - length
-                data = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-                left = data.numpy().data
-                while left and (got := file.readinto(left)):
-                    left = left[got:]
-            if left or any(place.end > size for place in places.values()):
-                raise ValueError("less data than its header says")
-        # torch raises RuntimeError when there is no memory.
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-            raise self._broken(error) from None
-        return PackedTensors(data, places)
-
-    def _info(self, key: str, part: Any) -> TensorInfo:
-        dtype = part.get_dtype()
-        if dtype not in FLOATING:
-            raise CheckpointError(f"{self.path}: key {key!r} must be floating, got {dtype}")
-        return TensorInfo(FLOATING[dtype], tuple(part.get_shape()))
-
-    def _place(self, key: str, entry: Any) -> TensorPlace:
-        """Where the values of a key are, if the header still says what it said before."""
-        start, end = entry["data_offsets"]
-        place = TensorPlace(*self.tensors[key], start)
-        same = FLOATING.get(entry["dtype"]) == place.dtype and entry["shape"] == [*place.shape]
-        if not (same and type(start) is int and 0 <= start and place.end == end):
-            raise ValueError(f"a header that has changed at key {key!r}")
-        return place
-
-    def _broken(self, error: Exception) -> CheckpointError:
-        if isinstance(error, CheckpointError):
-            return error
-        return CheckpointError(f"{self.path} must be a whole safetensors file, got {error}")
+    Raises:
+        CheckpointError: the file is shorter than it says, or its header too long.
+    """
+    if file.state.bytes < LENGTH_BYTES:
+        raise _broken(file.path, f"{file.state.bytes} bytes")
+    length = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
+    most = min(MAX_HEADER_BYTES, file.state.bytes - LENGTH_BYTES)
+    if length > most:
+        raise _broken(file.path, f"a header of {length} bytes, more than {most}")
+    return file.read(0, LENGTH_BYTES + length)
 
 
-def _state(status: os.stat_result) -> FileState:
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("something else than a regular file")
-    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def parse_header(source: str, header: bytes, file_bytes: int) -> Header:
+    """The meaning of a header.
+
+    Args:
+        source: what error messages call the file.
+        header: what `read_header` returned.
+        file_bytes: the size of the whole file.
+
+    Raises:
+        CheckpointError: it is none, does not cover the file exactly, or has tensors that are not
+            floating.
+    """
+    try:
+        return _parse(header, file_bytes)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _broken(source, str(error)[:200]) from None
+
+
+def file_outline(
+    fingerprint: Fingerprint,
+    keys: Mapping[str, Mapping[str, str]],
+    scaling: Mapping[str, float],
+    places: Mapping[str, TensorPlace],
+    remarks: Iterable[str] = (),
+) -> FileOutline:
+    """The outline of an adapter in a file.
+
+    Args:
+        keys: path -> {"A": key, ...}.
+        scaling: by path.
+        places: the tensors of all these keys, where they are in the file.
+    """
+    packed: dict[str, TensorPlace] = {}
+    runs: list[tuple[int, int]] = []
+    end = 0
+    wanted = (key for parts in keys.values() for key in parts.values())
+    for key in sorted(wanted, key=lambda key: places[key].start):
+        place = places[key]
+        packed[key] = place._replace(start=end)
+        end = packed[key].end
+        start = runs.pop()[0] if runs and runs[-1][1] == place.start else place.start
+        runs.append((start, place.end))
+    return FileOutline(
+        keys, scaling, packed, tuple(remarks), fingerprint=fingerprint, runs=tuple(runs)
+    )
+
+
+def adapter_in_file(
+    folder: OpenedFolder,
+    file: OpenedFile,
+    name: str,
+    header: bytes,
+    meaning: Hashable,
+    outline: Callable[[Fingerprint], FileOutline],
+) -> StoredAdapter:
+    """An adapter in a file, whose values are read when they are needed.
+
+    Args:
+        name: the file's, in the folder.
+        header: what `read_header` returned.
+        meaning: what the outline depends on beside the header.
+        outline: makes the outline, if no other adapter has the same.
+    """
+    digest = hashlib.sha256(header).digest()
+    fingerprint = Fingerprint(digest, len(header), file.state.bytes)
+    shared = _OUTLINES.get((fingerprint, meaning))
+    if shared is None:
+        shared = _OUTLINES.setdefault((fingerprint, meaning), outline(fingerprint))
+    read = partial(_read_values, folder.absolute, name, file.state, shared)
+    return StoredAdapter(folder.path, shared, read)
+
+
+def _read_values(
+    folder: str, name: str, state: FileState, outline: FileOutline, pinned: bool
+) -> PackedTensors:
+    """The values of an adapter, if its file is the one that was looked at."""
+    with open_folder(folder) as opened:
+        file = opened.open(name)
+        fingerprint = outline.fingerprint
+        if file.state != state or fingerprint.digest != _digest(file, fingerprint.header_bytes):
+            raise CheckpointError(
+                f"{file.path} must be the file that was loaded, got one that has changed since; "
+                "load it again with replace=True"
+            )
+        data = _allocate(file.path, sum(end - start for start, end in outline.runs), pinned)
+        left = data.numpy().data
+        for start, end in outline.runs:
+            file.read_into(start, left[: end - start])
+            left = left[end - start :]
+    values = PackedTensors(data, outline.places)
+    for key in values.places:
+        check_finite(file.path, key, values[key])
+    return values
+
+
+def check_finite(source: str, key: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity."""
+    if not is_finite(tensor, tensor.dtype):
+        raise CheckpointError(f"{source}: key {key!r:.100} must be finite, got NaN or infinity")
+
+
+def _digest(file: OpenedFile, size: int) -> bytes:
+    return hashlib.sha256(file.read(0, size)).digest()
+
+
+def _allocate(source: str, size: int, pinned: bool) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    except (RuntimeError, MemoryError) as error:  # torch raises the first
+        raise CheckpointError(
+            f"{source}: {size} bytes must fit into memory, got {str(error)[:100]}"
+        ) from None
+
+
+def _parse(header: bytes, file_bytes: int) -> Header:
+    text = header[LENGTH_BYTES:].decode()
+    if not text.startswith("{"):
+        raise ValueError("a header that is no JSON object")
+    entries = json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_int=_natural,
+        parse_float=_no_number,
+        parse_constant=_no_number,
+    )
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise ValueError("metadata that is no object of strings")
+    if len(entries) > MAX_TENSORS:
+        raise ValueError(f"{len(entries)} tensors, more than {MAX_TENSORS}")
+    places = {key: _place(key, entry, len(header)) for key, entry in entries.items()}
+    end = len(header)
+    for key, place in sorted(places.items(), key=lambda item: item[1].start):
+        if place.start != end:
+            raise ValueError(f"key {key!r:.100}, which does not begin where the one before ends")
+        end = place.end
+    if end != file_bytes:
+        raise ValueError(f"{file_bytes} bytes, where its header says {end}")
+    return Header(places, metadata)
+
+
+def _place(key: str, entry: Any, begin: int) -> TensorPlace:
+    """Where the tensor of one entry is in the file, whose values begin at `begin`."""
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"key {key!r:.100} of more than {MAX_KEY_BYTES} bytes")
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+            numbers = *shape, start, end
+        case _:
+            numbers = (None,)
+    if not all(type(number) is int for number in numbers) or len(entry) != 3:
+        raise ValueError(f"key {key!r:.100} without dtype, shape and data_offsets alone")
+    if dtype not in FLOATING:
+        raise ValueError(f"key {key!r:.100}, which must be floating, of {dtype!r:.20}")
+    if len(shape) > MAX_DIMENSIONS or 0 in shape:
+        raise ValueError(f"key {key!r:.100}, whose shape is {str(shape)[:100]}")
+    place = TensorPlace(FLOATING[dtype], tuple(shape), begin + start)
+    if place.end != begin + end:
+        raise ValueError(
+            f"key {key!r:.100}, whose shape {shape} takes {place.end - place.start} bytes, with "
+            f"{end - start}"
+        )
+    return place
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a header that has a key twice")
+    return made
+
+
+def _natural(digits: str) -> int:
+    if not digits.isdecimal() or len(digits) > MAX_DIGITS:
+        raise ValueError(f"the number {digits:.30}")
+    return int(digits)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"the number {text:.30}")
+
+
+def _broken(source: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} must be a whole safetensors file of floating tensors, got {got}"
+    )

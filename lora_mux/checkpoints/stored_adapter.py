@@ -1,27 +1,103 @@
 """An adapter that is not in the pools: in a file, or packed in the host's memory."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..core import LoraWeights
-from .safetensors_file import PackedTensors, TensorInfo, pack
+from ..core import LoraWeights, rank_rows
 
 ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+
+ALIGNMENT = 16  # bytes; each packed tensor begins at a multiple
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor is among packed ones."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # its first byte
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """Tensors side by side in one stretch of memory, which one copy moves."""
+
+    data: Tensor  # uint8 [bytes]
+    places: Mapping[str, TensorPlace]  # by key
+
+    def __getitem__(self, key: str) -> Tensor:
+        place = self.places[key]
+        held = self.data[place.start : place.end]
+        if held.storage_offset() % place.dtype.itemsize:
+            held = held.clone()  # the tensors of a file need not be aligned
+        return held.view(place.dtype).view(place.shape)
+
+    def to(self, device: torch.device) -> "PackedTensors":
+        """The tensors on a device, by one copy."""
+        return PackedTensors(self.data.to(device, non_blocking=True), self.places)
+
+
+def pack(tensors: Mapping[str, Tensor], pinned: bool) -> PackedTensors:
+    """Copies of tensors, packed; pinned: in memory from which a GPU copies without the host."""
+    places, end = {}, 0
+    for key, tensor in tensors.items():
+        end += -end % ALIGNMENT
+        places[key] = TensorPlace(tensor.dtype, tuple(tensor.shape), end)
+        end = places[key].end
+    packed = PackedTensors(torch.empty(end, dtype=torch.uint8, pin_memory=pinned), places)
+    for key, tensor in tensors.items():
+        packed[key].copy_(tensor.detach())
+    return packed
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """An adapter without its values: names, shapes and scalings of its factors.
+
+    Adapters of one shape share an outline, so that what follows from it alone is found once. It is
+    equal to itself only, and nobody changes it.
+    """
+
+    keys: ModuleKeys
+    scaling: Mapping[str, float]  # by path
+    places: Mapping[str, TensorPlace]  # by key; where the values are, once they were read
+    remarks: tuple[str, ...] = ()  # what whoever loads it should know
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Outline":
+        return self
+
+    @functools.cached_property
+    def rank_rows(self) -> dict[str, int]:
+        """Path -> the rank rows that the adapter takes there."""
+        return {path: rank_rows(part) for path, part in self.shapes().items()}
+
+    def shapes(self) -> dict[str, LoraWeights]:
+        """Path -> factors without values, on the meta device."""
+
+        def without_values(key: str) -> Tensor:
+            place = self.places[key]
+            return torch.empty(place.shape, dtype=place.dtype, device="meta")
+
+        return lora_weights(self.keys, self.scaling, without_values)
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The names, shapes and scalings of an adapter's factors, and how to read their values."""
+    """An outline, and how to read the values."""
 
     source: str  # what error messages call it
-    keys: ModuleKeys
-    scaling: Mapping[str, float]  # by path
-    tensors: Mapping[str, TensorInfo]  # by key
+    outline: Outline
     # Reads the values, as often as they are needed. True: into pinned memory, from which a GPU
     # copies without the host.
     read: Callable[[bool], PackedTensors]
@@ -31,16 +107,11 @@ class StoredAdapter:
 
     def shapes(self) -> dict[str, LoraWeights]:
         """Path -> factors without values, on the meta device."""
-
-        def without_values(key: str) -> Tensor:
-            dtype, shape = self.tensors[key]
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        return lora_weights(self.keys, self.scaling, without_values)
+        return self.outline.shapes()
 
     def weights(self, values: PackedTensors) -> dict[str, LoraWeights]:
         """Path -> factors, which are views of the values."""
-        return lora_weights(self.keys, self.scaling, values.__getitem__)
+        return lora_weights(self.outline.keys, self.outline.scaling, values.__getitem__)
 
 
 def lora_weights(
@@ -76,9 +147,9 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
         keys[path] = {name: f"{path}.{name}" for name in given}
         tensors |= {keys[path][name]: tensor for name, tensor in given.items()}
     packed = pack(tensors, pinned)
-    infos = {key: TensorInfo(place.dtype, place.shape) for key, place in packed.places.items()}
     scaling = {path: part.scaling for path, part in weights.items()}
-    return StoredAdapter(source, keys, scaling, infos, functools.partial(_held, packed))
+    outline = Outline(keys, scaling, packed.places)
+    return StoredAdapter(source, outline, functools.partial(_held, packed))
 
 
 def _held(packed: PackedTensors, pinned: bool) -> PackedTensors:

@@ -1,6 +1,7 @@
 """The adapters of an attached model, as users load and keep them."""
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -74,12 +75,11 @@ class LoadedAdapters:
 
     def _prepared(self, folder: str | PathLike[str], revision: str | None = None) -> Prepared:
         root = local_folder(folder, revision)
-        if is_diffusers_folder(root):
-            weights = read_diffusers_file(root, self.targets)
-            return self._adapters.prepare_weights(weights, str(folder))
-        checkpoint = read_peft_folder(root)
-        checkpoint.warn_unless_complete(self.targets)
-        return self._adapters.prepare(checkpoint.stored)
+        read = read_diffusers_file if is_diffusers_folder(root) else read_peft_folder
+        stored = read(root, self.targets)
+        for remark in stored.outline.remarks:
+            warnings.warn(f"{stored.source} {remark}", stacklevel=4)
+        return self._adapters.prepare(stored)
 
     def _publish(
         self, adapters: Mapping[str, Callable[[], Prepared]], replace: bool = False

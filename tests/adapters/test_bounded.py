@@ -458,7 +458,7 @@ class TestBadFiles:
 
     def test_gone(self, stage: Stage) -> None:
         (stage.tenants["a"].folder / WEIGHTS).unlink()
-        self.refuse(stage, "whole safetensors file")
+        self.refuse(stage, f"must hold {WEIGHTS}")
 
     def test_another_file(self, stage: Stage) -> None:
         tenant(stage.tenants["a"].folder, {"first": 4, "second": 4}, 99)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_mux.checkpoints.safetensors_file import PackedTensors
+from lora_mux.checkpoints import PackedTensors
 from lora_mux.core.pool import Pool
 from lora_mux.core.slots import Slots
 from tenants import attached, tenant

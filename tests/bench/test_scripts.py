@@ -275,13 +275,14 @@ def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
 def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
     out = tmp_path / "residency.jsonl"
     sizes = ["--layers", "2", "--width", "16", "--adapters", "9", "--resident", "2"]
-    files = ["--folders", "2", "--peft", "3"]
+    files = ["--folders", "2", "--peft", "3", "--targets", "3", "--registered", "20"]
     crowds = ["--crowd", "20", "--big", "4"]
     done = script("bench/residency.py", *sizes, *files, *crowds, "--out", str(out))
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["milliseconds"]["lora_mux"]["bytes of an adapter"] == 16 * 2 * (2 * 16 * 4 + 1)
     assert record["milliseconds"]["PEFT"]["load_adapter"]["min"] > 0
+    assert record["per adapter"]["registering"]["microseconds"] > 0
     crowd = record["milliseconds"]["into a crowd"]
     assert {setting: times["evicted"] for setting, times in crowd.items()} == {
         "1 layer, 20 of rank 1, one of 10": 10,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from diffusion import diffusers, flux
+from lora_mux.checkpoints import read_diffusers_file
 from peft_oracle import peft, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
@@ -137,7 +138,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "half a pair": (tensors(PAIR[0]), "lora_B.weight is missing"),
     "not finite": ({PAIR[0]: torch.full((2, 8), torch.nan), **tensors(PAIR[1])}, "finite"),
-    "no row": ({PAIR[0]: torch.ones(0, 8), PAIR[1]: torch.ones(8, 0)}, "rank"),
+    "no row": ({PAIR[0]: torch.ones(0, 8), PAIR[1]: torch.ones(8, 0)}, r"shape is \[0, 8\]"),
     "a convolution": ({PAIR[0]: torch.ones(2, 8, 1, 1), **tensors(PAIR[1])}, "2-dimensional"),
     "nothing": ({}, "one component"),
 }
@@ -152,7 +153,8 @@ def test_refusals(what: str, tmp_path: Path) -> None:
 
 CONFIG_REFUSED: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "must be JSON"),
-    "a list": ("[1]", "must hold an object"),
+    "too long": (" " * (1 << 20) + "{}", "must be at most 1048576 bytes"),
+    "a list": ("[1]", "must hold a JSON object"),
     "DoRA": (
         json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", 1)]}),
         "`use_dora` must be unset",
@@ -176,11 +178,54 @@ def test_a_broken_file(tmp_path: Path) -> None:
     refused(tmp_path, "whole safetensors file")
 
 
+@pytest.mark.parametrize("memory", [None, "64KiB"], ids=["unbounded", "bounded"])
+@torch.no_grad()
+def test_values_of_other_components_are_not_read(memory: str | None, tmp_path: Path) -> None:
+    """They lie before, between and behind those of this model, and would be refused."""
+    A, B = torch.randn(2, 8), torch.randn(8, 2, dtype=torch.float16)
+    state = dict(zip(PAIR, (A, B), strict=True))
+    for component in ("a", "z"):
+        state[f"{component}.x.lora_A.weight"] = torch.full((5, 5), torch.nan)
+        state[f"{component}.x.lora_B.weight"] = torch.full((5, 5), torch.nan, dtype=torch.float16)
+    save_file(state, tmp_path / FILE)
+    values = read_diffusers_file(tmp_path, ["0"]).read(False)
+    assert values.data.numel() == A.nbytes + B.nbytes
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    weight = model[0].weight.clone()
+    mux = lora_mux.attach(model, memory=memory)
+    mux.load("ink", tmp_path)
+    mux.set_adapter("ink")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), x @ (weight + B.float() @ A).T)
+
+
+def test_a_rank_of_its_own_for_each_of_thousands(tmp_path: Path) -> None:
+    """Their ranks are looked up, not matched by patterns: that would take hours."""
+    begin, header = 0, {}
+    for i in range(5000):
+        for part, shape in (("A", [1 + i, 1]), ("B", [1, 1 + i])):
+            end = begin + 4 * (1 + i)
+            offsets = [begin, end]
+            header[f"{i}.lora_{part}.weight"] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": offsets,
+            }
+            begin = end
+    text = json.dumps(header).encode()
+    with (tmp_path / FILE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + begin)
+    outline = read_diffusers_file(tmp_path, ["0"]).outline
+    assert outline.rank_rows == {str(i): 1 + i for i in range(5000)}
+    assert set(outline.scaling.values()) == {1.0}
+
+
 def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     save_file(tensors(*PAIR), tmp_path / "another tenant's")
     (tmp_path / "mine" / FILE).symlink_to(tmp_path / "another tenant's")
-    refused(tmp_path / "mine", "must be inside its folder, got a link to")
+    refused(tmp_path / "mine", "must be a file of its folder, got a link to")
 
 
 def refused(folder: Path, message: str) -> None:

@@ -46,6 +46,7 @@ class Fuzz:
             self.truncated,
             self.flipped,
             self.flipped_in_the_header,
+            self.flipped_in_the_config,
             self.other_header,
             self.other_header,
             self.other_config,
@@ -74,6 +75,12 @@ class Fuzz:
 
     def flipped_in_the_header(self) -> tuple[bytes, bytes]:
         return self.flipped(len(self.weights) - len(self.values))
+
+    def flipped_in_the_config(self) -> tuple[bytes, bytes]:
+        broken = bytearray(self.config)
+        for _ in range(self.draw.choice([1, 1, 2, 8])):
+            broken[self.draw.randrange(len(broken))] ^= 1 << self.draw.randrange(8)
+        return bytes(broken), self.weights
 
     def other_header(self) -> tuple[bytes, bytes]:
         header = json.loads(json.dumps(self.header))

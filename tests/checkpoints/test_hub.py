@@ -72,6 +72,13 @@ def test_only_known_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyP
     assert asked == {"repository": "user/sql", "revision": "v1", "allow_patterns": files}
 
 
+def raising(error: Exception) -> Any:
+    def download(*arguments: Any, **how: Any) -> str:
+        raise error
+
+    return download
+
+
 def never(*arguments: Any, **how: Any) -> str:
     raise AssertionError("the hub was asked")
 
@@ -97,6 +104,11 @@ def test_refusals(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         mux.load("sql", "user/x")
     with pytest.raises(lora_mux.errors.CheckpointError, match="`revision` must be None"):
         mux.load("sql", "saved/sql", revision="main")
+    for error in (RuntimeError("no route"), KeyError("x"), TimeoutError("late " * 1000)):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
+        with pytest.raises(lora_mux.errors.CheckpointError, match="got 'user/sql': ") as caught:
+            mux.load("sql", "user/sql")
+        assert len(str(caught.value)) < 500
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "huggingface_hub" else find(name)

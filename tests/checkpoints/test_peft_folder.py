@@ -43,7 +43,7 @@ def write(
 
 
 def weights_in(folder: Path) -> dict[str, LoraWeights]:
-    stored = read_peft_folder(folder).stored
+    stored = read_peft_folder(folder)
     return stored.weights(stored.read(False))
 
 
@@ -257,6 +257,8 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
 }
 
 
+# What a file lacks is said before its modules are looked for in the model.
+@pytest.mark.filterwarnings("ignore:.*lacks modules:UserWarning")
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_bad_weights_are_named(name: str, tmp_path: Path) -> None:
     weights, match = BAD_WEIGHTS[name]
@@ -336,6 +338,15 @@ def test_broken_folders(name: str, tmp_path: Path) -> None:
     refuse(folder, match)
 
 
+def hub_cache(repository: Path) -> Path:
+    """A snapshot in the hub's cache, whose weights are a link to a blob."""
+    snapshot = write(repository / "snapshots" / "abc")
+    (repository / "blobs").mkdir()
+    (snapshot / WEIGHTS).rename(repository / "blobs" / "0123")
+    (snapshot / WEIGHTS).symlink_to("../../blobs/0123")
+    return snapshot
+
+
 class TestLinks:
     """A link must not lead to another tenant's file."""
 
@@ -345,26 +356,57 @@ class TestLinks:
         folder = write(tmp_path / "bad")
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "other" / name)
-        refuse(folder, f"{name} must be inside its folder, got a link to")
+        refuse(folder, f"{name} must be a file of its folder, got a link to")
 
-    def test_inside_the_folder_and_to_the_folder(self, tmp_path: Path) -> None:
-        folder = write(tmp_path / "a")
-        (folder / WEIGHTS).rename(folder / "weights")
-        (folder / WEIGHTS).symlink_to("weights")
-        (tmp_path / "link").symlink_to(folder)
+    def test_to_the_folder(self, tmp_path: Path) -> None:
+        """The path is the caller's own word."""
+        (tmp_path / "link").symlink_to(write(tmp_path / "a"))
         assert set(weights_in(tmp_path / "link")) == set(PATHS)
 
+    def test_inside_the_folder(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "bad")
+        (folder / WEIGHTS).rename(folder / "weights")
+        (folder / WEIGHTS).symlink_to("weights")
+        refuse(folder, "got a link to 'weights'; copy the file there")
+
     def test_of_the_hub_s_cache(self, tmp_path: Path) -> None:
-        snapshot = write(tmp_path / "models--user--name" / "snapshots" / "abc")
-        blobs = tmp_path / "models--user--name" / "blobs"
-        blobs.mkdir()
-        (snapshot / WEIGHTS).rename(blobs / "0123")
-        (snapshot / WEIGHTS).symlink_to("../../blobs/0123")
+        snapshot = hub_cache(tmp_path / "models--user--name")
         assert set(weights_in(snapshot)) == set(PATHS)
-        (snapshot / WEIGHTS).unlink()
-        (snapshot / WEIGHTS).symlink_to("../def/adapter_model.safetensors")
+        (tmp_path / "link").symlink_to(snapshot)
+        assert set(weights_in(tmp_path / "link")) == set(PATHS)
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "../def/adapter_model.safetensors",
+            "../../blobs/../other/adapter_model.safetensors",
+            "../../blobs/",
+            "../../other/adapter_model.safetensors",
+            "../../blobs/0123\n",
+        ],
+    )
+    def test_out_of_the_hub_s_cache(self, target: str, tmp_path: Path) -> None:
+        snapshot = hub_cache(tmp_path / "models--user--name")
         write(snapshot.parent / "def")
-        refuse(snapshot, "must be inside its folder")
+        write(snapshot.parent.parent / "other")
+        (snapshot / WEIGHTS).unlink()
+        (snapshot / WEIGHTS).symlink_to(target)
+        refuse(snapshot, WEIGHTS)
+
+    @pytest.mark.parametrize("name", ["blobs", "snapshots", "a blob"])
+    def test_a_cache_of_links(self, name: str, tmp_path: Path) -> None:
+        """Blobs of another tenant's, or a folder elsewhere that has some."""
+        snapshot = hub_cache(tmp_path / "mine")
+        other = hub_cache(tmp_path / "other").parent.parent
+        if name == "a blob":
+            blob = tmp_path / "mine" / "blobs" / "0123"
+            blob.unlink()
+            blob.symlink_to(other / "blobs" / "0123")
+        else:
+            (tmp_path / "mine" / name).rename(tmp_path / "mine" / "was")
+            (tmp_path / "mine" / name).symlink_to(other / name)
+            snapshot = {"blobs": snapshot, "snapshots": tmp_path / "mine" / "was" / "abc"}[name]
+        refuse(snapshot, WEIGHTS)
 
     def test_to_itself(self, tmp_path: Path) -> None:
         folder = write(tmp_path / "bad")
@@ -377,7 +419,7 @@ class TestReading:
     def test_what_is_checked_is_what_is_used(self, tmp_path: Path) -> None:
         """Values are read, not mapped: who writes to the file later changes nothing."""
         folder = write(tmp_path)
-        stored = read_peft_folder(folder).stored
+        stored = read_peft_folder(folder)
         block = stored.read(False)
         before = {path: part.A.clone() for path, part in stored.weights(block).items()}
         with (folder / WEIGHTS).open("r+b") as file:
