@@ -413,9 +413,18 @@ class TestReading:
         assert torch.equal(got.float(), made["base_model.model.layers.1.v.lora_B.weight"].float())
 
 
-@pytest.mark.parametrize("pattern", ["(", "(a+)+$", "(.|.)*x", ".*.*.*.*.*x", "a" * 2000])
-def test_patterns_that_are_broken_or_could_run_for_ever(pattern: str, tmp_path: Path) -> None:
-    refuse(write(tmp_path / "bad", {"rank_pattern": {pattern: 4}}), "rank_pattern")
+@pytest.mark.parametrize(
+    "pattern", ["(", r"(a)\1", "(?<!a)q", r"(?x:(.+) +)\#", "a" * 70_000 + "+"]
+)
+def test_patterns_beyond_what_is_matched(pattern: str, tmp_path: Path) -> None:
+    refuse(
+        write(tmp_path / "bad", {"rank_pattern": {pattern: 4}}), "rank_pattern.*list the modules"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.|.)*x", "(.+ ?)+#", ".*" * 30 + "x", "a" * 2000])
+def test_patterns_that_run_for_ever_in_re_are_matched(pattern: str, tmp_path: Path) -> None:
+    assert set(weights_in(write(tmp_path, {"rank_pattern": {pattern: 5}}))) == set(PATHS)
 
 
 @pytest.mark.parametrize("folder", ["nowhere", 3, None])
