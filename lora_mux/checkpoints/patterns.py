@@ -28,8 +28,7 @@ MAX_PATTERN_LENGTH = 1 << 16
 MAX_CLASS_LENGTH = 200  # what `re` compiles, and keeps, at once
 MAX_NESTING = 30
 MAX_REPEATS = 1000
-# Of module paths: the bits of a set.
-MAX_PATH_LENGTH = 1000
+MAX_PATH_LENGTH = 1000  # the bits of a set
 # Of one config, and for each path that it is asked about. A step takes about 0.5 us. 500 patterns
 # over 500 paths take 400,000; Unsloth's pattern takes 80 a path, and an adapter of 128 experts in
 # 48 layers has 18,432 paths.
@@ -76,11 +75,7 @@ class Steps:
         self.limit = self.left = MAX_STEPS + MAX_STEPS_PER_PATH * paths
 
     def spend(self, count: int = 1) -> None:
-        """Count steps.
-
-        Raises:
-            PatternError: none are left.
-        """
+        """Count steps; raises PatternError if none are left."""
         self.left -= count
         if self.left < 0:
             raise PatternError(f"work of at most {self.limit} steps")
@@ -225,11 +220,10 @@ class Repeat:
             return after | (((after & runs) + runs) ^ runs)
         fresh = found = after
         times = len(path.text) if self.most is None else self.most - self.least
-        for _ in range(times):
-            if not fresh:
-                break
+        while fresh and times:
             fresh = self.part.before(path, fresh) & ~found
             found |= fresh
+            times -= 1
         return found
 
 
@@ -244,9 +238,8 @@ class _Group:
     def node(self) -> Node:
         last = self.parts[0] if len(self.parts) == 1 else Sequence(tuple(self.parts))
         node = Choice((*self.branches, last)) if self.branches else last
-        if self.opening in ("(?=", "(?!"):
-            return Lookahead(node, self.opening == "(?=")
-        return node
+        looks_ahead = self.opening in ("(?=", "(?!")
+        return Lookahead(node, self.opening == "(?=") if looks_ahead else node
 
 
 def parse(pattern: str, steps: Steps) -> Node:

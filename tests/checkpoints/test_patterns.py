@@ -131,7 +131,7 @@ def test_real_target_modules(pattern: str) -> None:
 def test_real_keys_of_rank_pattern() -> None:
     draw = random.Random(1)
     for _ in range(60):
-        patterns = draw.sample(LAST_PATTERNS, draw.randrange(1, 11)) + draw.sample(PATHS, 3)
+        patterns = draw.sample(LAST_PATTERNS, draw.randrange(1, 6)) + draw.sample(PATHS, 3)
         draw.shuffle(patterns)
         for path in draw.sample(PATHS, 20):
             assert first(patterns, path) == first_of_re(patterns, path), (patterns, path)
@@ -237,10 +237,10 @@ def test_random_patterns_match_what_re_matches() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(1, 6))
 def test_many_random_patterns_match_what_re_matches(seed: int) -> None:
-    compare(seed, patterns=20_000)
-    soup(seed, patterns=200_000)
+    compare(seed, patterns=8_000)
+    soup(seed, patterns=80_000)
 
 
 REFUSED = {
