@@ -97,6 +97,9 @@ class Path:
         self.steps = steps
         self.start = 1 << len(text)  # the place before the first character
         self.everywhere = 2 * self.start - 1
+        # Where names begin: at first, and after each dot.
+        self.names = [0, *(dot.end() for dot in re.finditer(r"\.", text))]
+        steps.spend(len(self.names))
         self._texts: dict[str, int] = {}
         self._pieces = {".": self.start - 1}
 
@@ -363,7 +366,7 @@ class PathEnds(Generic[Value]):
                 self._others.append((index, parse(rf"(?:.*\.)?(?:{pattern})$", steps)))
 
     def __getitem__(self, path: Path) -> Value:
-        first = self._first_fixed(path.text)
+        first = self._first_fixed(path) if self._fixed else len(self._values) - 1
         for index, node in self._others:
             if index > first:
                 break
@@ -382,13 +385,12 @@ class PathEnds(Generic[Value]):
         shape = _Shape(pattern.startswith("^"), tuple(spans))
         self._fixed.setdefault(end, {}).setdefault(shape, {}).setdefault(texts, index)
 
-    def _first_fixed(self, path: str) -> int:
-        found = [len(self._values) - 1]  # the default
-        for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))):
-            self._steps.spend()
-            for shape, indices in self._fixed.get(len(path) - start, {}).items():
+    def _first_fixed(self, path: Path) -> int:
+        text, found = path.text, [len(self._values) - 1]  # the default
+        for start in path.names:
+            for shape, indices in self._fixed.get(len(text) - start, {}).items():
                 self._steps.spend(len(shape.spans))
                 if not (start and shape.whole):
-                    texts = tuple([path[start + a : start + b] for a, b in shape.spans])
+                    texts = tuple([text[start + a : start + b] for a, b in shape.spans])
                     found.append(indices.get(texts, found[0]))
         return min(found)

@@ -156,10 +156,7 @@ class _Modules:
     def hold(self, path: patterns.Path) -> bool:
         if self._pattern is not None:
             return self._pattern.before(path, 1) & path.start != 0
-        text = path.text
-        ends = [text, *(text[dot.end() :] for dot in re.finditer(r"\.", text))]
-        path.steps.spend(len(ends))
-        return not self._names.isdisjoint(ends)
+        return any(path.text[start:] in self._names for start in path.names)
 
 
 class _Layers:

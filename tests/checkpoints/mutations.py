@@ -42,8 +42,8 @@ MUTATIONS = {
     ),
     "patterns: a dot is only a dot": Mutation(
         PATTERNS,
-        "texts = tuple([path[start + a : start + b] for a, b in shape.spans])",
-        'texts = tuple(path[start:].split("."))',
+        "texts = tuple([text[start + a : start + b] for a, b in shape.spans])",
+        'texts = tuple(text[start:].split("."))',
         TEST_PATTERNS,
     ),
     "patterns: steps without end": Mutation(
