@@ -7,7 +7,6 @@ The file's metadata may hold a LoraConfig as JSON, whose fields are named like t
 not, alpha = rank, as in diffusers itself, so that scaling = 1.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..core import LoraWeights
 from ..errors import CheckpointError
-from .peft_config import PeftConfig, parse_config
+from .peft_config import PeftConfig, parse_config, parse_fields
 from .peft_folder import CONFIG_FILE, peft_weights, resolve_inside
 from .safetensors_file import SafetensorsFile
 
@@ -43,12 +42,7 @@ def read_diffusers_file(folder: Path, targets: Collection[str]) -> dict[str, Lor
     file = SafetensorsFile(path)
     values = file.read()
     tensors = {key: values[key] for key in file.tensors}
-    try:
-        fields = json.loads(file.metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: `{METADATA}` must be JSON, got {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: `{METADATA}` must hold an object, got {fields!r:.80}")
+    fields = parse_fields(file.metadata.get(METADATA, "{}"), f"{path}: `{METADATA}`")
     other = next((key for key in tensors if ".lora_A." not in key and ".lora_B." not in key), None)
     if other is not None:
         raise CheckpointError(
@@ -90,6 +84,6 @@ def _inferred_config(tensors: Mapping[str, Tensor]) -> PeftConfig:
     }
     # The most common rank is the default, so that few paths are matched with patterns.
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    others = tuple((re.escape(path), rank) for path, rank in ranks.items() if rank != r)
     bias = any(key.endswith(".lora_B.bias") for key in tensors)
     return PeftConfig(r, r, lora_bias=bias, rank_pattern=others, alpha_pattern=others)

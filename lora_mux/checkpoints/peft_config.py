@@ -78,8 +78,8 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_bias: bool = False
-    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
     target_modules: str | frozenset[str] | None = None
     exclude_modules: str | frozenset[str] | None = None
     layers_to_transform: frozenset[int] | None = None
@@ -101,15 +101,6 @@ class PeftConfig:
                 rank, alpha = ranks[path], alphas[path]
                 found[text] = Strength(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
         return found
-
-    def rank(self, path: str) -> int:
-        return self.strengths([path])[path].rank
-
-    def scaling(self, path: str) -> float:
-        return self.strengths([path])[path].scaling
-
-    def targets(self, path: str) -> bool:
-        return bool(self.targeted([path]))
 
     def targeted(self, paths: Collection[str]) -> set[str]:
         """Those of the paths that the config targets, by PEFT's rules.
@@ -242,7 +233,7 @@ def parse_fields(text: str | bytes, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} must be JSON, got {error}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{source} must hold a JSON object, got {type(values).__name__}")
+        raise CheckpointError(f"{source} must hold an object, got {type(values).__name__}")
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
         level = [child for value in level for child in _children(value)]

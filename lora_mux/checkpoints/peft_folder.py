@@ -6,7 +6,6 @@ understood, and shapes are compared with the config before a tensor is loaded.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..core import LoraWeights, is_finite
 from ..errors import CheckpointError
-from .peft_config import PeftConfig, read_config
+from .peft_config import PeftConfig, Strength, read_config
 from .safetensors_file import PackedTensors, SafetensorsFile
 from .stored_adapter import StoredAdapter, lora_weights
 
@@ -47,29 +46,30 @@ class PeftFolder:
     config: PeftConfig
     stored: StoredAdapter
 
-    def warn_unless_complete(self, targets: Sequence[str]) -> None:
-        """Warn if the file holds other modules than its config targets.
+    def gaps(self, targets: Sequence[str]) -> list[str]:
+        """What to warn of, if the file holds other modules than its config targets.
 
         Args:
             targets: the paths of all linear layers that can carry adapters.
+
+        Raises:
+            CheckpointError: the config's patterns take too long for so many paths.
         """
         held = self.stored.keys.keys()
-        wanted = {path for path in targets if self.config.targets(path)}
+        targeted = self.config.targeted({*targets, *held})
+        wanted = targeted.intersection(targets)
         if self.config.target_modules is None or isinstance(self.config.target_modules, str):
             wanted &= held  # a pattern may also match layers that were never adapted
-        missing = sorted(wanted - held)
-        extra = sorted(path for path in held if not self.config.targets(path))
-        for paths, what in (
-            (missing, "lacks modules that its config targets"),
-            (extra, "holds modules that its config does not target"),
-        ):
-            if paths:
-                more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
-                warnings.warn(
-                    f"{self.folder / WEIGHTS_FILE} {what}: "
-                    f"{', '.join(paths[:MAX_PATHS_IN_WARNING])}{more}",
-                    stacklevel=3,
-                )
+        most = MAX_PATHS_IN_WARNING
+        return [
+            f"{self.folder / WEIGHTS_FILE} {what}: {', '.join(sorted(paths)[:most])}"
+            + (", ..." if len(paths) > most else "")
+            for paths, what in (
+                (wanted - held, "lacks modules that its config targets"),
+                (held - targeted, "holds modules that its config does not target"),
+            )
+            if paths
+        ]
 
 
 def read_peft_folder(folder: str | PathLike[str]) -> PeftFolder:
@@ -88,9 +88,8 @@ def read_peft_folder(folder: str | PathLike[str]) -> PeftFolder:
     config = read_config(files[CONFIG_FILE])
     file = SafetensorsFile(files[WEIGHTS_FILE])
     source = str(root / WEIGHTS_FILE)
-    keys = _checked_keys(source, config, file.tensors, lambda key: file.tensors[key].shape)
+    keys, scaling = _checked_keys(source, config, file.tensors, lambda k: file.tensors[k].shape)
     read = functools.partial(_read_and_check, file, source)  # not a closure, which has no pickle
-    scaling = {path: config.scaling(path) for path in keys}
     return PeftFolder(root, config, StoredAdapter(str(folder), keys, scaling, file.tensors, read))
 
 
@@ -110,12 +109,11 @@ def peft_weights(
         CheckpointError: begins with `source`, and names the key that does not agree with the
             config.
     """
-    keys = _checked_keys(source, config, tensors, lambda key: tensors[key].shape)
+    keys, scaling = _checked_keys(source, config, tensors, lambda key: tensors[key].shape)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
         _check_finite(source, key, tensor)
-    scaling = {path: config.scaling(path) for path in keys}
     return lora_weights(keys, scaling, tensors.__getitem__)
 
 
@@ -157,13 +155,15 @@ def _checked_keys(
     config: PeftConfig,
     keys: Iterable[str],
     shape_of: Callable[[str], Sequence[int]],
-) -> dict[str, dict[str, str]]:
-    """Path -> {"A": key, "B": key, "bias": key}, whose shapes agree with the config."""
+) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """Path -> {"A": key, "B": key, "bias": key}, whose shapes agree with the config, and path ->
+    scaling."""
     modules = _keys_by_module(source, keys)
+    strengths = config.strengths(modules)
     for path, parts in modules.items():
         shapes = {part: list(shape_of(key)) for part, key in parts.items()}
-        _check_shapes(source, path, parts, config, shapes)
-    return modules
+        _check_shapes(source, path, parts, config.lora_bias, strengths[path], shapes)
+    return modules, {path: strength.scaling for path, strength in strengths.items()}
 
 
 def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -204,7 +204,8 @@ def _check_shapes(
     source: str,
     path: str,
     parts: dict[str, str],
-    config: PeftConfig,
+    bias: bool,
+    strength: Strength,
     shapes: dict[str, list[int]],
 ) -> None:
     for part, dimensions in DIMENSIONS.items():
@@ -213,16 +214,16 @@ def _check_shapes(
                 f"{source}: key {parts[part]!r} must be {dimensions}-dimensional (of a linear "
                 f"layer), got shape {shapes[part]}"
             )
-    rank = config.rank(path)
+    rank = strength.rank
     if shapes["A"][0] != rank or shapes["B"][1] != rank:
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
             f"{shapes['A']} and lora_B {shapes['B']}"
         )
-    if ("bias" in parts) != config.lora_bias:
+    if ("bias" in parts) != bias:
         raise CheckpointError(
-            f"{source}: module {path!r} must {'' if config.lora_bias else 'not '}have lora_B.bias, "
-            f"because its config says lora_bias={config.lora_bias}"
+            f"{source}: module {path!r} must {'' if bias else 'not '}have lora_B.bias, "
+            f"because its config says lora_bias={bias}"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..adapters import Adapters, MemoryReport
 from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
 from ..core import Slots, check_names
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, warn
 from ..layers import MuxLinear, weights_from_pairs
 from ..progress import progress_bar
 from ..routes import Router
@@ -74,8 +74,10 @@ class LoadedAdapters:
             weights = read_diffusers_file(root, self.targets)
             return self._adapters.add(name, weights, str(folder), replace)
         checkpoint = read_peft_folder(root)
+        gaps = checkpoint.gaps(self.targets)  # before anything changes, because it may refuse
         handle = self._adapters.load(name, checkpoint.stored, replace)
-        checkpoint.warn_unless_complete(self.targets)
+        for gap in gaps:
+            warn(gap)
         logger.debug("loaded %r from %s", name, folder)
         return handle
 

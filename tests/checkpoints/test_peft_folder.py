@@ -427,6 +427,18 @@ def test_patterns_that_run_for_ever_in_re_are_matched(pattern: str, tmp_path: Pa
     assert set(weights_in(write(tmp_path, {"rank_pattern": {pattern: 5}}))) == set(PATHS)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "target_modules"])
+def test_patterns_that_take_too_long(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before anything changes, those that only a warning needs as well."""
+    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS", 150)
+    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS_PER_PATH", 0)
+    hostile = "(?:(?:(?:(?:.l*)*a*)*y*)*e*)*"
+    value = hostile if field == "target_modules" else {hostile: 4}
+    refuse(write(tmp_path / "bad", {field: value}), "work of at most .* steps; list the modules")
+
+
 @pytest.mark.parametrize("folder", ["nowhere", 3, None])
 def test_no_folder(folder: Any) -> None:
     with pytest.raises(lora_mux.LoraMuxError, match="folder"):
