@@ -14,8 +14,61 @@
     `-- DetachedError        (RuntimeError)  this Mux was detached from its model
 
 Each message names the argument, what was expected, what was got, and the way out. A call that
-raises one of these errors has changed nothing.
+raises one of these errors has changed nothing. A message is one line of at most 605 characters: of
+a longer one the middle is left out, and characters that do not print are escaped, since names and
+files may come from strangers.
 """
+
+import reprlib
+import sys
+import warnings
+
+HEAD, GAP, TAIL = 400, " ... ", 200  # of a long message
+MAX_VALUE = 80  # characters of a value in a message
+_VALUES = reprlib.Repr()  # looks at the first few items only, and never recurses far
+_VALUES.maxlevel = 2
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = MAX_VALUE
+
+
+def short(value: object) -> str:
+    """The repr of a value, which may be a stranger's, in at most 80 characters."""
+    try:
+        text = _VALUES.repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return "a huge int"
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 3]}..."
+
+
+def warn(message: str) -> None:
+    """Warn the caller of lora_mux, in one line like those of errors.
+
+    Python keeps every text of `warnings.warn` for ever, to show it only once. These texts hold
+    strangers' names, of which there is no end, so nothing is kept.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "lora_mux":
+        frame = frame.f_back
+    warnings.warn_explicit(
+        _line(message),
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+    )
+
+
+def _line(message: str) -> str:
+    text = _cut(message)
+    if text.isprintable():
+        return text
+    return _cut(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
+
+
+def _cut(text: str) -> str:
+    whole = len(text) <= HEAD + len(GAP) + TAIL
+    return text if whole else f"{text[:HEAD]}{GAP}{text[-TAIL:]}"
 
 
 class LoraMuxError(Exception):
@@ -23,6 +76,9 @@ class LoraMuxError(Exception):
 
     `except lora_mux.LoraMuxError` catches every error that lora_mux raises on purpose.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_line(message))
 
 
 class ArgumentTypeError(LoraMuxError, TypeError):

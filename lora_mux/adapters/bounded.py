@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 
-from ..checkpoints import PackedTensors, StoredAdapter, copy_to_host
+from ..checkpoints import Outline, PackedTensors, StoredAdapter, copy_to_host
 from ..core import LoraWeights, Pool, Slots, rank_rows, synchronized
 from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
@@ -33,7 +34,6 @@ class LoadedAdapter:
     """An adapter that was loaded, resident or not."""
 
     stored: StoredAdapter
-    rank_rows: Mapping[str, int]  # path -> the rank rows that it takes there
     # Of a resident adapter: the marks after its copies.
     arrivals: dict[torch.device, torch.cuda.Event | None] = field(default_factory=dict)
 
@@ -57,6 +57,8 @@ class BoundedAdapters(Adapters):
         # Handles, the one that was routed last at the end. What is here is there with all it needs.
         self._resident: OrderedDict[int, None] = OrderedDict()
         self._streams: dict[torch.device, CopyStream] = {}
+        # Of adapters that fit, and for which the pools have room: checked once for each shape.
+        self._known: WeakSet[Outline] = WeakSet()
 
     @synchronized
     def settle(self) -> None:
@@ -76,21 +78,31 @@ class BoundedAdapters(Adapters):
 
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Register an adapter; its values are read when it becomes resident."""
-        return self._registered(stored, self._cut_shapes(stored))
+        if stored.outline not in self._known:
+            self._cut_shapes(stored)  # which raises
+        return self._registered(stored)
 
     @synchronized
-    def _registered(self, stored: StoredAdapter, shapes: Mapping[str, LoraWeights]) -> Prepared:
+    def _registered(self, stored: StoredAdapter) -> Prepared:
         self._change.recover()
         with self._change:
             self._free_unused()
-            for path, part in shapes.items():
-                check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
+            if self._slots.captured:
+                for path, part in stored.shapes().items():
+                    check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
             handle = self._slots.allot()
-            rows = {path: rank_rows(part) for path, part in shapes.items()}
-            for path, pool in self._pools.items():  # so that a graph can read it in any slot
-                pool.reserve(0, self._slots.capacity, rows.get(path, 0))
-            self._loaded[handle] = LoadedAdapter(stored, rows)
+            self._reserve_for(stored.outline)
+            self._loaded[handle] = LoadedAdapter(stored)
             return self._claimed(handle)
+
+    def _reserve_for(self, outline: Outline) -> None:
+        """Let every pool have room for an adapter in any slot, so that a graph can read it."""
+        *_, last = self._pools.values()
+        if outline in self._known and len(last.rank) >= self._slots.capacity:
+            return
+        for path, pool in self._pools.items():
+            pool.reserve(0, self._slots.capacity, outline.rank_rows.get(path, 0))
+        self._known.add(outline)
 
     def publish(self, prepared: Mapping[str, Prepared], replace: bool = False) -> dict[str, int]:
         """Give prepared adapters their names, all or none; returns name -> handle.
@@ -222,11 +234,13 @@ class BoundedAdapters(Adapters):
 
     def _find_room(self, arriving: list[int], wanted: list[int], leaving: bool) -> Placement:
         reachable = self._router.reachable(leaving)
-        present = *self._nameless.difference(self._claims), *self._resident
+        present = *self._nameless - self._claims.alive(), *self._resident
         # A route that only the device knows may select any adapter that is present.
         idle = [h for h in present if reachable is not None and h not in reachable]
         spared = self._pinned | set(wanted)
-        rows = {handle: self._loaded[handle].rank_rows for handle in (*arriving, *idle)}
+        rows = {
+            handle: self._loaded[handle].stored.outline.rank_rows for handle in (*arriving, *idle)
+        }
         return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
 
     def _read(self, stored: StoredAdapter) -> PackedTensors:

@@ -1,8 +1,9 @@
 """Changes that an interrupt may end at any line: KeyboardInterrupt, SystemExit, MemoryError."""
 
+import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 
@@ -42,10 +43,15 @@ class Prepared:
     """An adapter that is in its place, but has no name yet. Without this object it goes again."""
 
     handle: int  # which nobody knows yet
+    thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
 class Claims(weakref.WeakValueDictionary[int, Prepared]):
     """The adapters that are being prepared, by handle: nobody may free them."""
+
+    def alive(self) -> set[int]:
+        """Those whose thread runs: in a forked process, others' do not, and never let go."""
+        return {one.handle for one in self.values() if one.thread.is_alive()}
 
     def __reduce__(self) -> tuple[type["Claims"], tuple[()]]:
         return Claims, ()  # a copy of the model prepares nothing

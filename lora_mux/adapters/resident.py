@@ -275,7 +275,7 @@ class Adapters:
             return
         reachable, in_use = self._router.reachable(), self._router.in_use()
         unused = []
-        for handle in self._nameless.difference(self._claims.keys()):
+        for handle in self._nameless - self._claims.alive():
             # A pass that begins now cannot use a handle that is not live.
             users = reachable if self._slots.is_live(handle) else in_use
             if users is not None and handle not in users:

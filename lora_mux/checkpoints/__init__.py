@@ -2,6 +2,7 @@
 
 peft_folder       PEFT's folders, adapter_config.json + adapter_model.safetensors
 peft_config       what the config in such a folder means
+patterns          the patterns of a config, which are strangers' programs
 peft_model        a PeftModel in memory
 diffusers_file    the LoRA file of a diffusers pipeline
 hub               repositories of the Hugging Face hub

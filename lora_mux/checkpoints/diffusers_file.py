@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 from .opened_folder import open_folder
-from .peft_config import PeftConfig, parse_config, read_json
+from .peft_config import PeftConfig, Strength, parse_config, parse_fields
 from .peft_folder import CONFIG_FILE, peft_outline
 from .safetensors_file import (
     FileOutline,
@@ -40,11 +40,8 @@ Value = TypeVar("Value")
 class _InferredConfig(PeftConfig):
     ranks: Mapping[str, int] = field(default_factory=dict)  # by path
 
-    def rank(self, path: str) -> int:
-        return self.ranks[path]
-
-    def scaling(self, path: str) -> float:
-        return 1.0
+    def strengths(self, paths: Collection[str]) -> dict[str, Strength]:
+        return {path: Strength(self.ranks[path], 1.0) for path in paths}
 
 
 def is_diffusers_folder(folder: str | PathLike[str]) -> bool:
@@ -92,8 +89,7 @@ def _outline(
 
 def _fields(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The configs in the metadata of a file."""
-    text = metadata.get(METADATA, "{}")
-    return read_json(text.encode(errors="replace"), f"{source}: `{METADATA}`")
+    return parse_fields(metadata.get(METADATA, "{}"), f"{source}: `{METADATA}`")
 
 
 def _below(prefix: str, entries: Mapping[str, Value]) -> dict[str, Value]:

@@ -10,12 +10,14 @@ Source: peft 0.21, src/peft/tuners/lora/config.py and utils/other.py (get_patter
 import json
 import math
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, short, warn
+from . import patterns
+from .patterns import PathEnds, PatternError, Steps
 
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
@@ -47,71 +49,124 @@ SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 20  # of the values in a config
+MAX_DIGITS = 30  # of an int; reading a million digits takes Python seconds
+MAX_RANK = (1 << 31) - 1
 MAX_ALPHA = 1e30  # which also keeps out the ints that overflow a float
-MAX_PATTERN_LENGTH = 1000
-MAX_REPEATS = 4  # with five, a path of 100 characters can take 10^8 steps
-MAX_TEXT_IN_ERROR = 80
+MAX_NAMES_IN_WARNING = 3
 
 Value = TypeVar("Value")
 
 
+class Strength(NamedTuple):
+    """What a module's factors must have, and what their product is multiplied with."""
+
+    rank: int
+    scaling: float  # alpha / rank, or alpha / sqrt(rank) with rsLoRA
+
+
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of a LoraConfig that a loaded adapter depends on."""
+    """The fields of a LoraConfig that a loaded adapter depends on.
+
+    Two configs that mean the same are equal: lists of names and of layers are sets, and patterns,
+    of which the first that matches counts, are in their order.
+    """
 
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_bias: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    layers_to_transform: Sequence[int] | None = None
-    layers_pattern: Sequence[str] | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    target_modules: str | frozenset[str] | None = None
+    exclude_modules: str | frozenset[str] | None = None
+    layers_to_transform: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    source: str = field(default="", compare=False)  # what error messages call it
 
-    def rank(self, path: str) -> int:
-        """The rank of the module at `path`."""
-        return _first_match(self.rank_pattern, path, self.r)
+    def strengths(self, paths: Collection[str]) -> dict[str, Strength]:
+        """Path -> rank and scaling, of all modules of an adapter at once.
 
-    def scaling(self, path: str) -> float:
-        """alpha / r of the module at `path`, or alpha / sqrt(r) with rsLoRA."""
-        rank = self.rank(path)
-        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        Raises:
+            CheckpointError: a path is too long, or the patterns take too long for so many paths.
+        """
+        with self._bounded(paths) as steps:
+            ranks = PathEnds(dict(self.rank_pattern), self.r, steps)
+            alphas = PathEnds(dict(self.alpha_pattern), self.lora_alpha, steps)
+            found = {}
+            for text in paths:
+                path = patterns.Path(text, steps)
+                rank, alpha = ranks[path], alphas[path]
+                found[text] = Strength(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+        return found
 
-    def targets(self, path: str) -> bool:
-        """Whether the config targets the module at `path`, by PEFT's rules."""
-        if self.exclude_modules and _matches(self.exclude_modules, path):
-            return False
+    def targeted(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths that the config targets, by PEFT's rules.
+
+        Raises:
+            CheckpointError: a path is too long, or the patterns take too long for so many paths.
+        """
         modules = self.target_modules
-        if modules is None or (isinstance(modules, str) and modules.lower() == "all-linear"):
-            return True  # PEFT chose for the model; the keys of the file show what
-        if not _matches(modules, path):
-            return False
-        if self.layers_to_transform is None or isinstance(modules, str) or path in modules:
-            return True
-        patterns = self.layers_pattern or [r"[^.]*"]
-        matches = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", path) for p in patterns)
-        layer = next((match for match in matches if match), None)
-        return layer is not None and int(layer[1]) in self.layers_to_transform
+        if isinstance(modules, str) and modules.lower() == "all-linear":
+            modules = None  # PEFT chose for the model; the keys of the file show what
+        names = modules if isinstance(modules, frozenset) else frozenset()
+        with self._bounded(paths) as steps:
+            included = None if modules is None else _Modules(modules, steps)
+            excluded = _Modules(self.exclude_modules or frozenset(), steps)
+            layers = None
+            if names and self.layers_to_transform:
+                layers = _Layers(self.layers_to_transform, self.layers_pattern, steps)
+            return {
+                path.text
+                for path in (patterns.Path(text, steps) for text in paths)
+                if not excluded.hold(path)
+                and (included is None or included.hold(path))
+                and (layers is None or path.text in names or layers.hold(path))
+            }
+
+    @contextmanager
+    def _bounded(self, paths: Collection[str]) -> Iterator[Steps]:
+        try:
+            yield Steps(len(paths))
+        except PatternError as error:
+            raise CheckpointError(
+                f"{self.source}: the config's patterns and module paths must be {error}; list the "
+                "modules' names instead of patterns"
+            ) from None
 
 
-def read_json(content: bytes, source: str) -> dict[str, Any]:
-    """The fields in an adapter_config.json.
+class _Modules:
+    """The modules that a pattern names by their whole paths, or names by their paths' ends."""
 
-    Raises:
-        CheckpointError: begins with `source`; it is no JSON object, or too long.
-    """
-    if len(content) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{source} must be at most {MAX_CONFIG_BYTES} bytes, got more")
-    try:
-        values = json.loads(content.decode())
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{source} must be JSON, got {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{source} must hold a JSON object, got {type(values).__name__}")
-    return values
+    def __init__(self, modules: str | frozenset[str], steps: Steps) -> None:
+        self._names = frozenset() if isinstance(modules, str) else modules
+        self._pattern = patterns.parse(modules, steps) if isinstance(modules, str) else None
+
+    def hold(self, path: patterns.Path) -> bool:
+        if self._pattern is not None:
+            return self._pattern.before(path, 1) & path.start != 0
+        return any(path.text[start:] in self._names for start in path.names)
+
+
+class _Layers:
+    r"""The modules in layers of some numbers: `re.match(rf"(?:^|.*?\.){p}\.(\d+)\.")`, of each
+    pattern p in turn."""
+
+    def __init__(self, numbers: frozenset[int], names: tuple[str, ...], steps: Steps) -> None:
+        self._numbers = numbers
+        # Without a pattern PEFT wants a dot before the layers' name.
+        sources = [rf"(?:.*\.)?(?:{p})" for p in names] or [r".*\.[^.]*"]
+        self._patterns = [patterns.parse(source, steps) for source in sources]
+
+    def hold(self, path: patterns.Path) -> bool:
+        numbers = list(re.finditer(r"\.(\d+)(?=\.)", path.text))
+        for pattern in self._patterns:
+            for number in numbers:
+                end = path.start >> number.start()
+                if pattern.before(path, end) & path.start:
+                    return int(number[1]) in self._numbers
+        return False
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
@@ -123,7 +178,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
     """
     if values.get("peft_type") != "LORA":
         raise CheckpointError(
-            f'{source}: `peft_type` must be "LORA", got {values.get("peft_type")!r}'
+            f'{source}: `peft_type` must be "LORA", got {short(values.get("peft_type"))}'
         )
     _refuse_other_formulas(source, values)
     _refuse_unknown_fields(source, values)
@@ -139,37 +194,87 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         exclude_modules=check.modules("exclude_modules"),
         layers_to_transform=check.layers("layers_to_transform"),
         layers_pattern=check.layer_names("layers_pattern"),
+        source=source,
     )
+
+
+def parse_fields(text: str | bytes, source: str) -> dict[str, Any]:
+    """The fields in the JSON of a config.
+
+    Raises:
+        CheckpointError: begins with `source`. The text is too long, is not JSON, or holds a name
+            twice, of which PEFT takes the last and others the first.
+    """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{source} must be at most {MAX_CONFIG_BYTES} bytes, got more")
+    try:
+        values = json.loads(text, object_pairs_hook=_unique, parse_int=_int)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{source} must be JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source} must hold a JSON object, got {type(values).__name__}")
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        level = [child for value in level for child in _children(value)]
+    if level:
+        raise CheckpointError(f"{source} must be nested at most {MAX_DEPTH} deep, got more")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the name {short(name)} twice")
+        values[name] = value
+    return values
+
+
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an int of {len(digits)} digits")
+    return int(digits)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_other_formulas(source: str, values: Mapping[str, Any]) -> None:
     for name, reason in REFUSED.items():
         if values.get(name):
             raise CheckpointError(
-                f"{source}: `{name}` must be unset, got {_short(values[name])}: {reason}"
+                f"{source}: `{name}` must be unset, got {short(values[name])}: {reason}"
             )
     if values.get("bias", "none") != "none":
         raise CheckpointError(
-            f'{source}: `bias` must be "none", got {_short(values["bias"])}: it changes the biases '
+            f'{source}: `bias` must be "none", got {short(values["bias"])}: it changes the biases '
             "of the base model, which all adapters share"
         )
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init not in PLAIN_INITS:
         shifted = init.startswith(SHIFTED_BASE)
         raise CheckpointError(
-            f"{source}: `init_lora_weights` must be a plain initialisation, got {_short(init)}"
+            f"{source}: `init_lora_weights` must be a plain initialisation, got {short(init)}"
             + (": it is relative to a changed base model; convert it with PEFT" if shifted else "")
         )
 
 
 def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
-    for name in values.keys() - HONOURED - IGNORED - REFUSED.keys():
+    known = HONOURED | IGNORED | REFUSED.keys()
+    unknown = [name for name in values if name not in known]
+    for name in unknown:
         if values[name]:
             raise CheckpointError(
-                f"{source}: `{_short(name)}` must be a field of LoraConfig that lora_mux knows, "
-                f"got {_short(values[name])}"
+                f"{source}: `{short(name)}` must be a field of LoraConfig that lora_mux knows, "
+                f"got {short(values[name])}"
             )
-        warnings.warn(f"{source}: ignored unknown field {_short(name)}", stacklevel=5)
+    if unknown:
+        names = ", ".join(map(short, unknown[:MAX_NAMES_IN_WARNING]))
+        more = ", ..." if len(unknown) > MAX_NAMES_IN_WARNING else ""
+        warn(f"{source}: ignored {len(unknown)} unknown fields that say nothing: {names}{more}")
 
 
 class _Checker:
@@ -178,10 +283,11 @@ class _Checker:
     def __init__(self, source: str, values: Mapping[str, Any]) -> None:
         self._source = source
         self._values = values
+        self._steps = Steps()
 
     def rank(self, name: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(name, "an int of at least 1", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+            raise self._error(name, f"an int from 1 to {MAX_RANK}", value)
         return value
 
     def alpha(self, name: str, value: object) -> float:
@@ -198,80 +304,52 @@ class _Checker:
             raise self._error(name, "true or false", value)
         return bool(value)
 
-    def patterns(self, name: str, check: Callable[[str, object], Value]) -> dict[str, Value]:
+    def patterns(
+        self, name: str, check: Callable[[str, object], Value]
+    ) -> tuple[tuple[str, Value], ...]:
         value = self._values.get(name) or {}
         if not isinstance(value, dict):
             raise self._error(name, "an object of pattern -> number", value)
-        return {
-            self._pattern(name, key): check(f"{name}[{_short(key)}]", v) for key, v in value.items()
-        }
+        return tuple(
+            (self._pattern(name, key), check(f"{name}[{short(key)}]", v))
+            for key, v in value.items()
+        )
 
-    def modules(self, name: str) -> str | list[str] | None:
+    def modules(self, name: str) -> str | frozenset[str] | None:
         value = self._values.get(name)
         if isinstance(value, str):
             return self._pattern(name, value)
-        return self._strings(name, value)
+        return None if value is None else frozenset(self._strings(name, value))
 
-    def layer_names(self, name: str) -> list[str] | None:
+    def layer_names(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)
-        strings = self._strings(name, [value] if isinstance(value, str) else value)
-        return strings and [self._pattern(name, pattern) for pattern in strings]
+        strings = self._strings(name, [value] if isinstance(value, str) else value or [])
+        return tuple(self._pattern(name, pattern) for pattern in strings)
 
-    def layers(self, name: str) -> list[int] | None:
+    def layers(self, name: str) -> frozenset[int] | None:
         value = self._values.get(name)
         numbers = [value] if isinstance(value, int) else value
         if numbers is None:
             return None
         if not isinstance(numbers, list) or not all(isinstance(n, int) for n in numbers):
             raise self._error(name, "an int or a list of ints", value)
-        return numbers
+        return frozenset(numbers)
 
-    def _strings(self, name: str, value: object) -> list[str] | None:
-        if value is None:
-            return None
+    def _strings(self, name: str, value: object) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._error(name, "a string or a list of strings", value)
         return value
 
     def _pattern(self, name: str, pattern: str) -> str:
-        """A stranger's regular expression, if it is valid and cannot run for ever.
-
-        Backtracking explodes with repeated groups, and with many unbounded repeats.
-        """
+        """A stranger's pattern, if it is one that we match."""
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise self._error(name, f"a regular expression ({error})", pattern) from None
-        bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "c", pattern, flags=re.DOTALL)
-        if (
-            len(pattern) > MAX_PATTERN_LENGTH
-            or re.search(r"\)[*+{]", bare)
-            or len(re.findall(r"[*+{]", bare)) > MAX_REPEATS
-        ):
-            simple = f"no repeated groups, at most {MAX_REPEATS} repeats"
-            raise self._error(name, f"a simple regular expression ({simple})", pattern)
+            patterns.check(pattern, self._steps)
+        except PatternError as error:
+            raise CheckpointError(
+                f"{self._source}: `{name}` must be {error}, got {short(pattern)}; list the "
+                "modules' names instead of a pattern"
+            ) from None
         return pattern
 
     def _error(self, name: str, expected: str, got: object) -> CheckpointError:
-        return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {_short(got)}")
-
-
-def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
-    """The value of the first pattern that matches a path's end, from a dot on: PEFT's rule."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
-def _matches(modules: str | Sequence[str], path: str) -> bool:
-    """Whether a pattern matches the whole path, or one of several names is the end of it."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, path) is not None
-    parts = path.split(".")
-    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(modules)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_TEXT_IN_ERROR else f"{text[: MAX_TEXT_IN_ERROR - 3]}..."
+        return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {short(got)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import LoraWeights
 from ..errors import CheckpointError
 from .opened_folder import OpenedFolder, open_folder
-from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, read_json
+from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
@@ -65,7 +65,7 @@ def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -
         config_file, file = opened.open(CONFIG_FILE), opened.open(WEIGHTS_FILE)
         size = min(config_file.state.bytes, MAX_CONFIG_BYTES + 1)
         content, header = config_file.read(0, size), read_header(file)
-    fields = read_json(content, config_file.path)
+    fields = parse_fields(content, config_file.path)
     config = parse_config(fields, config_file.path)
 
     def outline(fingerprint: Fingerprint) -> FileOutline:
@@ -84,8 +84,7 @@ def peft_outline(
     targets: Sequence[str] = (),
 ) -> FileOutline:
     """The outline of the adapter that has these tensors, whose keys are PEFT's."""
-    keys = _checked_keys(source, config, places)
-    scaling = {path: config.scaling(path) for path in keys}
+    keys, scaling = _checked_keys(source, config, places)
     return file_outline(fingerprint, keys, scaling, places, _remarks(config, keys.keys(), targets))
 
 
@@ -101,11 +100,12 @@ def _digest(fields: Mapping[str, Any]) -> bytes:
 
 def _remarks(config: PeftConfig, held: Set[str], targets: Sequence[str]) -> Iterator[str]:
     """In what the file differs from what its config targets."""
-    wanted = {path for path in targets if config.targets(path)}
+    targeted = config.targeted({*targets, *held})
+    wanted = targeted.intersection(targets)
     if config.target_modules is None or isinstance(config.target_modules, str):
         wanted &= held  # a pattern may also match layers that were never adapted
     missing = sorted(wanted - held)
-    extra = sorted(path for path in held if not config.targets(path))
+    extra = sorted(held - targeted)
     for paths, what in (
         (missing, "lacks modules that its config targets"),
         (extra, "holds modules that its config does not target"),
@@ -125,12 +125,11 @@ def peft_weights(
         CheckpointError: begins with `source`, and names the key that does not agree with the
             config.
     """
-    keys = _checked_keys(source, config, tensors)
+    keys, scaling = _checked_keys(source, config, tensors)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
         check_finite(source, key, tensor)
-    scaling = {path: config.scaling(path) for path in keys}
     return lora_weights(keys, scaling, tensors.__getitem__)
 
 
@@ -146,13 +145,15 @@ def _refuse_pickle(folder: OpenedFolder) -> None:
 
 def _checked_keys(
     source: str, config: PeftConfig, tensors: Mapping[str, Tensor | TensorPlace]
-) -> dict[str, dict[str, str]]:
-    """Path -> {"A": key, "B": key, "bias": key}, whose shapes agree with the config."""
+) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """Path -> {"A": key, "B": key, "bias": key}, by shapes that agree with the config; scalings."""
     modules = _keys_by_module(source, tensors)
+    strengths = config.strengths(modules)
     for path, parts in modules.items():
         shapes = {part: list(tensors[key].shape) for part, key in parts.items()}
-        _check_shapes(source, path, parts, config, shapes)
-    return modules
+        _check_shapes(source, path, parts, strengths[path].rank, shapes)
+        _check_bias(source, path, "bias" in parts, config.lora_bias)
+    return modules, {path: strength.scaling for path, strength in strengths.items()}
 
 
 def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -193,7 +194,7 @@ def _check_shapes(
     source: str,
     path: str,
     parts: dict[str, str],
-    config: PeftConfig,
+    rank: int,
     shapes: dict[str, list[int]],
 ) -> None:
     for part, dimensions in DIMENSIONS.items():
@@ -202,7 +203,6 @@ def _check_shapes(
                 f"{source}: key {parts[part]!r} must be {dimensions}-dimensional (of a linear "
                 f"layer), got shape {shapes[part]}"
             )
-    rank = config.rank(path)
     if shapes["A"][0] != rank or shapes["B"][1] != rank:
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
@@ -214,8 +214,11 @@ def _check_shapes(
             f"{source}: module {path!r} must have a rank of at most {most}, got {rank}: more "
             "than such a layer can use"
         )
-    if ("bias" in parts) != config.lora_bias:
+
+
+def _check_bias(source: str, path: str, has: bool, should: bool) -> None:
+    if has != should:
         raise CheckpointError(
-            f"{source}: module {path!r} must {'' if config.lora_bias else 'not '}have lora_B.bias, "
-            f"because its config says lora_bias={config.lora_bias}"
+            f"{source}: module {path!r} must {'' if should else 'not '}have lora_B.bias, because "
+            f"its config says lora_bias={should}"
         )

@@ -1,7 +1,6 @@
 """The adapters of an attached model, as users load and keep them."""
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters import Adapters, MemoryReport, Prepared
 from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
 from ..core import LoraWeights, Slots, check_names
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, warn
 from ..layers import MuxLinear, weights_from_pairs
 from ..progress import progress_bar
 from ..routes import Router
@@ -78,7 +77,7 @@ class LoadedAdapters:
         read = read_diffusers_file if is_diffusers_folder(root) else read_peft_folder
         stored = read(root, self.targets)
         for remark in stored.outline.remarks:
-            warnings.warn(f"{stored.source} {remark}", stacklevel=4)
+            warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
 
     def _publish(

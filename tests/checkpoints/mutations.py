@@ -4,12 +4,16 @@ from mutation import Mutation
 
 DIFFUSERS_FILE = "checkpoints/diffusers_file.py"
 OPENED_FOLDER = "checkpoints/opened_folder.py"
+PATTERNS = "checkpoints/patterns.py"
+PEFT_CONFIG = "checkpoints/peft_config.py"
 PEFT_FOLDER = "checkpoints/peft_folder.py"
 PEFT_MODEL = "checkpoints/peft_model.py"
 SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
 TEST_OPENED_FOLDER = ("checkpoints/test_opened_folder.py",)
+TEST_PATTERNS = ("checkpoints/test_patterns.py",)
+TEST_PEFT_CONFIG = ("checkpoints/test_peft_config.py",)
 TEST_PEFT_FOLDER = ("checkpoints/test_peft_folder.py",)
 TEST_PEFT_MODEL = ("checkpoints/test_peft_model.py",)
 TEST_SAFETENSORS_FILE = ("checkpoints/test_safetensors_file.py",)
@@ -22,10 +26,56 @@ MUTATIONS = {
         PEFT_MODEL, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT
     ),
     "diffusers file: a rank for all": Mutation(
-        DIFFUSERS_FILE, "return self.ranks[path]", "return self.r", TEST_DIFFUSERS_FILE
+        DIFFUSERS_FILE,
+        "Strength(self.ranks[path], 1.0)",
+        "Strength(self.r, 1.0)",
+        TEST_DIFFUSERS_FILE,
     ),
     "diffusers file: no metadata": Mutation(
         DIFFUSERS_FILE, "if own else", "if not own else", TEST_DIFFUSERS_FILE
+    ),
+    "patterns: a run has holes": Mutation(
+        PATTERNS,
+        "return after | (((after & runs) + runs) ^ runs)",
+        "return after | ((after & runs) << 1)",
+        TEST_PATTERNS,
+    ),
+    "patterns: a lookahead that takes what it sees": Mutation(
+        PATTERNS,
+        "found = self.part.before(path, path.everywhere)",
+        "found = self.part.before(path, after)",
+        TEST_PATTERNS,
+    ),
+    "patterns: a dot is only a dot": Mutation(
+        PATTERNS,
+        "texts = tuple([text[start + a : start + b] for a, b in shape.spans])",
+        'texts = tuple(text[start:].split("."))',
+        TEST_PATTERNS,
+    ),
+    "patterns: steps without end": Mutation(
+        PATTERNS, "if self.left < 0:", "if False:", TEST_PATTERNS
+    ),
+    "patterns: ends are found anywhere": Mutation(
+        PATTERNS, "if not (start and shape.whole):", "if True:", TEST_PATTERNS
+    ),
+    "peft_config: the last number is the layer": Mutation(
+        PEFT_CONFIG, "for number in numbers:", "for number in numbers[::-1]:", TEST_PEFT_CONFIG
+    ),
+    "peft_config: ints of any length": Mutation(
+        PEFT_CONFIG, "if len(digits) > MAX_DIGITS:", "if False:", TEST_PEFT_CONFIG
+    ),
+    "peft_config: the last of two names counts": Mutation(
+        PEFT_CONFIG, "if name in values:", "if False:", TEST_PEFT_CONFIG
+    ),
+    "errors: warnings that are kept": Mutation(
+        "errors.py",
+        'frame.f_globals.get("__name__"),\n    )',
+        'frame.f_globals.get("__name__"),\n'
+        '        frame.f_globals.setdefault("__warningregistry__", {}),\n    )',
+        ("test_errors.py",),
+    ),
+    "errors: lines of any number": Mutation(
+        "errors.py", "if text.isprintable():", "if True:", ("test_errors.py",)
     ),
     "residency: a changed file is read": Mutation(
         SAFETENSORS_FILE,

@@ -455,9 +455,30 @@ class TestReading:
         assert torch.equal(got.float(), made["base_model.model.layers.1.v.lora_B.weight"].float())
 
 
-@pytest.mark.parametrize("pattern", ["(", "(a+)+$", "(.|.)*x", ".*.*.*.*.*x", "a" * 2000])
-def test_patterns_that_are_broken_or_could_run_for_ever(pattern: str, tmp_path: Path) -> None:
-    refuse(write(tmp_path / "bad", {"rank_pattern": {pattern: 4}}), "rank_pattern")
+@pytest.mark.parametrize(
+    "pattern", ["(", r"(a)\1", "(?<!a)q", r"(?x:(.+) +)\#", "a" * 70_000 + "+"]
+)
+def test_patterns_beyond_what_is_matched(pattern: str, tmp_path: Path) -> None:
+    refuse(
+        write(tmp_path / "bad", {"rank_pattern": {pattern: 4}}), "rank_pattern.*list the modules"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.|.)*x", "(.+ ?)+#", ".*" * 30 + "x", "a" * 2000])
+def test_patterns_that_run_for_ever_in_re_are_matched(pattern: str, tmp_path: Path) -> None:
+    assert set(weights_in(write(tmp_path, {"rank_pattern": {pattern: 5}}))) == set(PATHS)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "target_modules"])
+def test_patterns_that_take_too_long(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before anything changes, those that only a warning needs as well."""
+    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS", 150)
+    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS_PER_PATH", 0)
+    hostile = "(?:(?:(?:(?:.l*)*a*)*y*)*e*)*"
+    value = hostile if field == "target_modules" else {hostile: 4}
+    refuse(write(tmp_path / "bad", {field: value}), "work of at most .* steps; list the modules")
 
 
 @pytest.mark.parametrize("folder", ["nowhere", 3, None])
