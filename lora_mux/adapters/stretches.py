@@ -7,11 +7,10 @@ stay lie in between, they slide down, and as few of them as possible. Only copie
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
-from ..core import FreeRuns, Pool, Span, slot_of
+from ..core import FreeRuns, Pool, Span, computed_once, slot_of
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ class Stretches:
             or self._evict_the_oldest(going, moving)
         )
 
-    @cached_property
+    @computed_once
     def _idle(self) -> list[int]:
         return self._layout.here(self._handles[0])
 
-    @cached_property
+    @computed_once
     def _evictable(self) -> list[int]:
         return self._layout.here(self._handles[1])
 

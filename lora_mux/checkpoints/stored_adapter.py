@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core import LoraWeights, rank_rows
+from ..core import LoraWeights, computed_once, rank_rows
 
 ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
 
@@ -77,7 +77,7 @@ class Outline:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Outline":
         return self
 
-    @functools.cached_property
+    @computed_once
     def rank_rows(self) -> dict[str, int]:
         """Path -> the rank rows that the adapter takes there."""
         return {path: rank_rows(part) for path, part in self.shapes().items()}

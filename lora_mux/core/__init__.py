@@ -6,6 +6,7 @@
     routing     Routing, the index and weight of a batch
     selections  names -> a Routing
     arguments   checks of the numbers and names that users give
+    computed    attributes that are computed when they are first read
     locks       what only one thread does at a time
 
 This room knows tensors. It knows nothing of models, and nothing of how a result is computed.
@@ -14,6 +15,7 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
+from .computed import computed_once as computed_once
 from .free_runs import FreeRuns as FreeRuns
 from .locks import holding as holding
 from .locks import synchronized as synchronized

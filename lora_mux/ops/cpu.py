@@ -17,7 +17,6 @@ the caches, each step from Python costs 2 to 10 us (docs/benchmarks.md, "As a mo
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import Pool, Span, Version
+from ..core import Pool, Span, Version, computed_once
 from . import reference
 from .cpu_groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
 from .forms import tracked
@@ -171,30 +170,30 @@ class Plan:
         rounded = out.to(given)
         return rounded if self.selecting is None else torch.where(self.selecting, rounded, y)
 
-    @cached_property
+    @computed_once
     def reference(self) -> reference.Plan:
         """The same for the reference."""
         return reference.plan(self.slots, self.weight)
 
-    @cached_property
+    @computed_once
     def selecting(self) -> Tensor | None:
         """[M, 1] bool: the rows that select an adapter; None = all do."""
         some = (self.slots >= 0).any(1, keepdim=True)
         return None if bool(some.all()) else some
 
-    @cached_property
+    @computed_once
     def selections(self) -> tuple[Ints, Ints, Doubles]:
         """(row, slot, weight) of each."""
         slots, weight = self.slots.numpy(), self.weight.detach().double().numpy()
         row, place = np.nonzero(slots >= 0)
         return row, slots[row, place], weight[row, place]
 
-    @cached_property
+    @computed_once
     def rows(self) -> int:
         """How many rows select an adapter."""
         return len(np.unique(self.selections[0]))
 
-    @cached_property
+    @computed_once
     def used(self) -> list[int]:
         """The slots that any row selects."""
         used: list[int] = np.unique(self.selections[1]).tolist()

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
-from functools import cached_property
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import Pool, Routing
+from ..core import Pool, Routing, computed_once
 from ..errors import RoutingError
 from .route import Resolved, Route
 
@@ -94,7 +93,7 @@ class Pass:
         # In this order it looks up the few that are used, not all that are loaded.
         return not pool.spans.keys().isdisjoint(self.resolved.used)
 
-    @cached_property
+    @computed_once
     def alike(self) -> "Pass":
         """The pass, whose rows are all equal, for a layer with any batch."""
         assert self.route is not None

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,6 +15,7 @@ from ..core import (
     Selection,
     Slots,
     check_counts,
+    computed_once,
     host_may_read,
     routing_from_names,
     unchecked_routing,
@@ -64,14 +64,14 @@ class Route:
     resolved: "Resolved | None" = None
     placed: dict[torch.device, Routing] = field(default_factory=dict)  # the routing on devices
 
-    @cached_property
+    @computed_once
     def selects(self) -> bool:
         """Whether any row selects an adapter; True if only a GPU could tell, at a sync."""
         index = self.routing.index
         here = not host_may_read(index) or bool((index >= 0).any())
         return here or any(route.selects for route in self.towers.values())
 
-    @cached_property
+    @computed_once
     def is_alike(self) -> bool:
         """Whether all rows are known to be equal, so that the first serves any batch."""
         index, weight = self.routing.index, self.routing.weight
@@ -79,7 +79,7 @@ class Route:
             return False
         return bool((index == index[:1]).all() and (weight == weight[:1]).all()) and len(index) > 0
 
-    @cached_property
+    @computed_once
     def handles(self) -> frozenset[int] | None:
         """The handles that its rows select; None if only the device knows."""
         index = self.routing.index

@@ -34,7 +34,6 @@ def serve(name):
         check(model, X, [[(tenants[name], 1.0)], []])
 
 def child():
-    signal.alarm(20)
     serve("a")
     mux.load("d", tenants["d"].folder)
     serve("d")
@@ -68,6 +67,7 @@ with mux.route(["c"]):  # the block of the thread that forks
         time.sleep(0.001 * (i % 7))
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)
             try:
                 with torch.no_grad():
                     check(model, X[:1], [[(tenants["c"], 1.0)]])
@@ -97,9 +97,9 @@ sys.exit(bool(bad))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("memory", ["bounded", "all resident"])
 def test_children(memory: str, request: pytest.FixtureRequest) -> None:
-    forks = 500 if request.config.getoption("--slow") else 25
+    forks = 400 if request.config.getoption("--slow") else 20
     support = str(Path(__file__).parents[1] / "support")
     command = [sys.executable, "-c", SCRIPT, support, memory, str(forks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork stops the threads of OpenMP
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]

@@ -77,6 +77,7 @@ class Stage:
         if sticky is not None:
             assert self.version(here, sticky) == served[sticky]
         assert self._served() == served
+        self.served = served
 
     def _served(self) -> dict[str, int]:
         mux, served = self.mux, {}
@@ -133,8 +134,8 @@ def sticky(stage: Stage) -> None:
 
 
 def replace(stage: Stage) -> None:
-    version = stage._served()["a"]
-    stage.mux.load("a", stage.tenants["a"][1 - version].folder, replace=True)
+    """By its other version."""
+    stage.mux.load("a", stage.tenants["a"][1 - stage.served["a"]].folder, replace=True)
 
 
 def pinned(stage: Stage) -> None:
@@ -206,7 +207,7 @@ def lines(seed: int, request: pytest.FixtureRequest) -> Iterator[int]:
         yield from itertools.count()
     chance, line = random.Random(seed), 0
     while True:
-        yield (line := line + chance.randint(1, 30))
+        yield (line := line + chance.randint(1, 60))
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -236,6 +237,7 @@ def test_the_sticky_rows_follow_a_replaced_name(
     stage: Stage, request: pytest.FixtureRequest
 ) -> None:
     stage.mux.set_adapter("a")
+    stage.check(sticky="a")
     for line in lines(1, request):
         if not interrupted(lambda: replace(stage), line):
             break
