@@ -1,10 +1,15 @@
 """Changes that an interrupt may end at any line: KeyboardInterrupt, SystemExit, MemoryError."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..errors import RoutingBusyError
+from ..routes import is_running
 
 
 class Change:
@@ -17,15 +22,29 @@ class Change:
     def __init__(self, mend: Callable[[], None]) -> None:
         self._mend = mend
         self._unfinished = False
+        self._frame: FrameType | None = None  # of the block
 
     def recover(self) -> None:
-        """Mend what an earlier change has left."""
-        if self._unfinished:
-            self._mend()
-            self._unfinished = False
+        """Mend what an earlier change has left.
+
+        Raises:
+            RoutingBusyError: this is called inside of the change, say by a signal handler.
+        """
+        if not self._unfinished:
+            return
+        if self._frame is not None and is_running(self._frame):
+            raise RoutingBusyError(
+                "adapters are being changed right here, below this call, which a signal handler or "
+                "a finaliser has made; let that only note what to do, and do it afterwards"
+            )
+        self._mend()
+        self._unfinished, self._frame = False, None
 
     def __enter__(self) -> None:
-        self._unfinished = True
+        self._unfinished, self._frame = True, sys._getframe(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_frame": None}
 
     def __exit__(
         self,
@@ -35,7 +54,7 @@ class Change:
     ) -> None:
         if kind is not None:
             self._mend()
-        self._unfinished = False
+        self._unfinished, self._frame = False, None
 
 
 @dataclass(eq=False)

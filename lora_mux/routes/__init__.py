@@ -11,6 +11,7 @@ towers          layers whose batch is not the routed one
 router          the one object of a model that all its layers ask
 """
 
+from .passes import is_running as is_running
 from .route import Expand as Expand
 from .route import Route as Route
 from .route import Rows as Rows

@@ -147,7 +147,7 @@ class Passes:
         outer = self.current()
         # One of another thread is in a copied context; only that thread knows whether it runs.
         here = self._thread.token
-        while outer is not None and outer.thread is here and not _is_running(outer.caller):
+        while outer is not None and outer.thread is here and not is_running(outer.caller):
             self.end()
             outer = self.current()
         if self._in_backward and torch._C._current_graph_task_id() == -1:
@@ -251,7 +251,7 @@ def tensors_in(output: object) -> Iterator[Tensor]:
         yield from tensors_in(vars(output))
 
 
-def _is_running(frame: FrameType | None) -> bool:
+def is_running(frame: FrameType | None) -> bool:
     """Whether a frame is on this thread's stack."""
     here: FrameType | None = sys._getframe(1)
     while here is not None and here is not frame:

@@ -48,7 +48,7 @@ MUTATIONS = {
         RESIDENT, "if users is not None and handle not in users:", "if False:", TEST_BOUNDED
     ),
     "interrupts: nothing is mended": Mutation(
-        CHANGES, "self._mend()\n            self._unfinished", "self._unfinished", TEST_INTERRUPTS
+        CHANGES, "if kind is not None:", "if False:", TEST_INTERRUPTS
     ),
     "interrupts: names are given before they are known": Mutation(
         RESIDENT,
@@ -61,5 +61,8 @@ MUTATIONS = {
     ),
     "interrupts: the sticky rows keep the old adapter": Mutation(
         RESIDENT, "self._router.mend_sticky()", "pass", TEST_INTERRUPTS
+    ),
+    "interrupts: a signal handler mends what goes on below it": Mutation(
+        CHANGES, "is_running(self._frame)", "False", TEST_INTERRUPTS
     ),
 }

@@ -301,3 +301,22 @@ def test_a_stand_alone_layer(request: pytest.FixtureRequest) -> None:
         assert not layer.mux_pool.A_rows.any() and not layer.mux_slots.tenants
         if ended:
             break
+
+
+def test_a_signal_handler_in_the_middle(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, because the change below it goes on. The change itself may be its victim."""
+    allot, refused = lora_mux.core.Slots.allot, []
+
+    def interrupted_by_a_handler(slots: lora_mux.core.Slots) -> int:
+        handle = allot(slots)
+        for act in (lambda: stage.mux.remove("a"), stage.mux.memory, lambda: routed(stage)):
+            with pytest.raises(lora_mux.errors.RoutingBusyError, match="signal handler"):
+                act()
+            refused.append(act)
+        return handle
+
+    monkeypatch.setattr(lora_mux.core.Slots, "allot", interrupted_by_a_handler)
+    stage.mux.load("d", stage.tenants["d"][0].folder)
+    assert len(refused) == 3
+    stage.check()
+    assert list(stage.mux.adapters) == [*NAMES, "d"]
