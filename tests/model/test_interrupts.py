@@ -1,8 +1,11 @@
 """An interrupt at any line of any call: nothing is lost, nobody is locked out, rows are right."""
 
 import copy
+import gc
 import itertools
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from interrupts import Elsewhere, interrupted
+from interrupts import PATIENCE, Elsewhere, Interrupt, interrupted, raise_in
 from torch import Tensor
 
 import lora_mux
@@ -320,3 +323,27 @@ def test_a_signal_handler_in_the_middle(stage: Stage, monkeypatch: pytest.Monkey
     assert len(refused) == 3
     stage.check()
     assert list(stage.mux.adapters) == [*NAMES, "d"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_at_any_moment(stage: Stage, request: pytest.FixtureRequest) -> None:
+    """Also in the standard library and in torch: the error comes from another thread."""
+    chance = random.Random(7)
+    acts = [name for name in ACTS if name != "big" or stage.room == 3]
+    ended = 0
+    stage.check()
+    for _ in range(1000 if request.config.getoption("--slow") else 25):
+        act = ACTS[chance.choice(acts)]
+        thread = threading.Thread(target=act, args=[stage])
+        thread.start()
+        time.sleep(chance.uniform(0, 0.01))
+        raise_in(thread, Interrupt)
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        gc.collect()  # tracebacks hold what was interrupted
+        active = stage.mux.active_adapters
+        stage.check(sticky=active[0] if active else None)
+        ended += set(stage.mux.adapters) == set(NAMES)
+        put_back(stage)
+    assert ended
