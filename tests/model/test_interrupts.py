@@ -19,6 +19,9 @@ from torch import Tensor
 import lora_mux
 from tenants import Model, Tenant, attached, tenant, truth
 
+# Python only reports what is raised in the callback of a weak reference.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 X = torch.randn(1, 12, generator=torch.Generator().manual_seed(5))
 NAMES = ("a", "b", "c")
 VERSIONS = 2  # of each tenant's adapter
@@ -325,7 +328,6 @@ def test_a_signal_handler_in_the_middle(stage: Stage, monkeypatch: pytest.Monkey
     assert list(stage.mux.adapters) == [*NAMES, "d"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_at_any_moment(stage: Stage, request: pytest.FixtureRequest) -> None:
     """Also in the standard library and in torch: the error comes from another thread."""
