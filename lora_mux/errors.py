@@ -77,8 +77,10 @@ class LoraMuxError(Exception):
     `except lora_mux.LoraMuxError` catches every error that lora_mux raises on purpose.
     """
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(_line(message))
+    # No __init__, which torch.compile could not trace. Not super(), which may be KeyError: it shows
+    # the repr of its argument.
+    def __str__(self) -> str:
+        return _line(Exception.__str__(self))
 
 
 class ArgumentTypeError(LoraMuxError, TypeError):
@@ -111,9 +113,6 @@ class BackendError(LoraMuxError, ValueError):
 
 class UnknownAdapterError(LoraMuxError, KeyError):
     """No loaded adapter has this name or this handle."""
-
-    # KeyError shows the repr of its argument, which would put the whole message in quotes.
-    __str__ = Exception.__str__
 
 
 class PoolCapacityError(LoraMuxError, RuntimeError):

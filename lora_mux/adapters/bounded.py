@@ -69,7 +69,11 @@ class BoundedAdapters(Adapters):
 
     def __getstate__(self) -> dict[str, Any]:
         loaded = {h: with_changes(adapter, arrivals={}) for h, adapter in self._loaded.items()}
-        return {**vars(self), "_loaded": loaded, "_streams": {}}
+        kept = {name: value for name, value in vars(self).items() if name != "_known"}
+        return {**kept, "_loaded": loaded, "_streams": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _known=WeakSet())
 
     def prepare_weights(self, weights: Mapping[str, LoraWeights], source: str) -> Prepared:
         """Register a copy of an adapter, which stays on the host."""
