@@ -101,16 +101,13 @@ class Router:
             self.sticky.route = self.sticky.route.with_replaced(old, new)
             self._follow_sticky()
 
+    @synchronized
     def mend_sticky(self) -> None:
         """Let the sticky route follow names and views as it should, after an interrupt."""
         route = self.sticky.route
         for handle in (route and route.named and route.handles) or ():
             if (successor := self.slots.successor(handle)) != handle:
                 self.replace_sticky(handle, successor)
-        self._show_sticky()
-
-    @synchronized
-    def _show_sticky(self) -> None:
         self._follow_sticky()
 
     def is_sticky(self, handle: int) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import collected
+from continuous import collected, crowded
 from transformers.generation.continuous_batching.requests import RequestState
 
 import lora_mux
-from lora_mux.errors import PoolCapacityError, UnknownAdapterError
+from lora_mux.errors import UnknownAdapterError
 from lora_mux.model.continuous_batching import route_of_tokens
-from peft_oracle import attached_llama, configs, save_adapters, set_weights, transformers
+from peft_oracle import attached_llama, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -201,17 +201,10 @@ def test_the_output_head_may_be_a_target(stage: SimpleNamespace) -> None:
 
 def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path: Path) -> None:
     """Each batch brings in the adapters of its requests, and none stays for requests that wait."""
-    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
-    save_adapters(stage.base, wanted, tmp_path)
-    model = copy.deepcopy(stage.base)
-    mux = lora_mux.attach(model, ["q_proj", "v_proj", "down_proj"], memory="44KiB")
-    for name in wanted:
-        mux.load(name, tmp_path / name)
-    with pytest.raises(PoolCapacityError):
-        mux.prefetch(list(wanted))
+    mux = crowded(stage.base, tmp_path)
     rows = ["plain", None, "rslora", "plain", "biased"]
     how = settings(max_requests_per_batch=1)
-    with model.continuous_batching_context_manager(**how) as manager:
+    with mux.model.continuous_batching_context_manager(**how) as manager:
         names = []
         for prompt, row in zip(PROMPTS, rows, strict=True):
             with mux.route([row]):

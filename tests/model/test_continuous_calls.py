@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import collected
+from continuous import collected, crowded
 
 import lora_mux
 from lora_mux.errors import (
     ArgumentTypeError,
-    PoolCapacityError,
     RoutingBusyError,
     RoutingError,
     UnknownAdapterError,
@@ -222,17 +221,10 @@ def test_while_a_batch_is_computed(stage: SimpleNamespace) -> None:
 def test_requests_that_wait_keep_no_adapter_in_the_memory(
     stage: SimpleNamespace, tmp_path: Path
 ) -> None:
-    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
-    save_adapters(stage.base, wanted, tmp_path)
-    model = copy.deepcopy(stage.base)
-    mux = lora_mux.attach(model, ["q_proj", "v_proj", "down_proj"], memory="44KiB")
-    for name in wanted:
-        mux.load(name, tmp_path / name)
-    with pytest.raises(PoolCapacityError):
-        mux.prefetch(list(wanted))
+    mux = crowded(stage.base, tmp_path)
     rows = ["plain", None, "rslora", "plain", "biased"]
     how = settings(max_requests_per_batch=1)
-    out = model.generate_batch(PROMPTS, adapter_names=rows, **how)
+    out = mux.model.generate_batch(PROMPTS, adapter_names=rows, **how)
     for made, prompt, row in zip(out.values(), PROMPTS, rows, strict=True):
         assert made.generated_tokens == alone(stage, prompt, row)
 

@@ -1,12 +1,33 @@
-"""What a manager of transformers' continuous batching has answered."""
+"""Models and managers of transformers' continuous batching."""
 
+import copy
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+import lora_mux
+from lora_mux.errors import PoolCapacityError
+from peft_oracle import configs, save_adapters
 
 
 def collected(manager: Any, count: int) -> dict[str, list[int]]:
+    """What a manager has answered."""
     results: dict[str, list[int]] = {}
     while len(results) < count:
         result = manager.get_result(timeout=20)
         assert result is not None and result.error is None, result
         results[result.request_id] = result.generated_tokens
     return results
+
+
+def crowded(base: Any, folder: Path) -> lora_mux.Mux:
+    """A copy of a Llama with three adapters, of which its memory does not hold all at once."""
+    wanted = {name: configs("llama")[name] for name in ("plain", "rslora", "biased")}
+    save_adapters(base, wanted, folder)
+    mux = lora_mux.attach(copy.deepcopy(base), ["q_proj", "v_proj", "down_proj"], memory="44KiB")
+    for name in wanted:
+        mux.load(name, folder / name)
+    with pytest.raises(PoolCapacityError):
+        mux.prefetch(list(wanted))
+    return mux
