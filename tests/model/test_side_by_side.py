@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,6 +44,24 @@ def together(acts: list[Callable[[], Any]]) -> list[Any]:
 
     with ThreadPoolExecutor(len(acts)) as pool:
         return [future.result(60) for future in [pool.submit(run, act) for act in acts]]
+
+
+def beside(change: Callable[[], Any], acts: list[Callable[[], Any]]) -> list[Any]:
+    """What functions return beside a thread that goes on changing something until they do."""
+    ended: list[Callable[[], Any]] = []
+
+    def run(act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        finally:
+            ended.append(act)
+
+    def changes() -> None:
+        while len(ended) < len(acts):
+            change()
+
+    _, *results = together([changes, *(partial(run, act) for act in acts)])
+    return results
 
 
 def attached_llama() -> tuple[Any, lora_mux.Mux]:
@@ -101,28 +120,23 @@ class TestEager:
     def test_rows_that_are_set_beside_passes(self) -> None:
         """A pass has the sticky rows of its beginning in all layers, in any thread."""
         model, mux = attached()
-        over = threading.Event()
 
         def set_adapters() -> None:
-            for _ in range(40):
-                for name in (*VALUES, None):
-                    mux.set_adapter(name)
-            over.set()
+            for name in (*VALUES, None):
+                mux.set_adapter(name)
 
         def passes() -> set[Any]:
-            who, seen = Asked(model), set()
-            while not over.is_set():
-                seen.add(who())  # which fails for a torn pass
-            return seen
+            who = Asked(model)
+            return {who() for _ in range(40)}  # which fails for a torn pass
 
         def blocks() -> set[Any]:
             who, seen = Asked(model), set()
-            while not over.is_set():
+            for _ in range(40):
                 with mux.route(["d"]):
                     seen.add(who())
             return seen
 
-        _, *seen, routed = together([set_adapters, passes, passes, blocks])
+        *seen, routed = beside(set_adapters, [passes, passes, blocks])
         assert set().union(*seen) <= {None, *VALUES} and routed == {"d"}
 
 
@@ -130,25 +144,18 @@ class TestBounded:
     def test_more_adapters_than_fit(self) -> None:
         """set_adapter makes room while passes go on, which is never an error."""
         model, mux = attached(memory=3 * (4 * 2 * 16 + 1) * 2)  # three rank rows in each layer
-        over = threading.Event()
         mux.set_adapter("a")
 
         def set_adapters() -> None:
-            try:
-                for _ in range(60):
-                    for name in VALUES:
-                        mux.set_adapter(name)
-            finally:
-                over.set()
+            for name in VALUES:
+                mux.set_adapter(name)
 
         def passes() -> set[Any]:
-            who, seen = Asked(model), set()
-            while not over.is_set():
-                seen.add(who())
-            return seen
+            who = Asked(model)
+            return {who() for _ in range(100)}
 
-        _, *seen = together([set_adapters, passes])
-        assert set().union(*seen) <= set(VALUES)
+        (seen,) = beside(set_adapters, [passes])
+        assert seen <= set(VALUES)
         assert sum(info.resident for info in mux.memory().adapters.values()) <= 3
 
     def test_blocks_that_do_not_fit_are_refused_by_name(self) -> None:
