@@ -160,14 +160,22 @@ HEADLINES = [
 
 
 def headline_table(records: list[Record]) -> str:
-    """Markdown: goal and measured share of the base, over the sites that were measured."""
+    """Markdown: goal and measured share of the base, summed over the sites of a setting.
+
+    A provider that was not measured on each of them has no share.
+    """
     lines = ["| setting | goal | fused | separate | best other |", "|---|---|---|---|---|"]
     layers = [r for r in records if r.get("what") == "layer" and "microseconds" in r]
     for title, wanted, goal in HEADLINES:
-        mine: dict[str, float] = defaultdict(float)
+        sites: dict[str, dict[str, float]] = defaultdict(dict)
         for r in layers:
             if all(r["workload"][key] == value for key, value in wanted.items()):
-                mine[r["provider"]] += statistic(r)
+                sites[r["provider"]][label(r["workload"])] = statistic(r)
+        mine = {
+            name: sum(took.values())
+            for name, took in sites.items()
+            if took.keys() == sites["base"].keys()
+        }
         base = mine.pop("base", 0.0)
         share = {name: f"{took / base:.3f}" for name, took in mine.items() if base}
         others = {n: t for n, t in mine.items() if not n.startswith("lora_mux")}

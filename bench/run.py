@@ -3,6 +3,8 @@
     python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
     python bench/run.py --headline    the questions of docs/benchmarks.md
     python bench/run.py --grid        everything, about an hour
+    --sites "8B o"                    only these layers; --compile: each call once, no times, which
+                                      fills Triton's cache (several processes may do so at once)
     python bench/run.py --cpu         the CPU's cells, 12 minutes; --quick: the smallest layer;
                                       --count: FLOPs and allocated bytes, no times
 
@@ -49,6 +51,7 @@ class Timed(NamedTuple):
     """How long a provider takes."""
 
     sets: int  # of buffers, which its calls go through in turn
+    syncs: bool  # on a GPU: timed without a graph, the host's share included
     microseconds: timing.Times
 
 
@@ -59,12 +62,12 @@ class Record:
     provider: str
     gate: Literal["passed", "failed", "not applicable", "none"]  # none: it gives no answer
     error: float | None = None  # against the formula in fp64, as a share of the answer's norm
-    reason: str | None = None  # why it is not applicable
+    reason: str | None = None  # why it is not applicable, or what it raised
     figures: Timed | Work | None = None
 
     def fields(self) -> dict[str, Any]:
         """What stands in a line of JSON."""
-        told = {"reason": self.reason} if self.gate == "not applicable" else {"error": self.error}
+        told = {"error": self.error} if self.reason is None else {"reason": self.reason}
         figures = {} if self.figures is None else self.figures._asdict()
         return {"provider": self.provider, "gate": self.gate, **told, **figures}
 
@@ -88,12 +91,21 @@ class Timer:
         times = timing.microseconds(
             calls, sets, self.device, self.runs, seconds=self.seconds, least=self.least
         )
-        return {name: Timed(sets, took) for name, took in times.items()}
+        on_gpu = self.device.type == "cuda"
+        return {
+            name: Timed(sets, on_gpu and timing.syncs(ready[name][0]), took)
+            for name, took in times.items()
+        }
 
 
 def count(ready: Mapping[str, Sequence[Call]]) -> dict[str, Work]:
     """A meter of what a call does, on a CPU."""
     return {name: work(made[0]) for name, made in ready.items()}
+
+
+def compile_only(ready: Mapping[str, Sequence[Call]]) -> dict[str, Timed]:
+    """A meter that measures nothing: what was called has been compiled."""
+    return {}
 
 
 def linear_base(problem: Problem) -> Call:
@@ -114,6 +126,15 @@ def no_base(problem: Problem) -> Call:
 BASES = {"layer": linear_base, "adapters": no_base}
 
 
+def bytes_of_a_call(workload: Workload, what: str) -> int:
+    """What each provider must read and write: x, y, the adapters in use, and the base's weight."""
+    w = workload
+    used = min(w.adapters, w.samples * w.selections)
+    rank_rows = sum(w.ranks[i % len(w.ranks)] for i in range(used))
+    weight = w.K * w.N if what == "layer" else 0
+    return w.torch_dtype.itemsize * (weight + (w.rows + rank_rows) * (w.K + w.N))
+
+
 def measure(
     workload: Workload,
     what: str,
@@ -122,10 +143,8 @@ def measure(
     meter: Meter,
 ) -> list[Record]:
     """A record of each provider: checked against fp64, and metered if it may be."""
-    w = workload
-    bytes_of_a_call = w.torch_dtype.itemsize * (w.K * w.N + w.rows * (w.K + w.N))
-    sets = timing.sets_for_cold_l2(bytes_of_a_call, device)
-    problems = [workloads.problem(w, device, seed=n) for n in range(sets)]
+    sets = timing.sets_for_cold_l2(bytes_of_a_call(workload, what), device)
+    problems = [workloads.problem(workload, device, seed=n) for n in range(sets)]
     checked = [check(name, provider, problems, what) for name, provider in providers.items()]
     figures = meter({record.provider: calls for record, calls in checked if calls})
     return [replace(record, figures=figures.get(record.provider)) for record, _ in checked]
@@ -145,20 +164,11 @@ def check(
             if not error <= LARGEST_ERROR[first.workload.torch_dtype]:
                 return Record(name, "failed", error), []
         calls = [provider(problem, BASES[what](problem)) for problem in problems]
-        if y.is_cuda and not _can_be_captured(calls[0]):
-            raise NotApplicable("reads the GPU's values: no CUDA graph")
     except NotApplicable as reason:
         return Record(name, "not applicable", reason=str(reason)), []
+    except Exception as error:  # an hour of the others' figures is not lost to one of them
+        return Record(name, "failed", reason=f"{type(error).__name__}: {error}"), []
     return Record(name, "none" if error is None else "passed", error), calls
-
-
-def _can_be_captured(call: Call) -> bool:
-    try:
-        timing.graph(lambda n: call(), sets=1)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return False
-    return True
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -200,11 +210,13 @@ def show(workload: Workload, what: str, records: Sequence[Record], statistic: st
 def _outcome(record: Record, took: Mapping[str, float]) -> str:
     if record.provider in took:
         own, base = took[record.provider], took.get("base")
-        return f"{own:10.1f} us" + (f" {own / base:6.3f} x base" if base else "")
+        share = f" {own / base:6.3f} x base" if base else ""
+        assert isinstance(record.figures, Timed)
+        return f"{own:10.1f} us{share}{', without a graph' if record.figures.syncs else ''}"
     if isinstance(record.figures, Work):
         flops, allocated = record.figures
         return f"{flops / 1e6:10.1f} MFLOP {allocated / 1e6:10.2f} MB"
-    if record.gate == "failed":
+    if record.gate == "failed" and record.error is not None:
         return f"WRONG by {record.error:.1e} of the norm"
     return record.reason or ""
 
@@ -219,6 +231,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         grids.add_argument(f"--{name}", dest="grid", action="store_const", const=name)
     parser.add_argument("--quick", action="store_true", help="with --cpu: the smallest layer only")
     parser.add_argument("--count", action="store_true", help="with --cpu: FLOPs, bytes, no times")
+    parser.add_argument("--sites", nargs="+", choices=workloads.SITES, help="of an 8B or 70B model")
+    parser.add_argument("--compile", action="store_true", help="only compile the kernels")
     parser.add_argument("--out", type=Path, help="default: bench/results/<grid>-<time>.jsonl")
     args = parser.parse_args(given)
     if (args.count or args.quick) and args.grid != "cpu":
@@ -239,15 +253,20 @@ def main(given: Sequence[str] | None = None) -> int:
         # Minima of three runs scatter by 40 % beside other processes.
         meter: Meter = count if args.count else Timer(device, runs=1000, least=8)
     else:
-        grid, providers, parts = GRIDS[args.grid](), {**CUDA, **PEERS}, ["layer", "adapters"]
+        grid, providers = GRIDS[args.grid](), {**CUDA, **PEERS}
+        parts = ["layer"] if args.compile else ["layer", "adapters"]
         meter = Timer(device, seconds=0.0) if interpreted else Timer(device)
+    if args.sites:
+        grid = (workload for workload in grid if workload.site in args.sites)
     moment = datetime.now(timezone.utc)
     out = args.out or ROOT / "bench" / "results" / f"{args.grid}-{moment:%Y%m%d-%H%M%S}.jsonl"
+    if args.compile:
+        meter, out = compile_only, Path(os.devnull)
     out.parent.mkdir(parents=True, exist_ok=True)
     common = {**provenance(device), "speed": not interpreted}
     failed = 0
     with out.open("w", encoding="utf-8") as file, torch.inference_mode():
-        if device.type == "cuda":
+        if device.type == "cuda" and not args.compile:
             print(json.dumps({**common, "ceilings": ceilings(device)}), file=file, flush=True)
         for workload in grid:
             for what in parts:

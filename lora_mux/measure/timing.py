@@ -1,19 +1,26 @@
 """How long calls take: interleaved runs, on a GPU as CUDA graphs with a cold L2 cache.
 
 On a GPU each call is captured over several sets of buffers, so that L2 no longer holds a set when
-its turn comes again, and then replayed; the median counts. On a CPU the minimum by the wall clock
-counts: beside other processes minima stay within a few percent, while medians double.
+its turn comes again, and then replayed; the median counts. A call that syncs cannot be captured: it
+is timed as it is, its host's share included. On a CPU the minimum by the wall clock counts: beside
+other processes minima stay within a few percent, while medians double.
 """
 
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 SECONDS = 3.0  # for the runs of all calls together, on a CPU
+# Cycles that the GPU sleeps before a timed replay, about 0.3 ms: launching a graph takes the host
+# 10 to 100 us, and on a queue that ran dry the gap would be timed as well.
+SLEEP = 500_000
+MOST_SETS = 64  # of buffers; making them takes time and memory too
 
 Call = Callable[[int], object]  # does its work on the n-th set of buffers
 Times = dict[str, float]  # "min", "p20", "p50", "p80" in microseconds, and "runs": how many
@@ -42,7 +49,8 @@ def microseconds(
         least: On a CPU, the fewest runs of each call, however long they take.
     """
     cuda = device.type == "cuda"
-    timers = {name: (graph if cuda else _wall)(call, sets) for name, call in calls.items()}
+    timer = _on_gpu if cuda else _wall
+    timers = {name: timer(call, sets) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
     for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
@@ -52,41 +60,85 @@ def microseconds(
 
 
 def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
-    """How many sets of buffers it takes to fill L2 four times: then none is still in it."""
+    """How many sets of buffers it takes to fill L2 twice: then none is still in it.
+
+    Args:
+        bytes_of_a_call: That each call must read or write; what it does not touch keeps nothing
+            cold, and does not count.
+    """
     if device.type != "cuda":
         return 1
     l2: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(16, -(-4 * l2 // max(bytes_of_a_call, 1))))
+    return max(2, min(MOST_SETS, -(-2 * l2 // max(bytes_of_a_call, 1))))
 
 
-def graph(call: Call, sets: int) -> Callable[[], float]:
-    """A timer of one replay over all sets, in microseconds."""
+def syncs(call: Callable[[], object]) -> bool:
+    """Whether a call, made before, makes the host wait for the GPU: then no graph can hold it.
+
+    Asked of torch, not found by capturing: a capture that fails corrupts the allocator of torch
+    2.11, and leaves its stream current.
+    """
+    try:
+        with _syncing_is_an_error():
+            call()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return True
+    return False
+
+
+@contextmanager
+def _syncing_is_an_error() -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _on_gpu(call: Call, sets: int) -> Callable[[], float]:
+    """A timer of one run through all sets, in microseconds: of a graph's replay if one can be."""
     # One stream throughout: SGLang keys its scratch by stream, and may not allocate in a capture.
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for n in range(sets):
-                call(n)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
+    stream.wait_stream(torch.cuda.current_stream())  # that made the buffers
+
+    def through_all_sets() -> None:
         for n in range(sets):
             call(n)
+
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            through_all_sets()
+        torch.cuda.synchronize()
+        run = through_all_sets if syncs(lambda: call(0)) else _graph(through_all_sets, stream)
     event: Any = torch.cuda.Event
     start, end = (event(enable_timing=True) for _ in range(2))
 
     def timed() -> float:
-        # Keep the queue busy: on an idle stream the gap before the launch would be timed as well.
-        torch.cuda._sleep(20_000)  # type: ignore[no-untyped-call]
-        start.record()
-        captured.replay()
-        end.record()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
         end.synchronize()
         elapsed: float = start.elapsed_time(end)
         return 1e3 * elapsed
 
     timed()
     return timed
+
+
+def _graph(call: Callable[[], None], stream: Any) -> Callable[[], None]:
+    """The replay of a call, captured on that stream."""
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        call()
+    replay: Callable[[], None] = captured.replay
+    return replay
 
 
 def _wall(call: Call, sets: int) -> Callable[[], float]:

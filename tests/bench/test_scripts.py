@@ -252,6 +252,17 @@ batch in 2
 """
         assert (table in done.stdout) == (device == "a CPU")
 
+    def test_a_site_that_is_missing_is_not_counted_as_free(self) -> None:
+        import plot
+
+        records = self.records("an H200")
+        second = json.loads(json.dumps(records))
+        for r in second:
+            r.get("workload", {})["N"] = 28672
+        records += [r for r in second if r.get("provider") != "lora_mux fused"]
+        (line,) = (row for row in plot.headline_table(records).splitlines() if "32 rows" in row)
+        assert line.endswith("| 1.07 | not measured | 1.050 | 1.500 (vLLM) |")
+
     def test_shares_and_roofline(self) -> None:
         import plot
 
