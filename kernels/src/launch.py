@@ -5,9 +5,11 @@ replays right for other values. All tensors are on one device, and inner strides
 docstring says otherwise.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from math import gcd
 from threading import Lock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -21,6 +23,9 @@ from .plan import plan_kernel
 from .rank_blocks import RANK_BLOCK
 from .shrink import shrink_kernel
 from .tensors import STREAMS, Plan, Pool, empty_plan
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Set by TRITON_INTERPRET=1 when triton was imported: kernels run on CPU tensors, slowly.
 INTERPRETED = not isinstance(plan_kernel, triton.JITFunction)
@@ -50,6 +55,23 @@ def architecture(device: torch.device) -> Architecture:
     return Architecture(name, properties.multi_processor_count)
 
 
+def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
+    """A launcher on the device of its first tensor: Triton launches on the current one."""
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> T:
+        # By number: this takes 0.3 us in all, and `device.type` alone 0.9 us.
+        first: Any = args[0]
+        device: int = first.get_device()  # -1 on the CPU
+        if device < 0 or device == torch.cuda.current_device():
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launcher(*args, **kwargs)
+
+    return launch
+
+
+@_on_its_device
 def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> Plan:
     """The Plan of a batch; plan.py has the formulas.
 
@@ -87,6 +109,7 @@ def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: in
     return made
 
 
+@_on_its_device
 def shrink(
     x: Tensor, h: Tensor, plan: Plan, pool: Pool, config: Config, weighted: bool = True
 ) -> None:
@@ -128,6 +151,7 @@ def shrink(
     )
 
 
+@_on_its_device
 def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> None:
     """y [M, N] += B_rows applied to h [split_k, M, J, R]."""
     (M, N), (_, _, J, R), U = y.shape, h.shape, plan.union.shape[1]
@@ -157,6 +181,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> None
     )
 
 
+@_on_its_device
 def linear(
     x: Tensor,
     W: Tensor,

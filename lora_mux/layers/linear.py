@@ -124,6 +124,22 @@ class MuxLinear(nn.Module):
         self.mux_settings = settings
         self.mux_shard = shard
         self.mux_last = None
+        self._follow_device()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MuxLinear":
+        """Move or cast; what the layer reads beside its own tensors goes along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_device()
+        return self
+
+    def _follow_device(self) -> None:
+        """Make now what the first forward would make otherwise: it may be one that is traced."""
+        device = self.mux_pool.A_rows.device
+        if device.type == "meta":
+            return
+        self.mux_slots.live(device)
+        if self.mux_router is not None:
+            self.mux_router.follow_device(self.mux_pool)
 
     def forward(self, x: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         """y [..., out_features] for x [..., in_features].
@@ -328,5 +344,6 @@ def follow_materialised(layer: MuxLinear) -> None:
         if device.type == "meta":
             return
         pool.to_empty(device=device)  # nothing was lost: such a pool holds no adapter
+    layer._follow_device()
     if pool.fixed is not None and not pool.runs.capacity:
         pool.fix(pool.fixed)

@@ -15,7 +15,6 @@ def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) ->
     assert isinstance(linear, MuxLinear)
     linear.mux_equip(target.shard, router.slots, router, router.settings, dtype)
     linear.mux_place = place
-    router.anchor = router.anchor or linear.mux_pool
     return linear
 
 

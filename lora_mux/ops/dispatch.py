@@ -6,8 +6,6 @@ where it can run, the CPU's own form on the CPU, and the reference elsewhere. A 
 asked for by name never falls back.
 """
 
-import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -26,7 +24,6 @@ AnyPlan: TypeAlias = Plan | FusedPlan
 
 CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
-OLDEST_TRITON = "3.6"  # that the kernels were compiled and checked with; 3.2 lacks tl.gather
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -76,9 +73,7 @@ def _require_triton(asked: str) -> None:
     """Refuse what was asked for by name where the kernels can never run."""
     problem = _triton_problem()
     if problem:
-        raise BackendError(
-            f"{asked} needs triton {OLDEST_TRITON} or newer, {problem}; use 'auto' or 'reference'"
-        )
+        raise BackendError(f"{asked} needs triton {problem}; use 'auto' or 'reference'")
     if not (_interpreted() or torch.cuda.is_available()):
         raise BackendError(
             f"{asked} needs a CUDA or ROCm GPU, and torch sees none; use 'auto' or 'reference', or "
@@ -86,17 +81,11 @@ def _require_triton(asked: str) -> None:
         )
 
 
-@functools.cache
 def _triton_problem() -> str:
-    """Why the kernels cannot be compiled with the triton that is installed; "" when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "which is not installed"
-    import triton
+    """The triton that the kernels need and what there is instead; "" when they can be compiled."""
+    from ..kernels import installed
 
-    installed: str = triton.__version__
-    numbers = [int(number) for number in installed.split(".")[:2]]
-    oldest = [int(number) for number in OLDEST_TRITON.split(".")]
-    return f"got {installed}" if numbers < oldest else ""
+    return installed.PROBLEM
 
 
 def _interpreted() -> bool:
@@ -198,15 +187,24 @@ def backend_reason() -> str:
     """The backend that "auto" means here, and why."""
     problem = _triton_problem()
     if problem:
-        return f"{HOST} (the kernels need triton {OLDEST_TRITON} or newer, {problem})"
+        return f"{HOST} (the kernels need triton {problem})"
     if not torch.cuda.is_available():
         return f"{HOST} (torch sees no CUDA or ROCm GPU)"
     return f"triton on {torch.cuda.get_device_name()}, {HOST}"
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: nothing may sync or come from the host."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured there: nothing may sync or come from the host.
+
+    Not while torch.compile traces, which cannot ask: what it makes is captured later.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    # torch asks the stream of the current device, which need not be this one.
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False) -> AnyPlan | None:

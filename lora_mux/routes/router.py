@@ -124,6 +124,13 @@ class Router:
         if self.captured:
             self.captured.follow_sticky(route)
 
+    def follow_device(self, pool: Pool) -> None:
+        """A target's pool is on its device, for the first time or another one: so are the rows."""
+        if self.anchor is None:
+            self.anchor = pool
+        if self.anchor is pool:
+            self._follow_sticky()
+
     def _device(self) -> torch.device:
         # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
         rows: Any = None if self.anchor is None else self.anchor._buffers["A_rows"]

@@ -351,6 +351,6 @@ class TestLayer:
             lora_mux.MuxLinear(nn.Linear(4, 4), backend="triton", fused=True)
 
     def test_without_triton_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatch, "_triton_problem", lambda: "got 3.1")
+        monkeypatch.setattr(dispatch, "_triton_problem", lambda: "3.6 or newer, got 3.1")
         with pytest.raises(BackendError, match=r"`fused` True needs triton .* got 3.1"):
             lora_mux.MuxLinear(nn.Linear(4, 4), fused=True)

@@ -111,3 +111,10 @@ def test_launchers_need_no_values(report: dict[str, Any]) -> None:
     assert names == [*KERNELS, *more]
     assert report["fake"][2]["grid"] == [1094, 625, 1]
     assert report["fake"][-1]["grid"] == [547 * 313, 1, 1]
+
+
+def test_launches_go_to_the_device_of_their_tensors(report: dict[str, Any]) -> None:
+    """Triton launches on the current device, which is the first one here."""
+    on_first, on_second = report["devices"]["cuda:0"], report["devices"]["cuda:1"]
+    assert on_first == [0] * len(on_second) and on_second == [1] * len(on_first)
+    assert len(on_first) == len([*KERNELS, *["shrink_kernel"] * 2, "fused_kernel"])

@@ -59,3 +59,18 @@ def test_tiles_of_a_batch_invariant_method_do_not_depend_on_the_batch() -> None:
         for rows in (1, 40, 3000)
     }
     assert len(methods) == 1
+
+
+def test_a_capture_on_another_device_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], device
+        return before
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert [ops.capturing(torch.device("cuda", i)) for i in (0, 1)] == [False, True]
+    assert not ops.capturing(torch.device("cpu")) and current == [0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora_mux
 from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
+from lora_mux.kernels import installed
 from lora_mux.ops import dispatch
 
 pytestmark = pytest.mark.interpreter
@@ -200,22 +201,19 @@ class TestRefusals:
             layer(torch.ones(1, 4), Routing(torch.tensor([[a]])))
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(installed, "PROBLEM", installed.problem())
         says = "needs triton 3.6 or newer, which is not installed"
         with pytest.raises(lora_mux.errors.BackendError, match=says):
             lora_mux.MuxLinear(nn.Linear(4, 3), backend="triton")
         assert "which is not installed" in ops.backend_reason()
-        dispatch._triton_problem.cache_clear()
 
     @pytest.mark.parametrize(
         ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.10", True)]
     )
     def test_an_old_triton(self, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        dispatch._triton_problem.cache_clear()
         monkeypatch.setattr("triton.__version__", version)
-        assert dispatch._triton_problem() == ("" if fits else f"got {version}")
-        dispatch._triton_problem.cache_clear()
+        assert installed.problem() == ("" if fits else f"3.6 or newer, got {version}")
 
     def test_auto_raises_on_the_cpu(self) -> None:
         case = LayerCase(backend="auto")

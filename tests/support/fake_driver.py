@@ -30,6 +30,7 @@ class Launch:
     metadata: Any
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    device: int  # that was current
 
     @property
     def name(self) -> str:
@@ -69,9 +70,10 @@ class _Launcher:
         grid, arguments = everything[:3], everything[9:]
         if len(arguments) == 1 and isinstance(arguments[0], tuple | list):
             arguments = tuple(arguments[0])  # one tuple from triton 3.8 on
-        launch = Launch(self.source, self.metadata, grid, arguments)
+        driver = triton.runtime.driver.active
+        launch = Launch(self.source, self.metadata, grid, arguments, driver.device)
         LAUNCHES.append(launch)
-        if triton.runtime.driver.active.computes:
+        if driver.computes:
             launch.replay()
 
 
@@ -97,6 +99,7 @@ class FakeDriver(DriverBase):
 
     def __init__(self, architecture: str, computes: bool) -> None:
         self.computes = computes
+        self.device = 0
         if architecture.startswith("sm_"):
             self.target = GPUTarget("cuda", int(architecture[3:]), 32)
         else:
@@ -119,7 +122,12 @@ class FakeDriver(DriverBase):
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
+
+    def exchange_device(self, device: int) -> int:
+        """Make another device current; returns the one that was."""
+        before, self.device = self.device, device
+        return before
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -17,13 +17,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 import torch
+import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import codegen
 import fake_driver
 import lora_mux
+from fake_cuda import FakeCuda
 from fake_driver import LAUNCHES
 from interpreter import mend_bf16
 from lora_mux import ops
@@ -195,6 +198,34 @@ def fake_tensors() -> list[dict[str, Any]]:
     return described()
 
 
+def devices() -> dict[str, list[int]]:
+    """Where the launches for tensors of two GPUs land, while the first is the current one."""
+    on("sm_90", computes=False)
+    driver = triton.runtime.driver.active
+    patch = pytest.MonkeyPatch()
+    cuda, found = FakeCuda(patch), {}
+    patch.setattr(torch.cuda, "current_device", driver.get_current_device)
+    patch.setattr(torch.cuda, "_exchange_device", driver.exchange_device)
+    patch.setattr(torch.cuda, "_maybe_exchange_device", driver.exchange_device)
+    patch.setattr(launch, "stream_number", lambda device: 0)
+    patch.setattr(launch, "device_name", lambda device: "NVIDIA")
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        LAUNCHES.clear()
+        problem = FusedProblem(rows=5, K=64, N=80, ranks=(8, 20), J=2, dtype=torch.bfloat16)
+        with cuda:
+            problem.to(device)
+        with cuda.fake:
+            plan = operators._plan(problem.index, problem.weight, problem.live, 2, 16)
+            shared = *problem.pool, *plan, 20, False
+            operators._add_lora_(problem.y, problem.x, *shared)
+            operators._strength_gradient(problem.y, problem.x, *shared)
+            operators._linear(problem.x, problem.W, problem.b, *shared)
+        found[device] = [one.device for one in LAUNCHES]
+        assert driver.device == 0, "another device is left current"
+    patch.undo()
+    return found
+
+
 if __name__ == "__main__":
     with mend_bf16():
         report = {
@@ -204,5 +235,6 @@ if __name__ == "__main__":
             "graph": graph(fused=False),
             "fused graph": graph(fused=True),
             "fake": fake_tensors(),
+            "devices": devices(),
         }
     json.dump(report, sys.stdout)

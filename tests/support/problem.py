@@ -80,9 +80,14 @@ class Problem:
         handles = torch.cat([self.live[:S].to(torch.int64), torch.tensor([-1])])
         self.index = handles[slots]
         self.weight = randn(self.rows, self.J) if self.weighted else torch.ones(slots.shape)
+        self.to(self.device)
+
+    def to(self, device: str) -> None:
+        """Move all tensors to a device."""
+        self.device = device
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor):
-                setattr(self, name, value.to(self.device))
+                setattr(self, name, value.to(device))
 
     @property
     def max_rank(self) -> int:
