@@ -200,27 +200,33 @@ class FusedProblem(Problem):
 
     def base(self) -> tuple[Tensor, Tensor]:
         x, W = self.x.double(), self.W.double()
-        b = torch.zeros(self.N) if self.b is None else self.b.double()
+        b = x.new_zeros(self.N) if self.b is None else self.b.double()
         return x @ W.T + b, x.abs() @ W.abs().T + b.abs()
 
-    def run(self, shrinks: bool = True, times: int = 1, **replaced: Any) -> Tensor:
-        """y by the launchers, `times` times over on the same plan."""
+    def prepared(self, shrinks: bool = True, **replaced: Any) -> Callable[[], Tensor]:
+        """A launch on the current stream that returns y; all of its calls share one plan."""
         from lora_mux.kernels import config, launch
 
         device = self.x.device
         chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
         chosen = dataclasses.replace(chosen, **replaced)
-        plan, stream = self.plan(chosen.block_m), launch.stream_number(device)
-        assert stream is not None
-        before = None if shrinks else self.choose(chosen.block_m)
-        ys = [
-            launch.linear(
+        plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
+        self.counters = plan.counters
+
+        def launched() -> Tensor:
+            stream = launch.stream_number(device)
+            assert stream is not None
+            return launch.linear(
                 *(self.x, self.W, self.b, plan, self.pool),
                 *(self.max_rank, stream, chosen, before),
             )
-            for _ in range(times)
-        ]
-        self.counters = plan.counters
+
+        return launched
+
+    def run(self, shrinks: bool = True, times: int = 1, **replaced: Any) -> Tensor:
+        """y by the launchers, `times` times over on the same plan."""
+        launched = self.prepared(shrinks, **replaced)
+        ys = [launched() for _ in range(times)]
         for y in ys[1:]:
             torch.testing.assert_close(y, ys[0], rtol=0, atol=0, equal_nan=True)
         return ys[0]
