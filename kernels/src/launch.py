@@ -21,6 +21,8 @@ from .expand import expand_kernel
 from .fused import fused_kernel
 from .plan import plan_kernel
 from .rank_blocks import RANK_BLOCK
+from .ready import LinearAgain, PlanAgain, Ready
+from .ready import launch as launched
 from .shrink import shrink_kernel
 from .tensors import STREAMS, Plan, Pool, empty_plan
 
@@ -71,9 +73,16 @@ def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     return launch
 
 
-@_on_its_device
 def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> Plan:
-    """The Plan of a batch; plan.py has the formulas.
+    """The Plan of a batch; plan.py has the formulas. Arguments as of `plan_and_again`."""
+    return plan_and_again(index, weight, live, capacity, block_m)[0]
+
+
+@_on_its_device
+def plan_and_again(
+    index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int
+) -> tuple[Plan, PlanAgain | None]:
+    """The Plan of a batch, and what makes the next one.
 
     Args:
         index: [M, J] int32 or int64, of any strides.
@@ -86,9 +95,11 @@ def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: in
     if J == 0 or M == 0:
         for nothing in (made.length, made.state, made.counters):
             nothing.zero_()
-        return made
+        return made, None
     block_u, block_j, U = 16, _power(J), made.union.shape[1]
-    plan_kernel[(_cdiv(M, block_m), _cdiv(U, block_u))](
+    ready = launched(
+        plan_kernel,
+        (_cdiv(M, block_m), _cdiv(U, block_u)),
         index,
         weight,
         live,
@@ -106,13 +117,14 @@ def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: in
         # A sort of 4,096 numbers by four warps spills 104 bytes of registers.
         num_warps=8 if block_m * block_j > 2048 else 4,
     )
-    return made
+    layout = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
+    return made, ready and PlanAgain(ready, layout)
 
 
 @_on_its_device
 def shrink(
     x: Tensor, h: Tensor, plan: Plan, pool: Pool, config: Config, weighted: bool = True
-) -> None:
+) -> Ready | None:
     """h [split_k, M, J, R] = strength * scaling * A_rows applied to x [M, K].
 
     Args:
@@ -125,7 +137,9 @@ def shrink(
     tiles = _cdiv(M, config.block_m)
     # Until the machine is full twice.
     most = 2 * architecture(x.device).processors // (tiles * config.split_k)
-    shrink_kernel[(tiles, _groups(U, R, config, most), config.split_k)](
+    return launched(
+        shrink_kernel,
+        (tiles, _groups(U, R, config, most), config.split_k),
         x,
         h,
         plan,
@@ -152,11 +166,13 @@ def shrink(
 
 
 @_on_its_device
-def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> None:
+def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Ready | None:
     """y [M, N] += B_rows applied to h [split_k, M, J, R]."""
     (M, N), (_, _, J, R), U = y.shape, h.shape, plan.union.shape[1]
     unit = _unit(y)
-    expand_kernel[(_cdiv(M, config.block_m), _cdiv(N, config.block_n))](
+    return launched(
+        expand_kernel,
+        (_cdiv(M, config.block_m), _cdiv(N, config.block_n)),
         h,
         y,
         plan,
@@ -181,8 +197,13 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> None
     )
 
 
+def linear(*arguments: Any) -> Tensor:
+    """A new y [M, N] = x W^T + bias and the adapters of each row, as `linear_and_again`."""
+    return linear_and_again(*arguments)[0]
+
+
 @_on_its_device
-def linear(
+def linear_and_again(
     x: Tensor,
     W: Tensor,
     bias: Tensor | None,
@@ -192,8 +213,10 @@ def linear(
     stream: int,
     config: FusedConfig,
     before: Config | None,
-) -> Tensor:
+) -> tuple[Tensor, LinearAgain | None]:
     """A new y [M, N] = x W^T + bias and the adapters of each row, by the fused kernel.
+
+    And what computes the next one.
 
     Args:
         x: [M, K].
@@ -203,15 +226,16 @@ def linear(
         before: of a `shrink` that goes before; None: the fused launch shrinks as well.
     """
     h = x.new_empty(h_shape(plan, max_rank, before or config), dtype=torch.float32)
-    if before is not None:
-        shrink(x, h, plan, pool, before)
+    first = None if before is None else shrink(x, h, plan, pool, before)
     y = x.new_empty(x.shape[0], W.shape[0])
     (M, K), N, (splits, _, J, R), U = x.shape, W.shape[0], h.shape, plan.union.shape[1]
     x_unit, y_unit = gcd(_unit(x), W.stride(0)), _unit(y)
     tiles, columns = _cdiv(M, config.block_m), _cdiv(N, config.block_n)
     # Until each processor has a program.
     groups = _groups(U, R, config, architecture(x.device).processors // (tiles * splits))
-    fused_kernel[(tiles * (groups * splits * (before is None) + columns),)](
+    ready = launched(
+        fused_kernel,
+        (tiles * (groups * splits * (before is None) + columns),),
         x,
         W,
         bias,
@@ -248,7 +272,7 @@ def linear(
         num_stages=config.stages,
         **_registers(config, min(x_unit, y_unit)),
     )
-    return y
+    return y, ready and LinearAgain(tuple(h.shape), tuple(y.shape), first, ready)
 
 
 # Fused launches of one stream follow one another, so they can share a pair of counters; those of

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SLOT_MASK = 0xFFFF  # a handle is generation << 16 | slot
 # Plan.state of a row: it selects nothing; it selects adapters; it names a handle that is not alive.
 BASE, SELECTS, DEAD = 0, 1, 2
+# Bytes. Kernels are compiled for pointers that are multiples of it, and once more for any other;
+# torch allocates at multiples of 64 and more.
+ALIGNMENT = 16
 # Fused launches of one forward pass may be on 64 streams. Each has counters of its own: 16 bytes,
 # of which the first two numbers are used.
 STREAMS, COUNTERS = 64, 4

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import Pool, Routing, Slots
 from ..errors import BackendError
 from . import cpu, operators, plan_in_torch, reference, tuned
-from .forms import Form, Method, Plan
+from .forms import Form, Method, Plan, plain, tracked
 from .tiled import FusedPlan, TiledPlan
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
@@ -233,6 +233,13 @@ def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False)
     if capturing(index.device):
         slots.captured = True
     triton = method.form != "operators"
+    if triton and plain(index, weight) and not tracked(weight):
+        live = slots.live(index.device)
+        made = operators.plan_now(index, weight, live, slots.capacity, method.block_m)
+        routing.last_pass.row_states = made.state
+        if method.form == "fused":
+            return FusedPlan(made)
+        return TiledPlan(made, method.batch_invariant, True, operators.case_of(made))
     selected, strength, *rest = torch.ops.lora_mux.plan(
         index, weight.detach(), slots.live(index.device), slots.capacity, method.block_m, triton
     )

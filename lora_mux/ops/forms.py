@@ -43,6 +43,22 @@ class Plan(Protocol):
         """
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether torch's dispatcher would do no more than call what computes.
+
+    Not for subclasses, nor where something looks on or has another meaning for a call: torch.compile
+    and export, torch.jit.trace, modes (FakeTensorMode, selective checkpointing), functorch. What
+    autograd follows is told by `tracked`.
+    """
+    return (
+        all(type(tensor) is Tensor for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+    )
+
+
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd follows what is computed from them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

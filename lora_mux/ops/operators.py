@@ -12,15 +12,18 @@ one: `rows` are the fields of lora_mux.core.RankRows, `plan` those of lora_mux.k
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..core import RankRows
-from ..kernels.tensors import DEAD, Pool, empty_plan
+from ..kernels.tensors import ALIGNMENT, DEAD, Pool, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import plan_in_torch, reference, tuned
+
+if TYPE_CHECKING:
+    from ..kernels.ready import AddAgain
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,6 +89,76 @@ def _kernel(name: str) -> Callable[[F], F]:
 
 def _fake(name: str) -> Callable[[F], F]:
     return cast(Callable[[F], F], torch.library.register_fake(f"lora_mux::{name}", lib=LIBRARY))
+
+
+# What makes the launches of a case again; see kernels/src/ready.py.
+_AGAIN: dict[object, Any] = {}
+MOST_CASES = 4096  # each number of rows is one for each kind of layer
+
+
+def _keep(case: object, again: Any) -> None:
+    if again is not None:
+        if len(_AGAIN) >= MOST_CASES:
+            _AGAIN.clear()
+        _AGAIN[case] = again
+
+
+def _aligned(pointers: int) -> bool:
+    """Whether launches that are kept are right for the pointers of which this is the union."""
+    return not pointers & (ALIGNMENT - 1)
+
+
+def plan_now(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> Plan:
+    """The operator plan by Triton, without torch's dispatcher: on tensors that are `forms.plain`."""
+    case = (
+        *(index.device, index.shape, index.stride(), index.dtype),
+        *(weight.stride(), weight.dtype, capacity, block_m),
+    )
+    aligned = _aligned(index.data_ptr() | weight.data_ptr() | live.data_ptr())
+    again = _AGAIN.get(case) if aligned else None
+    if again is not None:
+        made: Plan = again(index, weight, live)
+        return made
+    from ..kernels import launch
+
+    computable = _computable(weight)
+    made, again = launch.plan_and_again(index, computable, live, capacity, block_m)
+    if aligned:
+        _keep(case, again)
+    return made
+
+
+def case_of(plan: Plan) -> object:
+    """What add_now has to know of a plan that plan_now made."""
+    return plan.slots.device, plan.slots.shape, plan.place.shape, plan.strength.dtype
+
+
+def add_now(
+    y: Tensor, x: Tensor, rows: RankRows, plan: Plan, of_plan: object, max_rank: int, inv: bool
+) -> None:
+    """add_lora_ by Triton, without torch's dispatcher: on tensors that are `forms.plain`.
+
+    Args:
+        y: contiguous, like x of any number of dimensions.
+        of_plan: its `case_of`.
+    """
+    A, B, constant, offset, rank, scaling = rows
+    case = (
+        *(of_plan, max_rank, inv, y.shape, y.dtype, x.shape, x.stride(), x.dtype),
+        *(A.stride(), A.dtype, B.stride(), B.dtype, constant is None, scaling.dtype),
+    )
+    pointers = y.data_ptr() | x.data_ptr() | A.data_ptr() | B.data_ptr() | scaling.data_ptr()
+    pointers |= offset.data_ptr() | rank.data_ptr()
+    if constant is not None:
+        pointers |= constant.data_ptr()
+    again = _AGAIN.get(case) if _aligned(pointers) else None
+    if again is not None:
+        again(y, x, plan, rows)
+        return
+    flat = x.reshape(-1, x.shape[-1])
+    again = _triton_add_(y.view(-1, y.shape[-1]), flat, rows, plan, How(max_rank, inv, True))
+    if _aligned(pointers) and flat.data_ptr() == x.data_ptr():
+        _keep(case, again)
 
 
 @_kernel("plan")
@@ -221,19 +294,23 @@ def _pool(rows: RankRows) -> Pool:
     return Pool(_computable(rows.A_rows), _computable(rows.B_rows), *rows[2:])
 
 
-def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> None:
-    from ..kernels import launch
+def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgain | None":
+    """Launch shrink and expand; what does so again for the same tensors, if they need no copies."""
+    from ..kernels import launch, ready
 
     if not (y.numel() and plan.slots.shape[1]):
-        return
+        return None
     pool = _pool(rows)
-    x, out = _row_major(_computable(x)), _row_major(_computable(y))
+    given, x, out = x, _row_major(_computable(x)), _row_major(_computable(y))
     config = _config(x, out, pool.A_rows, plan, how)
     h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
-    launch.shrink(x, h, plan, pool, config)
-    launch.expand(h, out, plan, pool, config)
+    shrink = launch.shrink(x, h, plan, pool, config)
+    expand = launch.expand(h, out, plan, pool, config)
     if out is not y:
         y.copy_(out)
+    if shrink is None or expand is None or x is not given or out is not y:
+        return None
+    return ready.AddAgain(tuple(h.shape), shrink, expand)
 
 
 def _triton_linear(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core import Pool
 from . import operators
-from .forms import tracked
+from .forms import plain, tracked
 
 
 class TiledPlan(NamedTuple):
@@ -16,6 +16,7 @@ class TiledPlan(NamedTuple):
     tensors: operators.Plan
     batch_invariant: bool
     triton: bool
+    case: object = None  # of operators.case_of, where launches need no dispatcher
 
     @property
     def strength(self) -> Tensor:
@@ -24,15 +25,22 @@ class TiledPlan(NamedTuple):
 
     def with_strength(self, strength: Tensor) -> "TiledPlan":
         """The plan with another tensor of equal values there."""
-        return self._replace(tensors=self.tensors._replace(strength=strength))
+        return self._replace(tensors=self.tensors._replace(strength=strength), case=None)
 
     def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
+        here = owned and not tracked(y, x, self.tensors.strength) and y.is_contiguous()
+        if here and self.case is not None and plain(y, x):
+            rows, max_rank = pool.rows_now, pool.max_rank
+            operators.add_now(
+                y, x, rows, self.tensors, self.case, max_rank, self.batch_invariant
+            )
+            return y
         arguments = (
             *(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *pool.rows, *self.tensors),
             *(pool.max_rank, self.batch_invariant, self.triton),
         )
-        if owned and not tracked(y, x, self.tensors.strength) and y.is_contiguous():
+        if here:
             torch.ops.lora_mux.add_lora_(*arguments)
             return y
         added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
