@@ -21,7 +21,7 @@ from .expand import expand_kernel
 from .fused import fused_kernel
 from .plan import plan_kernel
 from .rank_blocks import RANK_BLOCK
-from .ready import LinearAgain, PlanAgain, Ready
+from .ready import Layout, LinearAgain, PlanAgain, PlanNow, Ready
 from .ready import launch as launched
 from .shrink import shrink_kernel
 from .tensors import STREAMS, Plan, Pool, empty_plan
@@ -117,8 +117,7 @@ def plan_and_again(
         # A sort of 4,096 numbers by four warps spills 104 bytes of registers.
         num_warps=8 if block_m * block_j > 2048 else 4,
     )
-    layout = tuple((tuple(tensor.shape), tensor.dtype) for tensor in made)
-    return made, ready and PlanAgain(ready, layout)
+    return made, ready and PlanAgain(ready, Layout.of(made), PlanNow.of(made).case)
 
 
 @_on_its_device

@@ -18,10 +18,12 @@ from .dispatch import Fused as Fused
 from .dispatch import Settings as Settings
 from .dispatch import backend_reason as backend_reason
 from .dispatch import capturing as capturing
+from .dispatch import like as like
 from .dispatch import method as method
 from .dispatch import plan as plan
 from .forms import Form as Form
 from .forms import Method as Method
 from .forms import Plan as Plan
 from .forms import tracked as tracked
+from .tiled import EagerFusedPlan as EagerFusedPlan
 from .tiled import FusedPlan as FusedPlan

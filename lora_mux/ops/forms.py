@@ -43,15 +43,15 @@ class Plan(Protocol):
         """
 
 
-def plain(*tensors: Tensor) -> bool:
+def plain(one: Tensor, other: Tensor) -> bool:
     """Whether torch's dispatcher would do no more than call what computes.
 
-    Not for subclasses, nor where something looks on or has another meaning for a call: torch.compile
-    and export, torch.jit.trace, modes (FakeTensorMode, selective checkpointing), functorch. What
+    Not for subclasses, nor where something looks on or takes a call for another: torch.compile and
+    export, torch.jit.trace, modes (FakeTensorMode, selective checkpointing), functorch. What
     autograd follows is told by `tracked`.
     """
     return (
-        all(type(tensor) is Tensor for tensor in tensors)
+        type(one) is type(other) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None

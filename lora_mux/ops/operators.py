@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..core import RankRows
-from ..kernels.tensors import ALIGNMENT, DEAD, Pool, empty_plan
+from ..kernels.tensors import DEAD, Pool, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import plan_in_torch, reference, tuned
 
 if TYPE_CHECKING:
-    from ..kernels.ready import AddAgain
+    from ..kernels.ready import AddAgain, LinearAgain
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,76 +91,6 @@ def _fake(name: str) -> Callable[[F], F]:
     return cast(Callable[[F], F], torch.library.register_fake(f"lora_mux::{name}", lib=LIBRARY))
 
 
-# What makes the launches of a case again; see kernels/src/ready.py.
-_AGAIN: dict[object, Any] = {}
-MOST_CASES = 4096  # each number of rows is one for each kind of layer
-
-
-def _keep(case: object, again: Any) -> None:
-    if again is not None:
-        if len(_AGAIN) >= MOST_CASES:
-            _AGAIN.clear()
-        _AGAIN[case] = again
-
-
-def _aligned(pointers: int) -> bool:
-    """Whether launches that are kept are right for the pointers of which this is the union."""
-    return not pointers & (ALIGNMENT - 1)
-
-
-def plan_now(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> Plan:
-    """The operator plan by Triton, without torch's dispatcher: on tensors that are `forms.plain`."""
-    case = (
-        *(index.device, index.shape, index.stride(), index.dtype),
-        *(weight.stride(), weight.dtype, capacity, block_m),
-    )
-    aligned = _aligned(index.data_ptr() | weight.data_ptr() | live.data_ptr())
-    again = _AGAIN.get(case) if aligned else None
-    if again is not None:
-        made: Plan = again(index, weight, live)
-        return made
-    from ..kernels import launch
-
-    computable = _computable(weight)
-    made, again = launch.plan_and_again(index, computable, live, capacity, block_m)
-    if aligned:
-        _keep(case, again)
-    return made
-
-
-def case_of(plan: Plan) -> object:
-    """What add_now has to know of a plan that plan_now made."""
-    return plan.slots.device, plan.slots.shape, plan.place.shape, plan.strength.dtype
-
-
-def add_now(
-    y: Tensor, x: Tensor, rows: RankRows, plan: Plan, of_plan: object, max_rank: int, inv: bool
-) -> None:
-    """add_lora_ by Triton, without torch's dispatcher: on tensors that are `forms.plain`.
-
-    Args:
-        y: contiguous, like x of any number of dimensions.
-        of_plan: its `case_of`.
-    """
-    A, B, constant, offset, rank, scaling = rows
-    case = (
-        *(of_plan, max_rank, inv, y.shape, y.dtype, x.shape, x.stride(), x.dtype),
-        *(A.stride(), A.dtype, B.stride(), B.dtype, constant is None, scaling.dtype),
-    )
-    pointers = y.data_ptr() | x.data_ptr() | A.data_ptr() | B.data_ptr() | scaling.data_ptr()
-    pointers |= offset.data_ptr() | rank.data_ptr()
-    if constant is not None:
-        pointers |= constant.data_ptr()
-    again = _AGAIN.get(case) if _aligned(pointers) else None
-    if again is not None:
-        again(y, x, plan, rows)
-        return
-    flat = x.reshape(-1, x.shape[-1])
-    again = _triton_add_(y.view(-1, y.shape[-1]), flat, rows, plan, How(max_rank, inv, True))
-    if _aligned(pointers) and flat.data_ptr() == x.data_ptr():
-        _keep(case, again)
-
-
 @_kernel("plan")
 def _plan(
     index: Tensor,
@@ -174,7 +104,7 @@ def _plan(
         return plan_in_torch.plan(index, weight, live, capacity, block_m)
     from ..kernels import launch
 
-    return launch.plan(index, _computable(weight), live, capacity, block_m)
+    return launch.plan(index, computable(weight), live, capacity, block_m)
 
 
 @_fake("plan")
@@ -193,7 +123,7 @@ def _plan_fake(
 def _add_lora_(y: Tensor, x: Tensor, *shared: Any) -> None:
     rows, plan, how = _unpack(shared)
     if _on_triton(y, how.triton):
-        _triton_add_(y, x, rows, plan, how)
+        triton_add_(y, x, rows, plan, how)
         return
     added = reference.add_lora(y, x, rows, reference.plan(plan.slots, plan.strength))
     y.copy_(torch.where((plan.state == DEAD)[:, None], torch.nan, added))
@@ -210,9 +140,9 @@ def _add_lora(y: Tensor, x: Tensor, *shared: Any) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *shared: Any) -> Tensor:
     rows, plan, how = _unpack(shared)
     if _on_triton(x, how.triton):
-        fused = _triton_linear(x, weight, bias, rows, plan, how)
+        fused = triton_linear(x, weight, bias, rows, plan, how)
         if fused is not None:
-            return fused
+            return fused[0]
     with torch.autocast(x.device.type, enabled=False):  # y is to have x's dtype
         y = torch.nn.functional.linear(x, weight, bias)
     _add_lora_(y, x, *shared)
@@ -282,7 +212,7 @@ def _transposed(rows: RankRows) -> RankRows:
     return rows._replace(A_rows=rows.B_rows, B_rows=rows.A_rows, constant=None)
 
 
-def _computable(tensor: Tensor) -> Tensor:
+def computable(tensor: Tensor) -> Tensor:
     """fp32 for bf16 in Triton's interpreter, which multiplies bf16's bits (triton #11584)."""
     from ..kernels import launch
 
@@ -291,17 +221,17 @@ def _computable(tensor: Tensor) -> Tensor:
 
 def _pool(rows: RankRows) -> Pool:
     """The same tensors, as the launchers take them."""
-    return Pool(_computable(rows.A_rows), _computable(rows.B_rows), *rows[2:])
+    return Pool(computable(rows.A_rows), computable(rows.B_rows), *rows[2:])
 
 
-def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgain | None":
-    """Launch shrink and expand; what does so again for the same tensors, if they need no copies."""
+def triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgain | None":
+    """Launch shrink and expand; what does so again, where the tensors need no copies."""
     from ..kernels import launch, ready
 
     if not (y.numel() and plan.slots.shape[1]):
         return None
     pool = _pool(rows)
-    given, x, out = x, _row_major(_computable(x)), _row_major(_computable(y))
+    given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
     config = _config(x, out, pool.A_rows, plan, how)
     h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
     shrink = launch.shrink(x, h, plan, pool, config)
@@ -313,16 +243,16 @@ def _triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> 
     return ready.AddAgain(tuple(h.shape), shrink, expand)
 
 
-def _triton_linear(
+def triton_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: RankRows, plan: Plan, how: How
-) -> Tensor | None:
-    """The fused launch; None where there is none to make."""
+) -> "tuple[Tensor, LinearAgain | None] | None":
+    """The fused launch, and what makes it again where x needs no copy; None = there is none."""
     from ..kernels import config, launch
 
     stream = launch.stream_number(x.device)
     if stream is None or not (x.numel() and weight.numel() and plan.slots.shape[1]):
         return None
-    pool, W, inputs = _pool(rows), _computable(weight), _row_major(_computable(x))
+    pool, W, inputs = _pool(rows), computable(weight), _row_major(computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
         inputs = inputs.contiguous()
     (M, K), N = x.shape, W.shape[0]
@@ -333,8 +263,9 @@ def _triton_linear(
     before = None
     if M > config.SHRINKS_WITHIN:
         before = _config(inputs, W.T, pool.A_rows, plan, how)
-    y = launch.linear(inputs, W, bias, plan, pool, how.max_rank, stream, chosen, before)
-    return y.to(x.dtype)
+    arguments = inputs, W, bias, plan, pool, how.max_rank, stream, chosen, before
+    y, again = launch.linear_and_again(*arguments)
+    return y.to(x.dtype), again if inputs is x else None
 
 
 def _triton_strength_gradient(
@@ -348,7 +279,7 @@ def _triton_strength_gradient(
         return gradient
     products = []
     for vectors, pool in ((x, _pool(rows)), (grad, _pool(_transposed(rows)))):
-        vectors = _row_major(_computable(vectors))
+        vectors = _row_major(computable(vectors))
         config = _config(vectors, vectors, pool.A_rows, plan, how)
         shape = launch.h_shape(plan, how.max_rank, config)
         h = x.new_zeros(shape, dtype=torch.float32)

@@ -1,13 +1,23 @@
-"""Plans for the operators: the rows of a batch in tiles, whose index is read on their device."""
+"""Plans for the operators: the rows of a batch in tiles, whose index is read on their device.
 
-from typing import NamedTuple
+In eager mode torch's dispatcher takes some tens of microseconds for the twenty arguments of an
+operator, and Triton as long for those of a kernel. Where nobody looks on (`forms.plain`), and
+autograd follows nothing, plans do without both: what was launched is kept by its case, which is all
+that tiles and compiled variants depend on, and launched again with other pointers.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core import Pool
+from ..core import Pool, RankRows
+from ..kernels.tensors import ALIGNMENT
 from . import operators
 from .forms import plain, tracked
+
+if TYPE_CHECKING:
+    from ..kernels.ready import PlanNow
 
 
 class TiledPlan(NamedTuple):
@@ -16,7 +26,6 @@ class TiledPlan(NamedTuple):
     tensors: operators.Plan
     batch_invariant: bool
     triton: bool
-    case: object = None  # of operators.case_of, where launches need no dispatcher
 
     @property
     def strength(self) -> Tensor:
@@ -25,26 +34,61 @@ class TiledPlan(NamedTuple):
 
     def with_strength(self, strength: Tensor) -> "TiledPlan":
         """The plan with another tensor of equal values there."""
-        return self._replace(tensors=self.tensors._replace(strength=strength), case=None)
+        return self._replace(tensors=self.tensors._replace(strength=strength))
 
     def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
-        here = owned and not tracked(y, x, self.tensors.strength) and y.is_contiguous()
-        if here and self.case is not None and plain(y, x):
-            rows, max_rank = pool.rows_now, pool.max_rank
-            operators.add_now(
-                y, x, rows, self.tensors, self.case, max_rank, self.batch_invariant
-            )
-            return y
         arguments = (
             *(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *pool.rows, *self.tensors),
             *(pool.max_rank, self.batch_invariant, self.triton),
         )
-        if here:
+        if owned and not tracked(y, x, self.tensors.strength) and y.is_contiguous():
             torch.ops.lora_mux.add_lora_(*arguments)
             return y
         added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
         return added.reshape(y.shape)
+
+
+class EagerPlan(NamedTuple):
+    """A TiledPlan for Triton that was made in eager mode, and that autograd does not follow."""
+
+    now: "PlanNow"
+    batch_invariant: bool
+
+    @property
+    def tiled(self) -> TiledPlan:
+        """The same for operators."""
+        return TiledPlan(self.now.tensors, self.batch_invariant, True)
+
+    @property
+    def strength(self) -> Tensor:
+        """strength [M, J]."""
+        return self.now.tensors.strength
+
+    def with_strength(self, strength: Tensor) -> TiledPlan:
+        """The plan with another tensor of equal values there."""
+        return self.tiled.with_strength(strength)
+
+    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+        """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
+        if not (owned and plain(y, x) and not tracked(y, x) and y.is_contiguous()):
+            return self.tiled.add(y, x, pool, owned)
+        now, rows = self.now, pool.rows_now
+        case = (
+            *(now.case, self.batch_invariant, pool.max_rank, *_kinds(rows)),
+            *(y.shape, y.dtype, y.get_device(), x.shape, x.stride(), x.dtype, x.get_device()),
+        )
+        pointers = _pointers(rows)
+        again = _again(case, y.data_ptr() | x.data_ptr(), pointers, now)
+        if again is not None:
+            again(y, x, now, pointers)
+            return y
+        flat = x.reshape(-1, x.shape[-1])
+        how = operators.How(pool.max_rank, self.batch_invariant, True)
+        made = operators.triton_add_(y.view(-1, y.shape[-1]), flat, rows, now.tensors, how)
+        if flat.data_ptr() == x.data_ptr():  # else it is a copy
+            _keep(case, made, y.data_ptr() | x.data_ptr(), pointers)
+        return y
 
 
 class FusedPlan(NamedTuple):
@@ -60,3 +104,98 @@ class FusedPlan(NamedTuple):
             *(pool.max_rank, batch_invariant, triton),
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class EagerFusedPlan(NamedTuple):
+    """A FusedPlan that was made in eager mode."""
+
+    now: "PlanNow"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
+        """As FusedPlan.linear."""
+        if not plain(x, x) or tracked(x, weight, bias):
+            return FusedPlan(self.now.tensors).linear(x, weight, bias, pool)
+        from ..kernels import launch
+
+        now, rows, device = self.now, pool.rows_now, x.device
+        stream = launch.stream_number(device)
+        added = None if bias is None else (bias.stride(), bias.dtype, bias.get_device())
+        case = (
+            *(now.case, stream, pool.max_rank, *_kinds(rows), x.shape, x.stride(), x.dtype, device),
+            *(weight.shape, weight.stride(), weight.dtype, weight.get_device(), added),
+        )
+        pointers = _pointers(rows)
+        own = x.data_ptr() | weight.data_ptr() | (0 if bias is None else bias.data_ptr())
+        again = _again(case, own, pointers, now)
+        if again is not None:
+            y: Tensor = again(x, weight, bias, now, pointers)
+            return y
+        flat, how = x.reshape(-1, x.shape[-1]), operators.How(pool.max_rank, False, True)
+        made = operators.triton_linear(flat, weight, bias, rows, now.tensors, how)
+        if made is None:
+            return FusedPlan(now.tensors).linear(x, weight, bias, pool)
+        y, again = made
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if again is not None and flat.data_ptr() == x.data_ptr():
+            _keep(case, again._replace(y_shape=tuple(y.shape)), own, pointers)
+        return y
+
+
+# What launches a case again; see kernels/src/ready.py.
+_AGAIN: dict[object, Any] = {}
+MOST_CASES = 4096  # each kind of layer is one for each number of rows
+
+
+def plan_now(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> "PlanNow":
+    """The operator plan by Triton, for tensors that are `forms.plain`."""
+    from ..kernels import launch, ready
+
+    case = (
+        *(index.shape, index.stride(), index.dtype, index.get_device(), capacity, block_m),
+        *(weight.stride(), weight.dtype, weight.get_device(), live.get_device()),
+    )
+    pointers = index.data_ptr(), weight.data_ptr(), live.data_ptr()
+    again = None if ready.watched() else _again(case, 0, pointers, ready.PlanNow)
+    if again is not None:
+        now: PlanNow = again(index, weight, live)
+        return now
+    given = operators.computable(weight)
+    made, again = launch.plan_and_again(index, given, live, capacity, block_m)
+    _keep(case, again, 0, pointers)
+    return ready.PlanNow.of(made)
+
+
+def _again(case: object, own: int, pointers: tuple[int, ...], plan: Any) -> Any:
+    """What launches a case again, for these pointers; None = launch by Triton."""
+    if _aligned(own, pointers) and not plan.watched():
+        return _AGAIN.get(case)
+    return None
+
+
+def _keep(case: object, again: Any, own: int, pointers: tuple[int, ...]) -> None:
+    """Keep what was launched, if it is right for later tensors of the case."""
+    if again is not None and _aligned(own, pointers):
+        if len(_AGAIN) >= MOST_CASES:
+            _AGAIN.clear()
+        _AGAIN[case] = again
+
+
+def _aligned(own: int, pointers: tuple[int, ...]) -> bool:
+    for pointer in pointers:
+        own |= pointer
+    return not own & (ALIGNMENT - 1)
+
+
+def _pointers(rows: RankRows) -> tuple[int, ...]:
+    A, B, constant, offset, rank, scaling = rows
+    assert constant is not None  # as in any layer's pool
+    return (
+        *(A.data_ptr(), B.data_ptr(), constant.data_ptr()),
+        *(offset.data_ptr(), rank.data_ptr(), scaling.data_ptr()),
+    )
+
+
+def _kinds(rows: RankRows) -> tuple[object, ...]:
+    """What variants depend on; a pool's other dtypes never change."""
+    A, B, scaling = rows.A_rows, rows.B_rows, rows.scaling
+    return A.stride(), A.dtype, A.get_device(), B.stride(), B.dtype, scaling.dtype

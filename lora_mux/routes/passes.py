@@ -80,6 +80,8 @@ class Pass:
     shape: Shape = field(default_factory=Shape)
     resolved: Resolved | None = None  # None if the host may not read the route's index
     plans: list[Planned] = field(default_factory=list)
+    # Of layers that the pass has met: by all that their choice of a plan depends on.
+    known: dict[object, ops.AnyPlan | None] = field(default_factory=dict)
     placed: dict[torch.device, Routing] = field(default_factory=dict)  # the route's own rows
     # Of layers whose batch is another one; see towers.py.
     inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's arguments, by name
@@ -103,6 +105,7 @@ class Pass:
     def finish(self) -> None:
         """Let go of what only layers that run need."""
         self.plans.clear()  # they may hold much
+        self.known.clear()
         self.placed.clear()
         self.inputs, self.caller = {}, None
         vars(self).pop("alike", None)

@@ -84,6 +84,25 @@ class Plans:
             weight: of a base layer that can be fused with its adapters.
             settings: how adapters are computed.
         """
+        if isinstance(now, Cell):
+            return self._planned(now, x, pool, weight, settings)[0]
+        like = ops.like(x, pool, weight)
+        if like in now.known:
+            return now.known[like]
+        plan, is_shared = self._planned(now, x, pool, weight, settings)
+        if is_shared:
+            now.known[like] = plan
+        return plan
+
+    def _planned(
+        self,
+        now: Pass | Cell,
+        x: Tensor,
+        pool: Pool,
+        weight: Tensor | None,
+        settings: ops.Settings,
+    ) -> tuple[ops.AnyPlan | None, bool]:
+        """The plan, and whether layers that are alike share it."""
         route, shape = now.route, now.shape
         assert route is not None
         rows = prod(x.shape[:-1])
@@ -92,7 +111,7 @@ class Plans:
         method = ops.method(settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
         if shape.samples is None or trained:
-            return self._made(now, x, rows, samples, method)
+            return self._made(now, x, rows, samples, method), False
         layers, case = (rows, x.device, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
             case = route, rows, samples, shape.beams, self._slots.suspensions
@@ -100,7 +119,7 @@ class Plans:
         if known is None:
             made = self._made(now, x, rows, samples, method)
             known = self._shared.add(now.plans, layers, case, made)
-        return known.plan
+        return known.plan, True
 
     def _made(
         self, now: Pass | Cell, x: Tensor, rows: int, samples: int | None, method: ops.Method

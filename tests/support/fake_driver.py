@@ -9,10 +9,12 @@ Must run in a process without TRITON_INTERPRET: tests/support/launches.py does.
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -60,6 +62,11 @@ class Launch:
 
 
 LAUNCHES: list[Launch] = []
+# Triton's names of types -> torch's.
+DTYPES = {
+    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "u1": torch.bool},
+    **{"i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64},
+}
 
 
 class _Launcher:
@@ -70,11 +77,27 @@ class _Launcher:
         grid, arguments = everything[:3], everything[9:]
         if len(arguments) == 1 and isinstance(arguments[0], tuple | list):
             arguments = tuple(arguments[0])  # one tuple from triton 3.8 on
+        arguments = tuple(map(_tensors, arguments, self.source.signature.values()))
         driver = triton.runtime.driver.active
         launch = Launch(self.source, self.metadata, grid, arguments, driver.device)
         LAUNCHES.append(launch)
         if driver.computes:
             launch.replay()
+
+
+def _tensors(argument: Any, type_: Any) -> Any:
+    """An argument with tensors for pointers, as the interpreter takes it.
+
+    A launch that is made again has pointers. Its tensors are as long as an element: where a kernel
+    reads and writes depends on where they begin.
+    """
+    if isinstance(type_, tuple):
+        return type(type_)(*map(_tensors, argument, type_))
+    if isinstance(argument, int) and type_.startswith("*"):
+        dtype = DTYPES[type_.removeprefix("*")]
+        memory = (ctypes.c_byte * dtype.itemsize).from_address(argument)
+        return torch.frombuffer(memory, dtype=dtype)
+    return argument
 
 
 class _Utils:
@@ -117,8 +140,6 @@ class FakeDriver(DriverBase):
         return self.target
 
     def get_active_torch_device(self) -> Any:
-        import torch
-
         return torch.device("cpu")
 
     def get_current_device(self) -> int:

@@ -32,7 +32,7 @@ from interpreter import mend_bf16
 from lora_mux import ops
 from lora_mux.kernels import launch
 from lora_mux.kernels.tensors import Pool
-from lora_mux.ops import operators
+from lora_mux.ops import operators, tiled
 from oracle import Adapter, forward
 from problem import FusedProblem, Problem
 
@@ -44,6 +44,7 @@ def on(architecture: str, computes: bool = True) -> None:
     fake_driver.install(architecture, computes)
     for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS):
         kernel.device_caches.clear()
+    tiled._AGAIN.clear()
     launch.architecture = lambda device: codegen.ARCHITECTURES[architecture]  # type: ignore[assignment]
 
 

@@ -1,0 +1,263 @@
+"""Launches that are made again without triton, on its real path without a GPU: see launches.py.
+
+    python tests/support/relaunches.py
+
+Prints one JSON object, which tests/kernels/test_ready.py judges.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+import triton
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_mux
+from fake_driver import LAUNCHES
+from interpreter import mend_bf16
+from launches import described, on
+from lora_mux import Routing, ops
+from lora_mux.ops import tiled
+from oracle import Adapter, forward
+
+K, N = 32, 48
+HALF = torch.bfloat16
+
+
+class Stage:
+    """A layer with adapters of one rank, and how often triton launched by itself."""
+
+    def __init__(self, dtype: torch.dtype = HALF, rank: int = 8, fused: bool = False) -> None:
+        torch.manual_seed(0)
+        self.linear = nn.Linear(K, N, dtype=dtype)
+        self.layer = lora_mux.MuxLinear(self.linear, backend="triton", fused=fused)
+        self.adapters: dict[int, Adapter] = {}
+        for _ in range(3):
+            self.add(rank)
+
+    def add(self, rank: int) -> None:
+        dtype = self.linear.weight.dtype
+        A, B = (torch.randn(rank, K) / 6).to(dtype), torch.randn(N, rank).to(dtype)
+        handle = self.layer.add_adapter(str(len(self.adapters)), A, B, alpha=4)
+        self.adapters[handle] = Adapter(A, B, 4 / rank)
+
+    def run(self, x: Tensor, J: int = 1, index: torch.dtype = torch.int64) -> tuple[Any, float]:
+        """What is launched for random rows, and the error in units of eps * max|y|."""
+        rows = x.reshape(-1, K)
+        handles = torch.tensor([-1, *self.adapters])
+        chosen = handles[torch.randint(len(handles), (len(rows), J))].to(index)
+        weight = torch.randn(len(rows), J)
+        LAUNCHES.clear()
+        with torch.no_grad():
+            y = self.layer(x, Routing(chosen, weight)).reshape(len(rows), N)
+            selected = [
+                [(self.adapters[h], float(w)) for h, w in zip(hs, ws, strict=True) if h != -1]
+                for hs, ws in zip(chosen.tolist(), weight, strict=True)
+            ]
+            truth = forward(self.linear, rows, selected)
+        error = (y.double() - truth).abs().max() / truth.abs().max() / torch.finfo(y.dtype).eps
+        return described(), float(error)
+
+
+def x_of(*shape: int, dtype: torch.dtype = HALF, apart: int = 0, begins: int = 0) -> Tensor:
+    """x whose rows begin K + apart elements apart, and the first of them after so many."""
+    *outer, width = shape
+    length = (width + apart) * torch.Size(outer).numel() + begins
+    memory = torch.randn(length).to(dtype)[begins:]
+    return memory.reshape(*outer, width + apart)[..., :width]
+
+
+def cases() -> dict[str, Callable[[], tuple[Any, float]]]:
+    """name -> a run; they differ in what triton may look at."""
+    stages = {
+        "bf16": Stage(),
+        "fp16": Stage(torch.float16),
+        "fp32": Stage(torch.float32),
+        "rank 24": Stage(rank=24),
+        "fused": Stage(fused=True),
+    }
+    half = stages["bf16"]
+    grown = Stage()
+    runs: dict[str, Callable[[], tuple[Any, float]]] = {
+        "plain": lambda: half.run(x_of(5, K)),
+        "a row": lambda: half.run(x_of(1, K)),
+        "sixteen rows": lambda: half.run(x_of(16, K)),
+        "two tiles": lambda: half.run(x_of(17, K)),
+        "tokens": lambda: half.run(x_of(2, 3, K)),
+        "two places": lambda: half.run(x_of(5, K), J=2),
+        "sixteen places": lambda: half.run(x_of(5, K), J=16),
+        "int32": lambda: half.run(x_of(5, K), index=torch.int32),
+        "begins at an odd address": lambda: half.run(x_of(5, K, begins=1)),
+        "begins at 16 bytes": lambda: half.run(x_of(5, K, begins=8)),
+        "rows apart by 8": lambda: half.run(x_of(5, K, apart=8)),
+        "rows apart by 1": lambda: half.run(x_of(5, K, apart=1)),
+        "columns apart": lambda: half.run(x_of(K, 5).T),
+        "fp16": lambda: stages["fp16"].run(x_of(5, K, dtype=torch.float16)),
+        "fp32": lambda: stages["fp32"].run(x_of(5, K, dtype=torch.float32)),
+        "rank 24": lambda: stages["rank 24"].run(x_of(5, K)),
+        "fused": lambda: stages["fused"].run(x_of(5, K)),
+        "fused, many rows": lambda: stages["fused"].run(x_of(190, K)),
+        "fused, tokens": lambda: stages["fused"].run(x_of(2, 3, K)),
+        "fused, at an odd address": lambda: stages["fused"].run(x_of(5, K, begins=1)),
+    }
+
+    def after_growing() -> tuple[Any, float]:
+        grown.run(x_of(5, K))
+        if len(grown.adapters) == 3:
+            for _ in range(9):  # past the first capacity: other tables, and another union
+                grown.add(20)
+        return grown.run(x_of(5, K))
+
+    return {**runs, "after growing": after_growing}
+
+
+def by_triton(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns, and how many launches of it were triton's own."""
+    calls = 0
+    run = triton.JITFunction.run
+
+    def counting(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += not kwargs["warmup"]
+        return run(kernel, *args, **kwargs)
+
+    triton.JITFunction.run = counting
+    try:
+        return work(), calls
+    finally:
+        triton.JITFunction.run = run
+
+
+def again() -> dict[str, Any]:
+    """Each case: launched by triton alone, and after all other cases were launched."""
+    found: dict[str, Any] = {}
+    runs = cases()
+    for name, run in runs.items():
+        tiled._AGAIN.clear()
+        launches, error = run()
+        found[name] = {"first": launches, "first error": error}
+    for _ in range(2):
+        for run in runs.values():
+            run()
+    for name, run in runs.items():
+        (launches, error), calls = by_triton(run)
+        found[name] |= {"again": launches, "error": error, "by triton": calls}
+    return found
+
+
+def watched() -> dict[str, int]:
+    """How many launches are triton's own while somebody looks on, of a case that is known."""
+    stage, x, found = Stage(), x_of(5, K), {}
+    stage.run(x)
+    knobs, told = triton.knobs.runtime, []
+
+    def hook(metadata: Any) -> None:
+        told.append(metadata)
+
+    def count(name: str) -> None:
+        found[name] = by_triton(lambda: stage.run(x))[1]
+
+    count("nobody")
+    knobs.launch_enter_hook.add(hook)
+    count("a hook before")
+    knobs.launch_enter_hook.remove(hook)
+    knobs.launch_exit_hook.add(hook)
+    count("a hook after")
+    knobs.launch_exit_hook.remove(hook)
+    knobs.debug = True
+    count("debugging")
+    knobs.debug = False
+    count("nobody any more")
+    return found
+
+
+class Seen(TorchDispatchMode):
+    """Which operators torch's dispatcher has met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """A tensor that is not torch's own."""
+
+
+def dispatched() -> dict[str, Any]:
+    """Which operators are met in a mode, and whether other tensors and gradients are right."""
+    stage, x = Stage(), x_of(5, K)
+    stage.run(x)
+    with Seen() as seen:
+        _, error = stage.run(x)
+    handle = next(iter(stage.adapters))
+    routing = Routing(torch.tensor([[handle]] * 5))
+    leaf = x.clone().requires_grad_()
+    stage.layer(leaf, routing).float().sum().backward()
+    adapter = stage.adapters[handle]
+    weight = stage.linear.weight.double() + adapter.scaling * adapter.B.double() @ adapter.A.double()
+    expected = weight.sum(0).expand(5, K)
+    assert leaf.grad is not None
+    with torch.no_grad():
+        plain = stage.layer(x, routing)
+        other = stage.layer(x.as_subclass(Subclass), routing)
+        each = torch.func.vmap(lambda one: one + 0)(plain)
+        frozen = [p.requires_grad_(False) for p in stage.linear.parameters()]
+    with torch.enable_grad():
+        kept = stage.layer(x, routing)
+    return {
+        "operators": sorted(name for name in seen.names if name.startswith("lora_mux::")),
+        "error": error,
+        "gradient": float((leaf.grad.double() - expected).abs().max() / expected.abs().max()),
+        "subclass": torch.equal(plain, other.as_subclass(Tensor)) and torch.equal(plain, each),
+        "without gradients": bool(frozen) and torch.equal(plain, kept),
+    }
+
+
+def devices() -> list[int]:
+    """Where launches land that are made again for tensors of the second GPU, and then the first."""
+    stage, x = Stage(), x_of(5, K)
+    stage.run(x)
+    driver = triton.runtime.driver.active
+    (shrinking,) = [kept for kept in tiled._AGAIN.values() if hasattr(kept, "shrink")]
+    patch, pointers = pytest.MonkeyPatch(), (0, 0, (0,) * 7, (0,) * 6)
+    patch.setattr(torch.cuda, "current_device", driver.get_current_device)
+    patch.setattr(torch.cuda, "_exchange_device", driver.exchange_device)
+    patch.setattr(torch.cuda, "_maybe_exchange_device", driver.exchange_device)
+    patch.setattr(driver, "computes", False)
+    LAUNCHES.clear()
+    from lora_mux.kernels.ready import in_order
+
+    for device in (1, 0):
+        in_order(device, (shrinking.shrink, pointers), (shrinking.expand, pointers))
+    patch.undo()
+    return [one.device for one in LAUNCHES]
+
+
+if __name__ == "__main__":
+    on("sm_90")
+    ops.dispatch._interpreted = lambda: True  # on the CPU, please
+    with mend_bf16():
+        report: dict[str, Any] = {"again": again()}
+        for part in (watched, dispatched, devices):
+            tiled._AGAIN.clear()
+            report[part.__name__] = part()
+        on("gfx942")
+        tiled._AGAIN.clear()
+        Stage().run(x_of(5, K))
+        report["kept on ROCm"] = len(tiled._AGAIN)
+    json.dump(report, sys.stdout)
