@@ -1,0 +1,78 @@
+"""Launches that are made again without triton: see relaunches.py."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from paths import SUPPORT
+
+APART = {"begins at an odd address", "columns apart", "fused, at an odd address"}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "relaunches.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_same_variants_are_launched_as_by_triton(report: dict[str, Any]) -> None:
+    """After all other cases were: whatever triton looks at, another variant is another case."""
+    for name, case in report["again"].items():
+        assert case["again"] == case["first"], name
+
+
+def test_answers_are_right(report: dict[str, Any]) -> None:
+    errors = {name: case["error"] for name, case in report["again"].items() if "error" in case}
+    assert len(errors) == 5 and max(errors.values()) < 4, errors
+
+
+def test_only_pointers_that_are_not_aligned_and_copies_need_triton(report: dict[str, Any]) -> None:
+    needing = {name for name, case in report["again"].items() if case["by triton"]}
+    assert needing == APART
+
+
+def test_variants_differ_where_triton_looks(report: dict[str, Any]) -> None:
+    """The cases above would show nothing if all had the same variants."""
+    launches = report["again"]
+
+    def shrink(name: str) -> Any:
+        return launches[name]["again"][1]["specialised"]
+
+    assert shrink("plain")["x_ptr"] == "16" and "x_ptr" not in shrink("begins at an odd address")
+    assert shrink("rows apart by 1")["X_UNIT"] == "1" and shrink("plain")["X_UNIT"] == "16"
+    # A J of 16 is divisible by 16, one of 1 is compiled in, and one of 2 is neither.
+    assert shrink("plain")["J"] == "1" and shrink("sixteen places")["J"] == "16"
+    assert "J" not in shrink("two places")
+
+
+def test_whoever_looks_on_sees_launches_by_triton(report: dict[str, Any]) -> None:
+    assert report["watched"] == {
+        **{"nobody": 0, "a hook before": 3, "a hook after": 3, "debugging": 3},
+        "nobody any more": 0,
+    }
+
+
+def test_modes_and_autograd_still_meet_the_operators(report: dict[str, Any]) -> None:
+    found = report["dispatched"]
+    assert found["operators"] == ["lora_mux::add_lora_", "lora_mux::plan"]
+    assert found["error"] < 4 and found["gradient"] < 0.02 and found["subclass"]
+
+
+def test_each_device_gets_its_launches(report: dict[str, Any]) -> None:
+    assert report["devices"] == [1, 1, 0, 0]
+
+
+def test_nothing_is_kept_where_variants_depend_on_more(report: dict[str, Any]) -> None:
+    assert report["kept on ROCm"] == 0
