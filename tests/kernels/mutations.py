@@ -7,9 +7,11 @@ FUSED = "kernels/fused.py"
 LAUNCH = "kernels/launch.py"
 PLAN = "kernels/plan.py"
 RANK_BLOCKS = "kernels/rank_blocks.py"
+READY = "kernels/ready.py"
 SHRINK = "kernels/shrink.py"
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_KERNELS = ("kernels/test_kernels.py",)
+TEST_READY = ("kernels/test_ready.py",)
 MUTATIONS = {
     "plan: a freed handle counts": Mutation(
         PLAN,
@@ -119,8 +121,8 @@ MUTATIONS = {
     ),
     "launch: a tile too few": Mutation(
         LAUNCH,
-        "expand_kernel[(_cdiv(M, config.block_m)",
-        "expand_kernel[(max(1, M // config.block_m)",
+        "(_cdiv(M, config.block_m), _cdiv(N",
+        "(max(1, M // config.block_m), _cdiv(N",
         TEST_KERNELS,
     ),
     "launch: columns too few": Mutation(
@@ -158,6 +160,15 @@ MUTATIONS = {
     ),
     "fused: one part of K": Mutation(
         FUSED, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", TEST_FUSED
+    ),
+    "ready: the arguments in another order": Mutation(
+        READY, "in kernel.arg_names[len(tensors) :]", "in options", TEST_READY
+    ),
+    "ready: nobody is told of launches": Mutation(
+        READY, "return bool(hooks or", "return bool(", TEST_READY
+    ),
+    "ready: parts of a Plan begin anywhere": Mutation(
+        READY, "size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT", "size += 2", TEST_READY
     ),
     "fused: all streams share": Mutation(LAUNCH, "if number < STREAMS", "if True", TEST_FUSED),
 }

@@ -13,6 +13,7 @@ TEST_FUSED = ("kernels/test_fused.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_OPERATORS_AND_TEST_TRITON_BACKEND = ("ops/test_operators.py", "ops/test_triton_backend.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
+TEST_READY = ("kernels/test_ready.py",)
 TEST_TUNED = ("measure/test_tune.py",)
 TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
 TEST_AUTOCAST = ("ops/test_autocast.py",)
@@ -161,6 +162,12 @@ MUTATIONS = {
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "ops: writes to what is not ours": Mutation(TILED, "if owned and", "if", TEST_TRITON_BACKEND),
+    "ops: launches for any rows": Mutation(
+        TILED, "x.shape, x.stride(), x.dtype, x.get_device())", "x.dtype)", TEST_READY
+    ),
+    "ops: launches for any address": Mutation(
+        TILED, "return not own & (ALIGNMENT - 1)", "return True", TEST_READY
+    ),
     "ops: gradients are lost": Mutation(
         TILED,
         "owned and not tracked(y, x, self.tensors.strength)",
