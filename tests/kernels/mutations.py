@@ -9,6 +9,7 @@ PLAN = "kernels/plan.py"
 RANK_BLOCKS = "kernels/rank_blocks.py"
 SHRINK = "kernels/shrink.py"
 TEST_FUSED = ("kernels/test_fused.py",)
+TEST_LAUNCH = ("kernels/test_launch.py",)
 TEST_KERNELS = ("kernels/test_kernels.py",)
 MUTATIONS = {
     "plan: a freed handle counts": Mutation(
@@ -158,6 +159,9 @@ MUTATIONS = {
     ),
     "fused: one part of K": Mutation(
         FUSED, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", TEST_FUSED
+    ),
+    "launch: on whatever device is current": Mutation(
+        LAUNCH, "if device < 0 or device == torch.cuda.current_device():", "if True:", TEST_LAUNCH
     ),
     "fused: all streams share": Mutation(LAUNCH, "if number < STREAMS", "if True", TEST_FUSED),
 }

@@ -28,6 +28,9 @@ TEST_SIDE_BY_SIDE = ("model/test_side_by_side.py",)
 TEST_THREADS = ("routes/test_threads.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
+    "router: what graphs read stays on the host": Mutation(
+        ROUTER, "if self.anchor is pool:", "if False:", ("model/test_compile_on_cuda.py",)
+    ),
     "router: any pass is like the last": Mutation(
         PLANS, " or last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),

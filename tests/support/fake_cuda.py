@@ -22,13 +22,15 @@ REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 
 
 def _let_devices_be_chosen() -> None:
-    """Many methods choose a tensor's device first, which torch without CUDA knows no way to do.
+    """Many methods choose a tensor's device first, which fails where there is none.
 
-    As torch does it where it was built with CUDA and there is no GPU: nothing happens then.
+    Here nothing happens then. torch itself does so for fake tensors, but only if built with CUDA.
     """
+    if torch.cuda.is_available():
+        return
     c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     registry = (ctypes.c_void_p * (META + 1)).in_dll(c10, REGISTRY)
-    registry[CUDA] = registry[CUDA] or registry[META]
+    registry[CUDA] = registry[META]
 
 
 class FakeCuda(TorchDispatchMode):
@@ -38,6 +40,9 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         _let_devices_be_chosen()
+        # A parameter that moves is another one: torch 2.6 would put fake values into a real one.
+        overwrite = "get_overwrite_module_params_on_conversion"
+        patch.setattr(torch.__future__, overwrite, lambda: True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
 
