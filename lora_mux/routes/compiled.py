@@ -24,7 +24,6 @@ from .scopes import Sticky
 
 LEAST_PLACES = 4  # adapters in a row for which a compiled model has room from the beginning
 CPU = torch.device("cpu")
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 
 
 class Owner(Protocol):
@@ -48,7 +47,9 @@ LIBRARY.define(
 
 def rows_now(view: Routing, manner: Manner, expand: Expand, router: int) -> Routing:
     """In a graph: the rows that this pass should have, of the shape of those it was given."""
-    if _is_exporting():  # an exported program keeps the rows that it was made with
+    # An exported program keeps the rows that it was made with. The flag, which torch 2.6 lacks:
+    # is_exporting() is True in whatever torch.compile of 2.7 to 2.12 traces.
+    if getattr(torch.compiler, "_is_exporting_flag", False):
         return view
     # With gradients the rows are inputs of the graph, and of its backward.
     as_given = torch.is_grad_enabled()
