@@ -14,6 +14,9 @@ from lora_mux.core import Pool
 from lora_mux.kernels import installed
 from peft_oracle import llama
 
+# torch 2.6 leaves models of fake tensors untraced; for it there are the tests on the CPU.
+traces_fakes = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
+pytestmark = pytest.mark.skipif(not traces_fakes, reason="needs torch 2.7")
 CUDA = torch.device("cuda", 0)
 
 
