@@ -194,7 +194,7 @@ class Slots:
             if handle not in self._names:
                 self.suspend(handle)
         for device in self._live.keys() - {CPU}:
-            self._live[device].copy_(*to_device([self._live[CPU]], device))
+            self._live[device].copy_(to_device([self._live[CPU]], device)[0])
         # What was kept under these may be wrong.
         self.suspensions += 1
         self.name_changes += 1
@@ -205,7 +205,7 @@ class Slots:
             with torch.inference_mode(False):  # else it could not be written outside of that mode
                 (self._live[device],) = to_device([self._live[CPU]], device)
             # Once more: a thread that wrote in the meantime did not see this table.
-            self._live[device].copy_(*to_device([self._live[CPU]], device))
+            self._live[device].copy_(to_device([self._live[CPU]], device)[0])
             if has_streams(device):  # once, so that any stream may read it from now on
                 torch.cuda.current_stream(device).synchronize()
         return self._live[device]

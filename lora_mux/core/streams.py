@@ -53,7 +53,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     flat = [tensors[i].detach().contiguous().view(-1).view(torch.uint8) for i in order]
     packed = torch.cat(flat).pin_memory().to(device, non_blocking=True)
-    parts = dict(zip(order, packed.split([len(part) for part in flat]), strict=True))
+    parts = dict(zip(order, torch.split(packed, [len(part) for part in flat]), strict=True))
     return [parts[i].view(t.dtype).view(t.shape) for i, t in enumerate(tensors)]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import lora_mux
 from cuda_streams import CUDA, Cuda, Event, Graph, Stream, cuda_streams
 from lora_mux.checkpoints import PackedTensors
+from lora_mux.routes.compiled import ROUTERS
 from tenants import Model, attached, check, tenant
 
 X = torch.linspace(-1, 1, 2 * 12).reshape(2, 12)
@@ -208,7 +209,33 @@ def test_pools_that_grow(tmp_path: Path, cuda: Cuda) -> None:
         stage.run("a", name, on=compute)
         if name in "cfg":
             stage.mux.remove(name)
-    assert not compute.captured
+
+
+@pytest.mark.parametrize("rank_rows", [None, 8])
+def test_pools_that_grow_under_a_pass(tmp_path: Path, cuda: Cuda, rank_rows: int | None) -> None:
+    """Its next layers read the new buffers, for which it has not waited."""
+    stage, loads = Stage(tmp_path, {"a": 4}, rank_rows), Stream(name="loads")
+    more = [tenant(tmp_path / f"more{i}", {"first": 4, "second": 4}, i) for i in range(9)]
+
+    def load(*_: Any) -> None:
+        with CUDA.stream(loads):
+            for i, one in enumerate(more):
+                stage.mux.load(f"more {i}", one.folder)
+
+    stage.model.second.register_forward_pre_hook(load)
+    stage.run("a", on=Stream(name="compute"))
+
+
+def test_graphs_of_torch_compile(stage: Stage) -> None:
+    """They ask when they run whose rows they compute, and so wait for the adapters."""
+    router, rows_now = stage.mux._router, torch.ops.lora_mux.rows_now
+    (number,) = (number for number, known in ROUTERS.items() if known is router)
+    router.begin_to_show()
+    for name in "abcda":
+        with stage.mux.route([name]), CUDA.stream(Stream()), torch.no_grad():
+            view = router.view.cell.route.routing
+            given = rows_now(view.index, view.weight, number, "samples", "", False)
+            stage.model.first(X[:1], lora_mux.Routing(*given))
 
 
 class TestOverlap:
