@@ -38,7 +38,7 @@ MUTATIONS = {
         PASSES, "here = site_on(device)", "here = device, 0", TEST_STREAMS
     ),
     "streams: views for graphs that nobody has compiled": Mutation(
-        "routes/compiled.py", "self.is_read = False", "self.is_read = True", TEST_STREAMS
+        "routes/compiled.py", "are_read = False", "are_read = True", TEST_STREAMS
     ),
     "streams: pools grow under a pass in progress": Mutation(
         "core/pool.py",

@@ -370,8 +370,8 @@ def cuda_streams() -> Iterator[Cuda]:
 
     def init_on_device(self: Pool, *args: Any, **named: Any) -> None:
         init(self, *args, **named)
-        for buffer in self.buffers():
-            CUDA.put(buffer)
+        for name, buffer in self.named_buffers():  # empty, but not without a place
+            setattr(self, name, CUDA.put(buffer.new_empty(1, *buffer.shape[1:]))[:0])
 
     instead: list[tuple[object, dict[str, Any]]] = [
         (streams, {"WITH_STREAMS": {"cpu"}, "stream_handle": lambda device: id(CUDA.current())}),
