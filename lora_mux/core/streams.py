@@ -66,7 +66,9 @@ class Made(NamedTuple):
     @classmethod
     def now(cls, device: torch.device) -> "Made | None":
         """For what the current stream has just been given; None where nobody has to wait."""
-        if not has_streams(device) or torch.cuda.is_current_stream_capturing():
+        if not has_streams(device) or torch.compiler.is_compiling():
+            return None
+        if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(device)
         return cls(site_on(device), stream.record_event())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class Route:
 
     def __post_init__(self) -> None:
         self.made = Made.now(self.routing.index.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "padded": None, "placed": {}, "made": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     @computed_once
     def selects(self) -> bool:

@@ -104,6 +104,9 @@ class Event:
     def __init__(self, **how: bool) -> None:
         self.clock = {}
 
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle an event, nor copy it")
+
     def record(self, stream: Stream | None = None) -> None:
         (stream or CUDA.current()).record_event(self)
 
