@@ -31,8 +31,7 @@ def stream_handle(device: torch.device) -> int:
     """A number for the stream that is current on a device; 0 where there are none."""
     if not has_streams(device):
         return 0
-    # Of each layer, so not torch.cuda.current_stream, which makes an object and takes ten times as
-    # long.
+    # Asked by each layer, so not torch.cuda.current_stream, which makes an object.
     handle: int = torch._C._cuda_getCurrentRawStream(device.index)
     return handle
 
