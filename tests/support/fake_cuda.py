@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import lora_mux
+
 CUDA, META = 1, 14  # in c10::DeviceType
 REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 
@@ -44,6 +46,8 @@ class FakeCuda(TorchDispatchMode):
         overwrite = "get_overwrite_module_params_on_conversion"
         patch.setattr(torch.__future__, overwrite, lambda: True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        # Of streams and what waits for what there is another stand-in: cuda_streams.py.
+        patch.setattr(lora_mux.core.streams, "WITH_STREAMS", set())
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,7 +62,12 @@ class FakeCuda(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
     def call(self, compiled: Callable[..., Any], *args: Any) -> Any:
-        """Call what torch.compile has made: it traces inside of no mode but torch's own."""
+        """Call what torch.compile has made: it traces inside of no mode but torch's own.
+
+        So what a graph is about to read is made before, where that can be fake.
+        """
+        for router in [*lora_mux.routes.compiled.ROUTERS.values()]:
+            router.begin_to_show()
         with _disable_current_modes(), self.fake:
             return compiled(*args)
 
