@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,12 +50,13 @@ def microseconds(
     """
     cuda = device.type == "cuda"
     timer = _on_gpu if cuda else _wall
-    timers = {name: timer(call, sets) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
-    for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
-        for name in shuffled.sample(list(timers), len(timers)):
-            samples[name].append(timers[name]() / sets)
+    with torch.cuda.device(device) if cuda else nullcontext():  # streams are of the current one
+        timers = {name: timer(call, sets) for name, call in calls.items()}
+        for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
+            for name in shuffled.sample(list(timers), len(timers)):
+                samples[name].append(timers[name]() / sets)
     return {name: _summary(values) for name, values in samples.items()}
 
 
