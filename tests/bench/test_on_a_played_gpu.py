@@ -26,6 +26,7 @@ def test_what_syncs_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) ->
     calls = {"good": lambda n: cuda.append(f"good {n}"), "waits": lambda n: cuda.sync()}
     times = timing.microseconds(calls, 2, GPU, runs=3)
     assert times["good"].keys() == times["waits"].keys() and times["good"]["runs"] == 3
+    assert (times["good"]["syncs"], times["waits"]["syncs"]) == (False, True)
     assert cuda.mode == "default"
     # The stream that captures waits for the one that made the buffers; twice through all sets.
     assert cuda[:5] == ["wait", "good 0", "good 1", "good 0", "good 1"]
@@ -76,7 +77,7 @@ def test_run(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert head["ceilings"] == {"launch_us": 1.0} and head["speed"]
     timed = {r["provider"]: r for r in records if "microseconds" in r and r["what"] == "layer"}
     assert timed.keys() >= {"base", "lora_mux", "lora_mux fused", "PEFT mixed", "masked"}
-    assert not any(r["syncs"] for r in timed.values()) and "capture" in cuda
+    assert not any(r["microseconds"]["syncs"] for r in timed.values()) and "capture" in cuda
 
 
 @pytest.mark.interpreter
