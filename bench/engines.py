@@ -1,4 +1,5 @@
-"""vLLM's and SGLang's kernels as providers, if LORA_MUX_PEERS names a folder that has them.
+"""Other projects' kernels as providers: vLLM's and SGLang's, if LORA_MUX_PEERS names a folder that
+has them, and FlashInfer's, if that is installed.
 
 None of their code is here. The folder holds a module `peers`, which wraps their kernels in plain
 functions on plain tensors:
@@ -78,7 +79,32 @@ def sglang(backend: str) -> Provider:
     return prepare
 
 
+def flashinfer(problem: Problem, base: Call) -> Call:
+    """FlashInfer's LoRA of experts (from 0.7.2): an adapter stands for an expert of one LoRA.
+
+    The one kernel library that sums several weighted adapters of a row in one call. Adapters have
+    one rank, and N = K.
+    """
+    try:
+        from flashinfer.fused_moe import prepare_bgmv_moe
+    except ImportError as error:
+        raise NotApplicable(f"flashinfer: {error}") from error
+    A, B = stacked(problem)
+    rows, places = (problem.index >= 0).nonzero(as_tuple=True)
+    nobody = torch.zeros(len(problem.x), dtype=torch.int64, device=problem.x.device)
+    try:
+        plan = prepare_bgmv_moe(
+            *(problem.x, [A[None].contiguous()], [B[None].contiguous()], rows),
+            *(problem.index[rows, places], nobody, problem.weight[rows, places], len(A)),
+            fallback=False,
+        )
+    except ValueError as error:
+        raise NotApplicable(f"flashinfer: {error}") from error
+    return lambda: base().add_(plan.run())
+
+
 PEERS: dict[str, Provider] = {
+    "FlashInfer": flashinfer,
     "vLLM": vllm,
     "SGLang triton_v2": sglang("triton_v2"),
     "SGLang csgmv": sglang("csgmv"),

@@ -49,7 +49,8 @@ def steps(out: Path) -> Iterator[tuple[str, list[Command]]]:
     """(name, commands); the commands of "compile" run side by side, others one after the other."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "--durations=10", "-m", "gpu", "-p", "no:cacheprovider"]
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    # pytest-benchmark warns of xdist, and warnings are errors.
+    workers = ["-n", "8", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
     run = [python, "bench/run.py"]
     table = ["--out", str(out / "tuned.json")]
 

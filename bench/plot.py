@@ -168,8 +168,9 @@ def headline_table(records: list[Record]) -> str:
     layers = [r for r in records if r.get("what") == "layer" and "microseconds" in r]
     for title, wanted, goal in HEADLINES:
         sites: dict[str, dict[str, float]] = defaultdict(dict)
+        settings = {"weighted": True, "ranks": [16], **wanted}
         for r in layers:
-            if all(r["workload"][key] == value for key, value in wanted.items()):
+            if all(r["workload"][key] == value for key, value in settings.items()):
                 sites[r["provider"]][label(r["workload"])] = statistic(r)
         mine = {
             name: sum(took.values())
@@ -185,6 +186,38 @@ def headline_table(records: list[Record]) -> str:
         )
         other = f"{share[best]} ({best})" if best in share else "not measured"
         lines.append(f"| {title} | {goal} | {fused} | {separate} | {other} |")
+    return "\n".join(lines)
+
+
+GPU_COLUMNS = {
+    "separate": ("lora_mux",),
+    "fused": ("lora_mux fused",),
+    "mask": ("masked",),
+    "vLLM": ("vLLM",),
+    "SGLang's best": ("SGLang triton_v2", "SGLang csgmv", "SGLang triton"),
+    "merged": ("merged",),
+}
+
+
+def gpu_table(records: list[Record]) -> str:
+    """Markdown: each layer and batch, the base in microseconds, and the others as shares of it."""
+    cells: dict[str, dict[str, float]] = defaultdict(dict)
+    for r in records:
+        if r.get("what") == "layer" and "microseconds" in r:
+            w = r["workload"]
+            ranks = f"{min(w['ranks'])} to {max(w['ranks'])}" if w["ranks"][1:] else w["ranks"][0]
+            of_a_row = f"{w['selections']}{'' if w['weighted'] else ', no weights'}"
+            batch = f"{w['samples'] * w['tokens']} | {w['adapters']} | {ranks} | {of_a_row}"
+            cells[f"{w['K']} x {w['N']} | {batch}"][r["provider"]] = statistic(r)
+    head = ["layer", "rows", "adapters", "rank", "of a row", "base, us", *GPU_COLUMNS]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell, took in cells.items():
+        found = [
+            min((took[n] for n in names if n in took), default=None)
+            for names in GPU_COLUMNS.values()
+        ]
+        shares = ["" if time is None else f"{time / took['base']:.2f}" for time in found]
+        lines.append(f"| {cell} | {took['base']:.1f} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -237,6 +270,8 @@ def main() -> int:
         print(f"wrote {args.out / path.stem}.png")
         on_cpu = "CPU" in records[0]["device"]
         print(cpu_table(records) if on_cpu else headline_table(records))
+        if not on_cpu:
+            print("", gpu_table(records), sep="\n")
     return 0
 
 

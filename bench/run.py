@@ -51,7 +51,6 @@ class Timed(NamedTuple):
     """How long a provider takes."""
 
     sets: int  # of buffers, which its calls go through in turn
-    syncs: bool  # on a GPU: timed without a graph, the host's share included
     microseconds: timing.Times
 
 
@@ -91,11 +90,7 @@ class Timer:
         times = timing.microseconds(
             calls, sets, self.device, self.runs, seconds=self.seconds, least=self.least
         )
-        on_gpu = self.device.type == "cuda"
-        return {
-            name: Timed(sets, on_gpu and timing.syncs(ready[name][0]), took)
-            for name, took in times.items()
-        }
+        return {name: Timed(sets, took) for name, took in times.items()}
 
 
 def count(ready: Mapping[str, Sequence[Call]]) -> dict[str, Work]:
@@ -212,7 +207,8 @@ def _outcome(record: Record, took: Mapping[str, float]) -> str:
         own, base = took[record.provider], took.get("base")
         share = f" {own / base:6.3f} x base" if base else ""
         assert isinstance(record.figures, Timed)
-        return f"{own:10.1f} us{share}{', without a graph' if record.figures.syncs else ''}"
+        how = ", without a graph" if record.figures.microseconds.get("syncs") else ""
+        return f"{own:10.1f} us{share}{how}"
     if isinstance(record.figures, Work):
         flops, allocated = record.figures
         return f"{flops / 1e6:10.1f} MFLOP {allocated / 1e6:10.2f} MB"

@@ -172,6 +172,9 @@ def headline() -> Iterator[Workload]:
         yield Workload(site, *size, 32, 8, selections=4)
         yield Workload(site, *size, 32, 32, MIXED)
         yield Workload(site, *size, 8, 8, tokens=1024)
+    # PEFT's mixed batch knows no weights.
+    yield Workload("8B o", 4096, 4096, 32, 8, weighted=False)
+    yield Workload("8B o", 4096, 4096, 32, 8, selections=4, weighted=False)
     for distinct in (64, 256):
         yield Workload("8B o", 4096, 4096, distinct, distinct, popularity="distinct")
     # The two cases that we may lose.

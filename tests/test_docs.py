@@ -124,6 +124,13 @@ def test_the_table_of_benchmarks_is_the_record_s() -> None:
     assert "In all 120 cells we are within 10 %" in page and "118 cells are within 10 %" in page
 
 
+def test_the_tables_of_a_gpu_are_the_record_s() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    records = plot.read(ROOT / "bench/results/h100-headline.jsonl")
+    assert plot.headline_table(records) in page and plot.gpu_table(records) in page
+    assert all(r["gate"] != "failed" for r in records if "gate" in r)
+
+
 def test_the_quickstart_s_error_message() -> None:
     shown = re.search(r"print\(error\)  # (.*)", (ROOT / "docs/quickstart.md").read_text("utf-8"))
     assert shown

@@ -4,7 +4,6 @@ resident       Adapters: all of them are in the pools, which grow
 changes        changes that an interrupt may end at any line
 bounded        BoundedAdapters: pools of a fixed size; the other adapters wait on the host
 placement      which adapters make room for others, and which move
-copy_stream    how values travel to a device while the model computes
 memory_budget  how many rank rows a number of bytes buys
 memory_report  how much memory the adapters take
 """

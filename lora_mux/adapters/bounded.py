@@ -3,21 +3,26 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from dataclasses import replace as with_changes
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 
 from ..checkpoints import Outline, PackedTensors, StoredAdapter, copy_to_host
-from ..core import LoraWeights, Pool, Slots, rank_rows, synchronized
+from ..core import (
+    LoraWeights,
+    Pool,
+    Slots,
+    Stream,
+    has_streams,
+    rank_rows,
+    slot_of,
+    synchronized,
+)
 from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
 from ..routes import Route, Router
 from .changes import Prepared
-from .copy_stream import CopyStream
 from .memory_budget import rank_rows_within
 from .placement import Placement, find_room
 from .resident import Adapters, AnyRoute, Result
@@ -29,48 +34,35 @@ SLIDES_AT_ONCE = 64
 SPANS_AT_ONCE = 8192  # that are erased, over all pools
 
 
-@dataclass
-class LoadedAdapter:
-    """An adapter that was loaded, resident or not."""
-
-    stored: StoredAdapter
-    # Of a resident adapter: the marks after its copies.
-    arrivals: dict[torch.device, torch.cuda.Event | None] = field(default_factory=dict)
-
-
 class BoundedAdapters(Adapters):
     """Loading registers an adapter. Routing, prefetching or pinning it makes it resident.
 
     The pools have their size from the beginning and never move, so that a CUDA graph may read them.
     When a pool is full, the adapters that were routed least recently make room, except those that
     are pinned or that a forward pass may still ask for.
+
+    A device's pools are written by a stream of their own, so that adapters travel while the model
+    computes. What reads them waits, see core/streams.py.
     """
 
     def __init__(
         self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router, memory: int
     ) -> None:
         super().__init__(layers, slots, router)
+        self._streams: dict[torch.device, Stream] = {}
         rows = rank_rows_within(memory, list(self._pools.values()))
-        for pool in self._pools.values():
-            pool.fix(rows)
-        self._loaded: dict[int, LoadedAdapter] = {}  # by handle
+        with self._growing():
+            for pool in self._pools.values():
+                pool.fix(rows)
+        self._loaded: dict[int, StoredAdapter] = {}  # by handle
         # Handles, the one that was routed last at the end. What is here is there with all it needs.
         self._resident: OrderedDict[int, None] = OrderedDict()
-        self._streams: dict[torch.device, CopyStream] = {}
         # Of adapters that fit, and for which the pools have room: checked once for each shape.
         self._known: WeakSet[Outline] = WeakSet()
 
-    @synchronized
-    def settle(self) -> None:
-        """Let the current stream wait for all adapters that are on their way to the device."""
-        self._change.recover()
-        for handle in self._resident:
-            self._wait_for(handle)
-
     def __getstate__(self) -> dict[str, Any]:
-        loaded = {h: with_changes(adapter, arrivals={}) for h, adapter in self._loaded.items()}
         kept = {name: value for name, value in vars(self).items() if name != "_known"}
-        return {**kept, "_loaded": loaded, "_streams": {}}
+        return {**kept, "_streams": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _known=WeakSet())
@@ -96,7 +88,7 @@ class BoundedAdapters(Adapters):
                     check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
             handle = self._slots.allot()
             self._reserve_for(stored.outline)
-            self._loaded[handle] = LoadedAdapter(stored)
+            self._loaded[handle] = stored
             return self._claimed(handle)
 
     def _reserve_for(self, outline: Outline) -> None:
@@ -104,8 +96,9 @@ class BoundedAdapters(Adapters):
         *_, last = self._pools.values()
         if outline in self._known and len(last.rank) >= self._slots.capacity:
             return
-        for path, pool in self._pools.items():
-            pool.reserve(0, self._slots.capacity, outline.rank_rows.get(path, 0))
+        with self._growing():
+            for path, pool in self._pools.items():
+                pool.reserve(0, self._slots.capacity, outline.rank_rows.get(path, 0))
         self._known.add(outline)
 
     def publish(self, prepared: Mapping[str, Prepared], replace: bool = False) -> dict[str, int]:
@@ -132,10 +125,6 @@ class BoundedAdapters(Adapters):
             return handles
 
         return self._made_resident(before, bind)
-
-    def _unbind(self, name: str) -> None:
-        with self._writing():
-            super()._unbind(name)
 
     def resident(
         self,
@@ -225,7 +214,7 @@ class BoundedAdapters(Adapters):
             with self._change:
                 self._free_unused()
             placement = self._find_room(arriving, handles, leaving)
-            unread = {h: self._loaded[h].stored for h in arriving if h not in read}
+            unread = {h: self._loaded[h] for h in arriving if h not in read}
             if unread:
                 return unread, []
             with self._change:
@@ -242,9 +231,7 @@ class BoundedAdapters(Adapters):
         # A route that only the device knows may select any adapter that is present.
         idle = [h for h in present if reachable is not None and h not in reachable]
         spared = self._pinned | set(wanted)
-        rows = {
-            handle: self._loaded[handle].stored.outline.rank_rows for handle in (*arriving, *idle)
-        }
+        rows = {handle: self._loaded[handle].outline.rank_rows for handle in (*arriving, *idle)}
         return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
 
     def _read(self, stored: StoredAdapter) -> PackedTensors:
@@ -262,27 +249,27 @@ class BoundedAdapters(Adapters):
         """Do what a placement asks for, or a part of it; whether that was all."""
         evictions = max(1, SPANS_AT_ONCE // len(self._pools))
         slides = [(path, slot) for path, slots in placement.sliding.items() for slot in slots]
-        with self._writing():
-            self._put_out(placement.evicted[:evictions])
-            if len(placement.evicted) > evictions:
-                return False
-            for path, slot in slides[:SLIDES_AT_ONCE]:
-                self._pools[path].slide(slot)
+        self._put_out(placement.evicted[:evictions])
+        if len(placement.evicted) > evictions:
+            return False
+        now = slides[:SLIDES_AT_ONCE]
+        if now:
+            with self._writing(slot for _, slot in now):
+                for path, slot in now:
+                    self._pools[path].slide(slot)
         return len(slides) <= SLIDES_AT_ONCE
 
     def _bring(self, arriving: Iterable[int], read: Mapping[int, PackedTensors]) -> None:
         """Write adapters to the pools, for whom there is room."""
-        streams = self._streams_in_use()
         for handle in arriving:
-            adapter = self._loaded[handle]
-            weights = {
-                device: adapter.stored.weights(stream.to_device(read[handle]))
-                for device, stream in streams.items()
-            }
-            with self._writing():
+            stored = self._loaded[handle]
+            with self._writing([slot_of(handle)]):
+                # By the stream that has the values copied: a file's need not be aligned.
+                weights = {
+                    device: stored.weights(read[handle].to(device)) for device in self._devices()
+                }
                 write(self._slots, handle, self._parts(weights))
                 self._slots.make_live(handle)
-            adapter.arrivals = {device: stream.mark() for device, stream in streams.items()}
             self._resident[handle] = None
 
     def _parts(
@@ -301,36 +288,33 @@ class BoundedAdapters(Adapters):
         if nameless:
             self._free(nameless)
         evicted = [handle for handle in handles if handle not in nameless]
-        for handle in evicted:
-            self._slots.suspend(handle)
         if evicted:
-            self._erase(evicted)
+            with self._writing(map(slot_of, evicted)):
+                for handle in evicted:
+                    self._slots.suspend(handle)
+                self._erase(evicted)
         for handle in evicted:
             del self._resident[handle]
 
     def _use(self, handles: Iterable[int]) -> None:
-        """Note that adapters are used now, and let the current stream wait for their arrival."""
+        """Note that adapters are used now."""
         for handle in handles:
             self._resident.move_to_end(handle)
-            self._wait_for(handle)
-
-    def _wait_for(self, handle: int) -> None:
-        for device, mark in self._loaded[handle].arrivals.items():
-            self._streams[device].wait(mark)
 
     def _free(self, handles: Iterable[int]) -> None:
-        with self._writing():
-            super()._free(handles)
+        super()._free(handles)
         for handle in handles:
             for kept in (self._loaded, self._resident):
                 kept.pop(handle, None)
 
+    def _mend_pools(self) -> None:
+        for handle in self._loaded:
+            if self._slots.is_live(handle) and handle not in self._resident:
+                self._slots.suspend(handle)  # it was on its way in
+        super()._mend_pools()
+
     def _mend(self) -> None:
-        with self._writing():
-            for handle in self._loaded:
-                if self._slots.is_live(handle) and handle not in self._resident:
-                    self._slots.suspend(handle)  # it was on its way in
-            super()._mend()
+        super()._mend()
         tenants = self._slots.tenants
         self._loaded = {h: adapter for h, adapter in self._loaded.items() if h in tenants}
         for handle in [h for h in self._resident if not self._slots.is_live(h)]:
@@ -351,22 +335,12 @@ class BoundedAdapters(Adapters):
                 )
         return shapes
 
-    def _devices(self) -> set[torch.device]:
-        return {pool.A_rows.device for pool in self._pools.values()}
-
     def _on_gpu(self) -> bool:
         """Whether a pool is on a GPU, so that copies from pinned memory pay off."""
-        return any(device.type == "cuda" for device in self._devices())
+        return any(map(has_streams, self._devices()))
 
-    def _streams_in_use(self) -> dict[torch.device, CopyStream]:
-        for device in self._devices() - self._streams.keys():
-            self._streams[device] = CopyStream(device)
-        return {device: self._streams[device] for device in self._devices()}
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What is written to pools and tables inside goes through the streams, in one order."""
-        with ExitStack() as stack:
-            for stream in self._streams_in_use().values():
-                stack.enter_context(stream.writing())
-            yield
+    def _stream(self, device: torch.device) -> Stream:
+        if device not in self._streams:
+            made: Stream = torch.cuda.Stream(device) if has_streams(device) else None  # type: ignore[no-untyped-call]
+            self._streams[device] = made
+        return self._streams[device]

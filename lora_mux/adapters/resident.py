@@ -1,11 +1,21 @@
 """The adapters of an attached model, all of them resident."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
+import torch
+
 from ..checkpoints import StoredAdapter
-from ..core import LoraWeights, Slots, holding, slot_of, synchronized
+from ..core import (
+    LoraWeights,
+    Slots,
+    Stream,
+    has_streams,
+    holding,
+    slot_of,
+    synchronized,
+)
 from ..errors import AdapterError
 from ..layers import (
     MuxLinear,
@@ -53,8 +63,9 @@ class Adapters:
 
     @synchronized
     def settle(self) -> None:
-        """Before a copy is made: everything is in order, and on the device."""
+        """Before a copy is made: everything is in order, and the current stream waits for it."""
         self._change.recover()
+        self._router.order.routed(None)
 
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Read an adapter, and bring it to its place."""
@@ -80,9 +91,9 @@ class Adapters:
             for path, part in cut.items():
                 check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
             handle = self._slots.allot()
-            write(
-                self._slots, handle, ((pool, cut.get(path)) for path, pool in self._pools.items())
-            )
+            parts = ((pool, cut.get(path)) for path, pool in self._pools.items())
+            with self._growing([slot_of(handle)]):
+                write(self._slots, handle, parts)
             return self._claimed(handle)
 
     def _claimed(self, handle: int) -> Prepared:
@@ -102,8 +113,9 @@ class Adapters:
         self._check_names(prepared, replace)
         handles = {name: one.handle for name, one in prepared.items()}
         with self._change:
-            for handle in handles.values():
-                self._slots.make_live(handle)
+            with self._writing(map(slot_of, handles.values())):
+                for handle in handles.values():
+                    self._slots.make_live(handle)
             self._bind(handles)
         return handles
 
@@ -129,7 +141,8 @@ class Adapters:
             self._unbind(name)
 
     def _unbind(self, name: str) -> None:
-        self._nameless.add(self._slots.unbind(name))
+        with self._writing([slot_of(self._slots.lookup([name])[name])]):
+            self._nameless.add(self._slots.unbind(name))
         self._free_unused()
 
     def resident(
@@ -175,7 +188,7 @@ class Adapters:
         """Make room in every layer for that many adapters of up to that rank."""
         self._change.recover()
         check_reservation(self._slots, adapters, rank)
-        with self._change:
+        with self._change, self._growing():
             self._slots.capacity = max(self._slots.capacity, adapters)
             for layer in self._layers.values():
                 follow_materialised(layer)
@@ -232,6 +245,36 @@ class Adapters:
         for layer in self._layers.values():
             follow_materialised(layer)
 
+    def _devices(self) -> set[torch.device]:
+        return {pool.A_rows.device for pool in self._pools.values()}
+
+    def _stream(self, device: torch.device) -> Stream:
+        """The stream on which the pools of a device are written."""
+        return torch.cuda.current_stream(device) if has_streams(device) else None
+
+    @contextmanager
+    def _writing(self, slots: Iterable[int] | None = None) -> Iterator[None]:
+        """Inside, pools and tables are written, as far as they concern these slots; None = all."""
+        concerned = None if slots is None else frozenset(slots)
+        with ExitStack() as stack:
+            for device in self._devices():
+                stream, order = self._stream(device), self._router.order
+                stack.enter_context(order.writing(device, stream, concerned))
+                if has_streams(device):
+                    self._slots.live(device)  # made before anybody reads it
+            yield
+
+    @contextmanager
+    def _growing(self, slots: Iterable[int] = ()) -> Iterator[None]:
+        """As `_writing`, where pools may grow: who reads the old buffers goes on doing so."""
+        before = [(pool, pool._buffers.copy()) for pool in self._pools.values()]
+        with self._writing(slots):
+            yield
+        for pool, buffers in before:
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer is not pool._buffers[name]:
+                    self._router.order.keep(buffer)
+
     def _bind(self, handles: dict[str, int]) -> None:
         """Give live adapters their names, and free those that had them."""
         self._binding = handles  # from here on it happens, even if an interrupt comes
@@ -255,15 +298,19 @@ class Adapters:
         What has begun to be published is published; all else that was begun is undone.
         """
         self._finish_binding()
+        with self._writing():
+            self._mend_pools()
+        self._router.mend_sticky()
+        self._free_unused()
+
+    def _mend_pools(self) -> None:
         self._slots.mend()
         named = set(self._slots.handles.values())
         self._nameless = self._slots.tenants - named
         self._pinned &= named
-        self._router.mend_sticky()
         kept = {slot_of(handle) for handle in self._slots.tenants if self._is_whole(handle)}
         for pool in self._pools.values():
             pool.mend(kept)
-        self._free_unused()
 
     def _is_whole(self, handle: int) -> bool:
         """Whether the rank rows of a handle are all there, or may be in use."""
@@ -285,10 +332,11 @@ class Adapters:
 
     def _free(self, handles: Iterable[int]) -> None:
         """Free the slots and the rank rows of adapters without a name."""
-        self._erase(handles)
-        for handle in handles:
-            self._slots.free(handle)
-            self._nameless.discard(handle)
+        with self._writing(map(slot_of, handles)):
+            self._erase(handles)
+            for handle in handles:
+                self._slots.free(handle)
+                self._nameless.discard(handle)
 
     def _erase(self, handles: Iterable[int]) -> None:
         slots = [slot_of(handle) for handle in handles]

@@ -8,6 +8,7 @@
     arguments   checks of the numbers and names that users give
     computed    attributes that are computed when they are first read
     locks       what only one thread does at a time
+    streams     what waits for what, where a device works on several streams
 
 This room knows tensors. It knows nothing of models, and nothing of how a result is computed.
 """
@@ -37,3 +38,11 @@ from .selections import routing_from_names as routing_from_names
 from .selections import weighted_adapters as weighted_adapters
 from .slots import Slots as Slots
 from .slots import slot_of as slot_of
+from .streams import Made as Made
+from .streams import Site as Site
+from .streams import SomeSlots as SomeSlots
+from .streams import Stream as Stream
+from .streams import StreamOrder as StreamOrder
+from .streams import has_streams as has_streams
+from .streams import site_on as site_on
+from .streams import to_device as to_device

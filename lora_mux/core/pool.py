@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ArgumentTypeError
 from .free_runs import FreeRuns
+from .streams import has_streams, to_device
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Pool(nn.Module):
         held = room, self.rank.shape[0], self.max_rank
         return all(n <= h for n, h in zip((used, slot + 1, used), held, strict=True))
 
-    # Outside inference_mode, so that a pool filled inside it can still be used with autograd.
+    # Outside inference_mode: a pool filled inside it can still be used with autograd.
     @torch.inference_mode(False)
     @torch.no_grad()
     def write(self, slot: int, weights: LoraWeights | None, slots: int) -> None:
@@ -228,8 +229,8 @@ class Pool(nn.Module):
         held = {slot: self.spans[slot] for slot in slots if slot in self.spans}
         if not held:
             return
-        one = len(held) == 1  # an int, unlike a list, costs no copy to the device
-        self.rank[next(iter(held)) if one else list(held)] = 0
+        (those,) = to_device([torch.tensor([*held])], self.rank.device)
+        self.rank.index_fill_(0, those, 0)
         for start, end in _joined(held.values()):
             self.A_rows[start:end] = 0
             self.B_rows[start:end] = 0
@@ -304,6 +305,8 @@ class Pool(nn.Module):
             old: Tensor = getattr(self, name)
             grown[name] = old.new_zeros((capacity, *old.shape[1:]))
             grown[name][: old.shape[0]] = old
+        if has_streams(self.A_rows.device):  # a pass in progress on another waits for nothing new
+            torch.cuda.current_stream(self.A_rows.device).synchronize()
         self.version = Version()
         for name, new in grown.items():
             setattr(self, name, new)
@@ -311,13 +314,19 @@ class Pool(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
         self.version, scaling, before = Version(), self.scaling, self.A_rows.dtype
+        self._synchronize()  # other streams write and read what this one moves
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._synchronize()
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:
             self.scaling = scaling.to(self.scaling.device, dtype)
         if torch.finfo(self.A_rows.dtype).max < torch.finfo(before).max:
             self._confine()
         return self
+
+    def _synchronize(self) -> None:
+        if has_streams(self.A_rows.device):
+            torch.cuda.synchronize(self.A_rows.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()

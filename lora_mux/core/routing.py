@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentTypeError, RoutingError, UnknownAdapterError
 from .arguments import FINITE
+from .streams import has_streams, to_device
 
 BASE = "__base__"  # the name that stands for the base model
 NONE = -1  # the index of a place that selects no adapter
@@ -86,6 +87,8 @@ class Routing:
         states = self.last_pass.row_states
         if states is None:
             return
+        if has_streams(states.device):
+            torch.cuda.synchronize(states.device)  # the pass may have run on another stream
         rows = (states == DEAD).nonzero().flatten().tolist()
         if rows:
             listed = ", ".join(map(str, rows[:MAX_ROWS_IN_ERROR]))
@@ -142,6 +145,9 @@ class Routing:
         """
         if self.index.device == device and not copy:
             return self
+        if host_may_read(self.index) and has_streams(device) and not self.weight.requires_grad:
+            index, weight = to_device([self.index, self.weight], device)
+            return unchecked_routing(index, weight, self.last_pass)
         return self._map(lambda t: t.to(device, copy=copy))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Routing":

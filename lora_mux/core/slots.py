@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
 from .routing import BASE, NONE
+from .streams import has_streams, to_device
 
 # handle = generation << 16 | slot fits an int32 index: 65,536 slots with 32,768 tenants each.
 SLOT_BITS = 16
@@ -192,8 +193,8 @@ class Slots:
         for handle in live[live != NONE].tolist():
             if handle not in self._names:
                 self.suspend(handle)
-        for device in self._live:
-            self._live[device].copy_(self._live[CPU])
+        for device in self._live.keys() - {CPU}:
+            self._live[device].copy_(to_device([self._live[CPU]], device)[0])
         # What was kept under these may be wrong.
         self.suspensions += 1
         self.name_changes += 1
@@ -202,9 +203,11 @@ class Slots:
         """int32 [65536]: the live handle of each slot, or -1. Later changes are made in place."""
         if device not in self._live:
             with torch.inference_mode(False):  # else it could not be written outside of that mode
-                self._live[device] = self._live[CPU].to(device)
+                (self._live[device],) = to_device([self._live[CPU]], device)
             # Once more: a thread that wrote in the meantime did not see this table.
-            self._live[device].copy_(self._live[CPU])
+            self._live[device].copy_(to_device([self._live[CPU]], device)[0])
+            if has_streams(device):  # once, so that any stream may read it from now on
+                torch.cuda.current_stream(device).synchronize()
         return self._live[device]
 
     def _write(self, slot: int, handle: int) -> None:

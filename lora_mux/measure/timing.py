@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ SLEEP = 500_000
 MOST_SETS = 64  # of buffers; making them takes time and memory too
 
 Call = Callable[[int], object]  # does its work on the n-th set of buffers
-Times = dict[str, float]  # "min", "p20", "p50", "p80" in microseconds, and "runs": how many
+# "min", "p20", "p50", "p80" in microseconds; "runs": how many; on a GPU "syncs": 1 = the call makes
+# the host wait, so that it was timed without a graph.
+Times = dict[str, float]
+Timer = Callable[[], float]  # one run through all sets of buffers, in microseconds
 
 
 def microseconds(
@@ -50,13 +53,15 @@ def microseconds(
     """
     cuda = device.type == "cuda"
     timer = _on_gpu if cuda else _wall
-    timers = {name: timer(call, sets) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
-    for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
-        for name in shuffled.sample(list(timers), len(timers)):
-            samples[name].append(timers[name]() / sets)
-    return {name: _summary(values) for name, values in samples.items()}
+    with torch.cuda.device(device) if cuda else nullcontext():  # streams are of the current one
+        made = {name: timer(call, sets) for name, call in calls.items()}
+        timers = {name: run for name, (run, _) in made.items()}
+        for _ in range(runs) if cuda else _while_seconds(seconds, at_least=least, at_most=runs):
+            for name in shuffled.sample(list(timers), len(timers)):
+                samples[name].append(timers[name]() / sets)
+    return {name: _summary(values) | made[name][1] for name, values in samples.items()}
 
 
 def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
@@ -100,8 +105,8 @@ def _syncing_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _on_gpu(call: Call, sets: int) -> Callable[[], float]:
-    """A timer of one run through all sets, in microseconds: of a graph's replay if one can be."""
+def _on_gpu(call: Call, sets: int) -> tuple[Timer, Times]:
+    """A timer, of a graph's replay if one can be, and whether the call syncs."""
     # One stream throughout: SGLang keys its scratch by stream, and may not allocate in a capture.
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())  # that made the buffers
@@ -114,7 +119,8 @@ def _on_gpu(call: Call, sets: int) -> Callable[[], float]:
         for _ in range(2):
             through_all_sets()
         torch.cuda.synchronize()
-        run = through_all_sets if syncs(lambda: call(0)) else _graph(through_all_sets, stream)
+        waits = syncs(lambda: call(0))
+        run = through_all_sets if waits else _graph(through_all_sets, stream)
     event: Any = torch.cuda.Event
     start, end = (event(enable_timing=True) for _ in range(2))
 
@@ -129,7 +135,7 @@ def _on_gpu(call: Call, sets: int) -> Callable[[], float]:
         return 1e3 * elapsed
 
     timed()
-    return timed
+    return timed, {"syncs": waits}
 
 
 def _graph(call: Callable[[], None], stream: Any) -> Callable[[], None]:
@@ -141,14 +147,14 @@ def _graph(call: Callable[[], None], stream: Any) -> Callable[[], None]:
     return replay
 
 
-def _wall(call: Call, sets: int) -> Callable[[], float]:
+def _wall(call: Call, sets: int) -> tuple[Timer, Times]:
     def timed() -> float:
         start = time.perf_counter()
         for n in range(sets):
             call(n)
         return 1e6 * (time.perf_counter() - start)
 
-    return timed
+    return timed, {}
 
 
 def _while_seconds(seconds: float, at_least: int, at_most: int) -> Iterator[int]:

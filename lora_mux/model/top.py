@@ -90,9 +90,10 @@ def remove_hooks(model: nn.Module, mux: GivenRows) -> None:
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         for number, hook in list(hooks.items()):
             if isinstance(hook, BeginPass | EndPass) and hook.mux is mux:
+                # First, wherever an interrupt hits: without its mark a hook is called wrongly.
+                del hooks[number]
                 model._forward_hooks_always_called.pop(number, None)
                 model._forward_pre_hooks_with_kwargs.pop(number, None)
-                del hooks[number]
 
 
 def refuse_wrapper(model: nn.Module) -> None:

@@ -8,12 +8,13 @@ tasks of a thread, so that an operator inside the graph looks whose rows they sh
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from ..core import NONE, LastPass, Routing, holding, unchecked_routing
@@ -24,7 +25,6 @@ from .scopes import Sticky
 
 LEAST_PLACES = 4  # adapters in a row for which a compiled model has room from the beginning
 CPU = torch.device("cpu")
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 
 
 class Owner(Protocol):
@@ -32,12 +32,32 @@ class Owner(Protocol):
 
     view: "CompiledView"
 
-    def route_of_compiled_pass(self) -> Route | None:
-        """The route of the pass that runs a graph of torch.compile here and now."""
+    def begin_to_show(self) -> None:
+        """There is a graph that reads the views."""
+
+    def route_of_compiled_pass(self, device: torch.device) -> Route | None:
+        """The route of the pass that runs a graph of torch.compile here and now, on a device."""
 
 
 ROUTERS: "weakref.WeakValueDictionary[int, Owner]" = weakref.WeakValueDictionary()
 NUMBERS = itertools.count()
+
+
+def before_tracing(router: int) -> Callable[[], bool]:
+    """What is to be called while torch.compile traces a model: from then on its views are made."""
+
+    def tell() -> bool:
+        owner = ROUTERS.get(router)
+        if owner is not None:
+            with _disable_current_modes():  # of torch.export, whose tensors have no values
+                owner.begin_to_show()
+        return True
+
+    # As torch.compiler.assume_constant_result does, which would import a compiler for everybody. It
+    # runs while a graph is traced, and leaves nothing in the graph.
+    tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return tell
+
 
 LIBRARY: Any = torch.library.Library("lora_mux", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define(
@@ -48,7 +68,9 @@ LIBRARY.define(
 
 def rows_now(view: Routing, manner: Manner, expand: Expand, router: int) -> Routing:
     """In a graph: the rows that this pass should have, of the shape of those it was given."""
-    if _is_exporting():  # an exported program keeps the rows that it was made with
+    # An exported program keeps the rows that it was made with. The flag, which torch 2.6 lacks:
+    # is_exporting() is True in whatever torch.compile of 2.7 to 2.12 traces.
+    if getattr(torch.compiler, "_is_exporting_flag", False):
         return view
     # With gradients the rows are inputs of the graph, and of its backward.
     as_given = torch.is_grad_enabled()
@@ -68,7 +90,7 @@ def _rows_now(
     replayed = ops.capturing(index.device) or torch._C._current_graph_task_id() != -1
     if owner is None or replayed:
         return index.clone(), weight.clone()
-    route = owner.route_of_compiled_pass()
+    route = owner.route_of_compiled_pass(index.device)
     if as_given:
         fits = owner.view.cell.source is route
     else:
@@ -80,12 +102,19 @@ def _rows_now(
             "call, without an await in between"
         )
     if as_given:
+        _read(owner.view.cell.route)
         return index.clone(), weight.clone()
     if route is None:
         return torch.full_like(index, NONE), torch.zeros_like(weight)
     rows, places = index.shape
-    made = padded(route, rows, places, index.device).routing
+    made = _read(padded(route, rows, places, index.device))
     return made.index.to(index.dtype, copy=True), made.weight.detach().to(weight.dtype, copy=True)
+
+
+def _read(shown: Route) -> Routing:
+    if shown.made is not None:
+        shown.made.read(shown.routing.index, shown.routing.weight)
+    return shown.routing
 
 
 @torch.library.register_fake("lora_mux::rows_now", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -115,16 +144,38 @@ def _said(expand: Expand) -> str:
     return expand or "interleave"
 
 
+class Cells(dict[int, "weakref.ref[Cell]"]):
+    """The views of all threads."""
+
+    are_read = False  # there is a graph that reads them
+
+    def begin_to_show(self, device: torch.device) -> None:
+        """From now on there is one."""
+        self.are_read = True
+        for cell in self._alive():
+            cell.is_read = True
+            if cell.is_behind:
+                cell.make(device)
+
+    def follow_sticky(self, route: Route | None, device: torch.device) -> None:
+        """The sticky rows have changed."""
+        for cell in self._alive():
+            if not cell.in_scope:
+                cell.follow(route, device, False)
+
+    def _alive(self) -> "list[Cell]":
+        return [cell for ref in list(self.values()) if (cell := ref()) is not None]
+
+
 class CompiledView(threading.local):
     """The rows in force in one thread, as compiled models read them."""
 
-    def __init__(
-        self, cells: "dict[int, weakref.ref[Cell]]", sticky: Sticky, lock: threading.RLock
-    ) -> None:
+    def __init__(self, cells: "Cells", sticky: Sticky, lock: threading.RLock) -> None:
         self.cell = Cell()  # once for each thread
         number = id(self.cell)
 
         def enter() -> None:
+            self.cell.is_read = cells.are_read
             self.cell.follow(sticky.route, CPU, False)
             # No WeakSet, of which a look at all would take a quarter of set_adapter's time.
             cells[number] = weakref.ref(self.cell, lambda _: cells.pop(number, None))
@@ -143,6 +194,8 @@ class Cell:
     def __init__(self) -> None:
         self._rows = 1  # of the last route that had one for each sample
         self._places = LEAST_PLACES  # of the widest route so far
+        self.is_read = False  # until then nobody needs to make it, and to bring it to a device
+        self.is_behind = False
         self.source: Route | None = None
         self.between_passes: Route | None = None
         self.in_scope = False  # the rows are those of a block or a call, not the sticky ones
@@ -161,23 +214,28 @@ class Cell:
     def show(self, route: Route | None, device: torch.device) -> None:
         """The same for one pass only."""
         self.source = route
-        if route is None and self._base_shape == (self._rows, self._places, device):
-            self.route = self._base  # again, because each block ends with the base model
-            return
         if torch.compiler.is_compiling():
             # torch.export is tracing: sizes may be symbols, which must not outlive the trace.
-            self.route = route or self._base
+            self.route, self.is_behind = route or self._base, False
             return
-        if device.type == "meta":
-            device = CPU
         if route is not None:
             self._places = max(self._places, route.routing.index.shape[1])
             if not (route.uniform or route.per_token):
                 self._rows = route.routing.rows
-            self.route = padded(route, self._rows, self._places, device)
+        self.is_behind = True
+        if self.is_read:
+            self.make(device)
+
+    def make(self, device: torch.device) -> None:
+        """Make what graphs read, on a device."""
+        self.is_behind = False
+        shape = self._rows, self._places, CPU if device.type == "meta" else device
+        if self.source is not None:
+            self.route = padded(self.source, *shape)
             return
-        self._base_shape = self._rows, self._places, device
-        self._base = self.route = _base(*self._base_shape)
+        if self._base_shape != shape:  # each block ends with the base model
+            self._base_shape, self._base = shape, _base(*shape)
+        self.route = self._base
 
 
 # Graphs guard inference tensors as well, so these are normal ones even inside inference_mode.

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core import NONE, Routing
+from ..core import NONE, Routing, site_on
 from ..errors import RoutingBusyError
 from .route import Route
 from .scopes import Scope
@@ -41,9 +41,10 @@ class CapturedRouting:
         else:
             self.holds = "route"
             J = route.routing.index.shape[1]
-            index[:, :J].copy_(route.routing.index)
+            given = route.at(site_on(index.device), copy=False)
+            index[:, :J].copy_(given.index)
             index[:, J:] = NONE
-            weight[:, :J].copy_(route.routing.weight)
+            weight[:, :J].copy_(given.weight)
 
     def _fits(self, route: Route) -> bool:
         rows, places = route.routing.index.shape

@@ -7,19 +7,37 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import Pool, Routing, computed_once
+from ..core import (
+    Pool,
+    Routing,
+    Site,
+    Stream,
+    StreamOrder,
+    computed_once,
+    has_streams,
+    site_on,
+)
 from ..errors import RoutingError
 from .route import Resolved, Route
 
-# The layers of a pass that share a plan: by their rows, the device of x, and their method.
-Layers: TypeAlias = tuple[int, torch.device, ops.Method]
+# (samples, tokens of each)
+Batch: TypeAlias = tuple[int, int]
+
+# The arguments of a model that show its batch, most reliable first. Without any of them the first
+# tensor counts.
+BATCH_ARGUMENTS = (
+    *("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
+    *("hidden_states", "sample", "pixel_values", "input_features", "input_values"),
+)
+# The layers of a pass that share a plan: by their rows, where they run, and their method.
+Layers: TypeAlias = tuple[int, Site, ops.Method]
 
 
 class Planned(NamedTuple):
@@ -28,6 +46,18 @@ class Planned(NamedTuple):
     layers: Layers
     case: object
     plan: ops.AnyPlan | None  # None = nothing to add
+
+
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
+
+
+class RowsHere(NamedTuple):
+    """What a pass has that begins here and now."""
+
+    route: Route | None  # None = the base model
+    disabled: bool = False  # by disable_adapter
+    beams: int | None = None  # inside generate(): how often it repeats each sample, in order
+    inputs: Mapping[str, Any] = NO_INPUTS  # inside generate(): its arguments
 
 
 # No tuple: torch.compile guards all values of a tuple, and of this one those that it reads.
@@ -66,6 +96,24 @@ class Shape:
             "leave the layer out of `targets`"
         )
 
+    def check(self, route: Route | None, kwargs: Mapping[str, Any]) -> None:
+        """Refuse a route that does not fit the batch.
+
+        Args:
+            route: of the pass; None = the base model.
+            kwargs: of the model's forward.
+        """
+        if route is None:
+            return
+        if self.samples is not None:
+            route.check(self.samples, self.beams)
+        if "cu_seq_lens_q" in kwargs and not (route.uniform or route.per_token):
+            raise RoutingError(
+                "`rows` must have one entry per sequence, got one per sample of a packed batch "
+                "(`cu_seq_lens_q`), which has many sequences in a sample; use "
+                "route_tokens(rows, lengths=...)"
+            )
+
 
 @dataclass(eq=False)
 class Pass:
@@ -82,7 +130,8 @@ class Pass:
     plans: list[Planned] = field(default_factory=list)
     # Of layers that the pass has met: by all that their choice of a plan depends on.
     known: dict[object, ops.AnyPlan | None] = field(default_factory=dict)
-    placed: dict[torch.device, Routing] = field(default_factory=dict)  # the route's own rows
+    placed: dict[Site, Routing] = field(default_factory=dict)  # the route's own rows
+    streams: dict[Site, Stream | None] = field(default_factory=dict)  # on which layers have run
     # Of layers whose batch is another one; see towers.py.
     inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's arguments, by name
     towers: "dict[str, Pass]" = field(default_factory=dict)  # those that have rows of their own
@@ -107,6 +156,7 @@ class Pass:
         self.plans.clear()  # they may hold much
         self.known.clear()
         self.placed.clear()
+        self.streams.clear()
         self.inputs, self.caller = {}, None
         vars(self).pop("alike", None)
         for inner in (*self.towers.values(), *self.apart.values()):
@@ -121,7 +171,8 @@ _PASS: ContextVar[Pass | None] = ContextVar("lora_mux_pass", default=None)
 class Passes:
     """The passes of one model that are in progress, or whose backward may still come."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: StreamOrder) -> None:
+        self._order = order
         self._owner = object()
         # By id. No WeakSet, which other threads could not look through while it changes.
         self._in_progress: weakref.WeakValueDictionary[int, Pass] = weakref.WeakValueDictionary()
@@ -160,10 +211,31 @@ class Passes:
         """The pass of this context is over; None if there is none."""
         ended = self.current()
         if ended is not None:
+            self._note_reads(ended)  # before anybody may put its adapters out
             self._in_progress.pop(id(ended), None)
             _PASS.set(ended.outer)
             ended.finish()
         return ended
+
+    def site(self, now: Pass, device: torch.device) -> Site:
+        """Where a layer of a pass runs. The first one there lets its stream wait for the adapters.
+
+        Not the pass's begin: whoever calls the layers may have chosen another stream since.
+        """
+        here = site_on(device)
+        if has_streams(device) and here not in now.streams:
+            assert now.route is not None
+            stream = now.streams[here] = self._order.wait(device, now.route.slots)
+            # Of a layer that is called by itself, and of a backward, nothing tells the end.
+            if stream is not None and now.caller is None:
+                self._order.read(device, stream, now.route.slots, is_over=False)
+        return here
+
+    def _note_reads(self, ended: Pass) -> None:
+        for (device, _), stream in ended.streams.items():
+            if stream is not None and ended.route is not None:
+                is_over = not torch.is_grad_enabled()  # else a backward may come
+                self._order.read(device, stream, ended.route.slots, is_over=is_over)
 
     def current(self) -> Pass | None:
         """The pass in progress in this context."""
@@ -271,3 +343,14 @@ def handles_of(routes: Iterable[Route | None]) -> frozenset[int] | None:
                 return None
             found |= route.handles
     return found
+
+
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
+    """(samples, tokens of each) of a model's inputs; None if no tensor tells."""
+    candidates = [kwargs.get(name) for name in BATCH_ARGUMENTS] + [*args, *kwargs.values()]
+    for tensor in candidates:
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            # Ids are [samples, tokens]; embeddings and hidden states [samples, tokens, features].
+            has_tokens = tensor.ndim == (3 if tensor.is_floating_point() else 2)
+            return tensor.shape[0], tensor.shape[1] if has_tokens else 1
+    return None

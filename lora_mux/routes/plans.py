@@ -2,11 +2,10 @@
 
 from math import prod
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import LastPass, Pool, Routing, Slots, unchecked_routing
+from ..core import LastPass, Pool, Routing, Site, Slots, unchecked_routing
 from ..errors import RoutingError
 from .compiled import Cell, rows_now
 from .graphs import CapturedRoutings
@@ -74,6 +73,7 @@ class Plans:
         pool: Pool,
         weight: Tensor | None,
         settings: ops.Settings,
+        site: Site,
     ) -> ops.AnyPlan | None:
         """The plan for a layer's input x [..., in_features]; None = nothing to add.
 
@@ -83,13 +83,14 @@ class Plans:
             pool: the layer's.
             weight: of a base layer that can be fused with its adapters.
             settings: how adapters are computed.
+            site: where the layer runs. A plan is read on the stream on which it was made.
         """
         if isinstance(now, Cell):
-            return self._planned(now, x, pool, weight, settings)[0]
-        like = ops.like(x, pool, weight)
+            return self._planned(now, x, pool, weight, settings, site)[0]
+        like = site, ops.like(x, pool, weight)
         if like in now.known:
             return now.known[like]
-        plan, is_shared = self._planned(now, x, pool, weight, settings)
+        plan, is_shared = self._planned(now, x, pool, weight, settings, site)
         if is_shared:
             now.known[like] = plan
         return plan
@@ -101,6 +102,7 @@ class Plans:
         pool: Pool,
         weight: Tensor | None,
         settings: ops.Settings,
+        site: Site,
     ) -> tuple[ops.AnyPlan | None, bool]:
         """The plan, and whether layers that are alike share it."""
         route, shape = now.route, now.shape
@@ -111,18 +113,24 @@ class Plans:
         method = ops.method(settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
         if shape.samples is None or trained:
-            return self._made(now, x, rows, samples, method), False
-        layers, case = (rows, x.device, method), None
+            return self._made(now, x, rows, samples, method, site), False
+        layers, case = (rows, site, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
             case = route, rows, samples, shape.beams, self._slots.suspensions
         known = self._shared.find(now.plans, layers, case)
         if known is None:
-            made = self._made(now, x, rows, samples, method)
+            made = self._made(now, x, rows, samples, method, site)
             known = self._shared.add(now.plans, layers, case, made)
         return known.plan, True
 
     def _made(
-        self, now: Pass | Cell, x: Tensor, rows: int, samples: int | None, method: ops.Method
+        self,
+        now: Pass | Cell,
+        x: Tensor,
+        rows: int,
+        samples: int | None,
+        method: ops.Method,
+        site: Site,
     ) -> ops.AnyPlan | None:
         route, beams = now.route, now.shape.beams
         assert route is not None
@@ -139,27 +147,32 @@ class Plans:
             given, index = route.routing, now.resolved.slots
             resolved = unchecked_routing(index, given.weight, given.last_pass).to(x.device)
             return ops.plan(manner.spread(resolved), self._slots, method, resolved=True)
-        return ops.plan(manner.spread(self._on(now, x.device, method)), self._slots, method)
+        return ops.plan(manner.spread(self._at(now, site, method)), self._slots, method)
 
-    def _on(self, now: Pass, device: torch.device, method: ops.Method) -> Routing:
-        """The pass's own rows on a device."""
-        route, routing = now.route, now.placed.get(device)
+    def _at(self, now: Pass, site: Site, method: ops.Method) -> Routing:
+        """The pass's own rows where its layers run."""
+        route, routing = now.route, now.placed.get(site)
         assert route is not None
-        capturing = ops.capturing(device)
+        capturing = ops.capturing(site[0])
         if routing is None:
-            if capturing and device not in route.placed:
+            placed, source = route.placed, site
+            if capturing:  # a replay waits for what was placed by another stream
+                source = next((there for there in list(placed) if there[0] == site[0]), site)
+            if capturing and source not in placed:
                 raise RoutingError(
                     "run the model once under this route before capturing it in a CUDA graph; "
                     "nothing can be copied to the GPU during the capture"
                 )
             # A copy, because later routes overwrite what a graph reads, and this one may return.
-            routing = now.placed[device] = route.on(device, copy=not method.on_host)
-        if capturing and routing is route.placed.get(device):
+            routing = now.placed[site] = route.at(source, copy=not method.on_host)
+        for there, held in list(route.placed.items()) if capturing else ():
+            if held is not routing:
+                continue
             if route.routing.weight.requires_grad:
                 raise RoutingError(
                     "`weights` must not need gradients while a CUDA graph is captured, got a "
                     "tensor that does; detach() it"
                 )
-            del route.placed[device]  # from now on it is the graph's
+            del route.placed[there]  # from now on it is the graph's
             self._captured.add(routing, route, self._scopes.current())
         return routing

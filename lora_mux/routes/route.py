@@ -11,13 +11,16 @@ from torch import Tensor
 from ..core import (
     NONE,
     LastPass,
+    Made,
     Routing,
     Selection,
+    Site,
     Slots,
     check_counts,
     computed_once,
     host_may_read,
     routing_from_names,
+    slot_of,
     unchecked_routing,
 )
 from ..errors import RoutingError
@@ -30,16 +33,6 @@ Steps: TypeAlias = tuple[tuple[Way, int], ...]  # each way of repeating, and how
 Rows: TypeAlias = Sequence[Selection] | Tensor
 
 MAX_ROUTES = 256  # of set_adapter that are kept
-
-# (samples, tokens of each)
-Batch: TypeAlias = tuple[int, int]
-
-# The arguments of a model that show its batch, most reliable first. Without any of them the first
-# tensor counts.
-BATCH_ARGUMENTS = (
-    *("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
-    *("hidden_states", "sample", "pixel_values", "input_features", "input_values"),
-)
 
 
 # Not frozen: torch.compile guards every field of a frozen dataclass, and of this one only those
@@ -62,7 +55,18 @@ class Route:
     # Made once, when they are first needed, and no part of the value:
     padded: "tuple[object, Route] | None" = None  # as compiled models read it, and in which shape
     resolved: "Resolved | None" = None
-    placed: dict[torch.device, Routing] = field(default_factory=dict)  # the routing on devices
+    placed: dict[Site, Routing] = field(default_factory=dict)  # the routing where layers run
+    made: Made | None = field(init=False)  # on a device: when
+
+    def __post_init__(self) -> None:
+        self.made = Made.now(self.routing.index.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "padded": None, "placed": {}, "made": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     @computed_once
     def selects(self) -> bool:
@@ -91,6 +95,11 @@ class Route:
                 return None
             found |= route.handles
         return found
+
+    @computed_once
+    def slots(self) -> frozenset[int] | None:
+        """The slots of these handles; None if only the device knows."""
+        return None if self.handles is None else frozenset(map(slot_of, self.handles))
 
     def check_loaded(self, slots: Slots) -> None:
         """Refuse a handle whose adapter is not there."""
@@ -132,16 +141,18 @@ class Route:
             known = self.resolved = Resolved(suspensions, resolved, used)
         return known
 
-    def on(self, device: torch.device, copy: bool) -> Routing:
-        """The routing on a device, copied there once.
+    def at(self, site: Site, copy: bool) -> Routing:
+        """The routing where a layer runs, copied there once by its stream.
 
         Args:
-            device: of the layer's input.
+            site: where.
             copy: even if it is there, because a CUDA graph may come to own the copy.
         """
-        if device not in self.placed:
-            self.placed[device] = self.routing.to(device, copy=copy)
-        return self.placed[device]
+        if site not in self.placed:
+            if self.made is not None:
+                self.made.read(self.routing.index, self.routing.weight)
+            self.placed[site] = self.routing.to(site[0], copy=copy)
+        return self.placed[site]
 
     def manner(self, rows: int, samples: int | None, beams: int | None) -> "Manner":
         """How the routing becomes one with a row for each of x's `rows`.
@@ -381,14 +392,3 @@ class UniformRoutes:
             routing = routing_from_names([weights], self._slots.lookup)
             self._routes[key] = Route(routing, uniform=True, named=True)
         return self._routes[key]
-
-
-def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
-    """(samples, tokens of each) of a model's inputs; None if no tensor tells."""
-    candidates = [kwargs.get(name) for name in BATCH_ARGUMENTS] + [*args, *kwargs.values()]
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.ndim:
-            # Ids are [samples, tokens]; embeddings and hidden states [samples, tokens, features].
-            has_tokens = tensor.ndim == (3 if tensor.is_floating_point() else 2)
-            return tensor.shape[0], tensor.shape[1] if has_tokens else 1
-    return None

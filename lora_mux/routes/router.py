@@ -10,35 +10,23 @@ The pass keeps what it began with. What anybody sets meanwhile counts from the n
 
 import os
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType, MappingProxyType
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import Pool, Slots, holding, synchronized
-from ..errors import DetachedError, RoutingBusyError, RoutingError, UnknownAdapterError
-from .compiled import NUMBERS, ROUTERS, Cell, CompiledView
+from ..core import Pool, Slots, StreamOrder, holding, synchronized
+from ..errors import DetachedError, RoutingBusyError, UnknownAdapterError
+from .compiled import NUMBERS, ROUTERS, Cell, Cells, CompiledView, before_tracing
 from .graphs import CapturedRoutings
-from .passes import Pass, Passes, Shape, handles_of
+from .passes import Pass, Passes, RowsHere, Shape, handles_of
 from .plans import Plans
 from .route import Route
 from .scopes import Scope, Scopes, Sticky
 from .towers import NO_LAYOUT, Place, as_seen_from
-
-NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
-
-
-class RowsHere(NamedTuple):
-    """What a pass has that begins here and now."""
-
-    route: Route | None  # None = the base model
-    disabled: bool = False  # by disable_adapter
-    beams: int | None = None  # inside generate(): how often it repeats each sample, in order
-    inputs: Mapping[str, Any] = NO_INPUTS  # inside generate(): its arguments
 
 
 class Router:
@@ -60,12 +48,14 @@ class Router:
         self._lock = threading.RLock()
         self.changes = threading.RLock()  # held while adapters come, go or move
         self.scopes = Scopes()
-        self.passes = Passes()
+        self.order = StreamOrder()
+        self.passes = Passes(self.order)
         self.captured = CapturedRoutings()
-        self._cells: dict[int, weakref.ref[Cell]] = {}  # those of all threads
+        self._cells = Cells()
         self.view = CompiledView(self._cells, self.sticky, self._lock)
         number = next(NUMBERS)
         ROUTERS[number] = self
+        self._before_tracing = before_tracing(number)
         self._plans = Plans(number, self.slots, self.scopes, self.captured)
 
     def after_fork(self) -> None:
@@ -90,6 +80,7 @@ class Router:
 
     @synchronized
     def _set_sticky(self, route: Route | None) -> None:
+        self._left(self.sticky.route)
         self.sticky.route, self.sticky.is_chosen = route, True
         self._follow_sticky()
 
@@ -98,6 +89,7 @@ class Router:
         """Give the sticky route, if it is by name, another handle for a name."""
         if self.is_sticky(old):
             assert self.sticky.route is not None
+            self._left(self.sticky.route)
             self.sticky.route = self.sticky.route.with_replaced(old, new)
             self._follow_sticky()
 
@@ -117,19 +109,21 @@ class Router:
 
     def _follow_sticky(self) -> None:
         route, device = self.sticky.route, self._device()
-        for alive in list(self._cells.values()):
-            cell = alive()
-            if cell is not None and not cell.in_scope:
-                cell.follow(route, device, False)
+        self._routed(route)
+        self._cells.follow_sticky(route, device)
         if self.captured:
             self.captured.follow_sticky(route)
 
     def follow_device(self, pool: Pool) -> None:
         """A target's pool is on its device, for the first time or another one: so are the rows."""
-        if self.anchor is None:
-            self.anchor = pool
+        self.anchor = self.anchor or pool
         if self.anchor is pool:
             self._follow_sticky()
+
+    @synchronized
+    def begin_to_show(self) -> None:
+        """There is a graph that reads the views of all threads."""
+        self._cells.begin_to_show(self._device())
 
     def _device(self) -> torch.device:
         # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
@@ -143,6 +137,7 @@ class Router:
             RoutingBusyError: CUDA graphs read the rows of another block, which does not end.
         """
         self.check_attached()
+        self._routed(route)
         self.scopes.open(scope, route)
         if self.captured:
             self.captured.enter(scope, self.scopes.here())
@@ -171,17 +166,29 @@ class Router:
         """Show the rows around a scope again to whatever reads tensors of its thread."""
         # Otherwise layers that are called by themselves would go on with the rows of this one.
         self.passes.forget_interrupted()
+        self._left(scope.whole or scope.route)
         outer = self.scopes.innermost()
         below = self.sticky.route if outer is None else outer.route
         self.view.cell.follow(below, self._device(), outer is not None)
         if self.captured:
             self.captured.leave(scope, outer, self.sticky.route)
 
+    def _routed(self, route: Route | None) -> None:
+        """Before graphs are replayed that read a route's adapters, the current stream waits."""
+        if route is not None and self.order.devices:
+            self.order.routed(route.slots)
+
+    def _left(self, route: Route | None) -> None:
+        """Graphs that have read a route's adapters were replayed on the current stream."""
+        if route is not None and self.order.devices:
+            self.order.left(route.slots)
+
     @synchronized
     def keep(self, rows: Sequence[int], beams: int) -> None:
         """Let the call of generate() here go on with these of its samples."""
         scope = self.scopes.current()
         if scope is not None and scope.is_call:
+            self._left(scope.route)  # those that are not kept may go before the call ends
             scope.keep(rows, beams)
             self.view.cell.follow(scope.route, self._device(), True)
 
@@ -231,10 +238,15 @@ class Router:
         if self.captured:
             self.captured.wait(self.scopes.here())
 
-    def route_of_compiled_pass(self) -> Route | None:
-        """The route of the pass that runs a graph of torch.compile here and now."""
-        began = self.passes.current()
-        return self.rows().route if began is None else began.route
+    def route_of_compiled_pass(self, device: torch.device) -> Route | None:
+        """The route of the pass that runs a graph of torch.compile here and now, on a device."""
+        now = self.passes.current()
+        if now is None:
+            now = self.passes.none()
+            now.route = self.rows().route
+        if now.route is not None:
+            self.passes.site(now, device)  # whose stream waits for the adapters
+        return now.route
 
     def refuse_in_use(self) -> None:
         """Refuse a change of the model while anybody is using its rows."""
@@ -283,7 +295,7 @@ class Router:
             began.inputs = self.layout.bound(args, kwargs)
         samples, tokens = self.layout.batch(args, kwargs) or (None, 0)
         began.shape = Shape(samples, tokens, began.shape.beams)
-        self._check(began.route, began.shape, kwargs)
+        began.shape.check(began.route, kwargs)
         cell = self.view.cell  # the model's own forward may be compiled
         cell.shape = began.shape
         cell.plans.clear()  # of a pass that was interrupted
@@ -292,9 +304,10 @@ class Router:
 
     def begin_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """As `begin`, while torch.compile traces the model."""
+        self._before_tracing()
         traced = self.view.cell
         traced.shape.samples, traced.shape.tokens = self.layout.batch(args, kwargs) or (None, 0)
-        self._check(traced.route, traced.shape, kwargs)
+        traced.shape.check(traced.route, kwargs)
 
     def _find_rows(self, found: Pass, given: RowsHere | None = None) -> None:
         """Give a pass its rows. From then on nobody frees their adapters."""
@@ -327,18 +340,6 @@ class Router:
         if route is not None and batch is not None:
             route.check(batch[0], None)
 
-    def _check(self, route: Route | None, shape: Shape, kwargs: Mapping[str, Any]) -> None:
-        if route is None:
-            return
-        if shape.samples is not None:
-            route.check(shape.samples, shape.beams)
-        if "cu_seq_lens_q" in kwargs and not (route.uniform or route.per_token):
-            raise RoutingError(
-                "`rows` must have one entry per sequence, got one per sample of a packed batch "
-                "(`cu_seq_lens_q`), which has many sequences in a sample; use "
-                "route_tokens(rows, lengths=...)"
-            )
-
     def end(self, output: object) -> None:
         """The pass that began last in this context is over."""
         cell = self.view.cell
@@ -359,6 +360,7 @@ class Router:
     def now(self) -> Pass | Cell | None:
         """The pass that a layer which runs at this moment belongs to; None = the base model."""
         if torch.compiler.is_compiling():
+            self._before_tracing()
             return self.view.cell if self.slots.capacity else None
         found = self.passes.running()
         if found is None:  # the layer is called by itself
@@ -380,7 +382,11 @@ class Router:
             place: where the layer is.
         """
         seen = as_seen_from(place, now, x, pool, self.layout)
-        return None if seen is None else self._plans.plan(seen, x, pool, weight, self.settings)
+        if seen is None:
+            return None
+        # A graph of torch.compile learns where it runs when it runs.
+        site = self.passes.site(now, x.device) if isinstance(now, Pass) else (x.device, 0)
+        return self._plans.plan(seen, x, pool, weight, self.settings, site)
 
 
 def _after_fork() -> None:

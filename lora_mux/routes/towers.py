@@ -19,8 +19,8 @@ from .. import ops
 from ..core import Pool, unchecked_routing
 from ..errors import RoutingError
 from .compiled import Cell
-from .passes import Pass, Shape
-from .route import BATCH_ARGUMENTS, Batch, Route, batch_of
+from .passes import BATCH_ARGUMENTS, Batch, Pass, Shape, batch_of
+from .route import Route
 
 Order: TypeAlias = Literal["samples", "tokens first", "picked tokens"]
 

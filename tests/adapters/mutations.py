@@ -10,7 +10,42 @@ CHANGES = "adapters/changes.py"
 TEST_INTERRUPTS = ("model/test_interrupts.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_PLACEMENT = ("adapters/test_placement.py",)
+TEST_STREAMS = ("adapters/test_streams.py",)
+PASSES, STREAMS = "routes/passes.py", "core/streams.py"
 MUTATIONS = {
+    "streams: a pass does not wait for its adapters": Mutation(
+        STREAMS, "if last is not None and last.stream != stream:", "if False:", TEST_STREAMS
+    ),
+    "streams: a write does not wait for who has read": Mutation(
+        STREAMS,
+        "stream.wait_event(event)\n                elif",
+        "pass\n                elif",
+        TEST_STREAMS,
+    ),
+    "streams: the backward of a pass is not waited for": Mutation(
+        PASSES, "is_over = not torch.is_grad_enabled()", "is_over = True", TEST_STREAMS
+    ),
+    "streams: all writes wait for all passes": Mutation(
+        STREAMS, "[*self._reads] if slots is None else", "[*self._reads] if True else", TEST_STREAMS
+    ),
+    "streams: who has replayed a graph is not waited for": Mutation(
+        STREAMS,
+        "if not torch.cuda.is_current_stream_capturing():\n                order",
+        "if False:\n                order",
+        TEST_STREAMS,
+    ),
+    "streams: layers share a plan across streams": Mutation(
+        PASSES, "here = site_on(device)", "here = device, 0", TEST_STREAMS
+    ),
+    "streams: views for graphs that nobody has compiled": Mutation(
+        "routes/compiled.py", "are_read = False", "are_read = True", TEST_STREAMS
+    ),
+    "streams: pools grow under a pass in progress": Mutation(
+        "core/pool.py",
+        "if has_streams(self.A_rows.device):  # a pass",
+        "if False:  # a pass",
+        TEST_STREAMS,
+    ),
     "placement: what is asked for is evicted": Mutation(
         BOUNDED, "self._pinned | set(wanted)", "self._pinned", TEST_BOUNDED
     ),
@@ -52,8 +87,8 @@ MUTATIONS = {
     ),
     "interrupts: names are given before they are known": Mutation(
         RESIDENT,
-        "self._finish_binding()\n        self._slots.mend()",
-        "self._slots.mend()",
+        "self._finish_binding()\n        with self._writing():",
+        "with self._writing():",
         TEST_INTERRUPTS,
     ),
     "interrupts: what is on its way in stays live": Mutation(

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import engines
 import providers
 import run
 import workloads
@@ -91,6 +93,31 @@ def test_providers_agree_with_fp64(name: str, J: int) -> None:
         p = workloads.problem(w, CPU)
         y = provider(p, lambda: nn.functional.linear(p.x, p.W))()
         assert (p.error(y) > 0.1) if name == "base" else (p.error(y) < 1e-6)
+
+
+@pytest.mark.parametrize("J", [1, 3])
+def test_flashinfer_is_given_pairs(J: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its formula for what it is given, from its documentation, since it runs on GPUs only."""
+
+    def prepare(
+        x: Any, A: Any, B: Any, token: Any, expert: Any, lora: Any, weight: Any, E: int, **_: Any
+    ) -> Any:
+        assert A[0].shape[:2] == B[0].shape[:2] == (1, E) and not lora.any()
+        y = torch.zeros(len(x), B[0].shape[2])
+        for t, e, w in zip(token, expert, weight, strict=True):
+            y[t] += w * (B[0][0, e] @ (A[0][0, e] @ x[t]))
+        return SimpleNamespace(run=lambda: y)
+
+    played = SimpleNamespace(prepare_bgmv_moe=prepare)
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(fused_moe=played))
+    monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", played)
+    w = workloads.Workload(
+        "", 64, 64, 6, 4, (8,), selections=J, dtype="float32", tokens=2, base_share=0.3
+    )
+    with torch.inference_mode():
+        p = workloads.problem(w, CPU)
+        y = engines.flashinfer(p, lambda: nn.functional.linear(p.x, p.W))()
+        assert p.error(y) < 1e-6
 
 
 def test_what_a_provider_can_not_do_is_said() -> None:

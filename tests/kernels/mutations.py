@@ -10,6 +10,7 @@ RANK_BLOCKS = "kernels/rank_blocks.py"
 READY = "kernels/ready.py"
 SHRINK = "kernels/shrink.py"
 TEST_FUSED = ("kernels/test_fused.py",)
+TEST_LAUNCH = ("kernels/test_launch.py",)
 TEST_KERNELS = ("kernels/test_kernels.py",)
 TEST_READY = ("kernels/test_ready.py",)
 MUTATIONS = {
@@ -169,6 +170,9 @@ MUTATIONS = {
     ),
     "ready: parts of a Plan begin anywhere": Mutation(
         READY, "size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT", "size += 2", TEST_READY
+    ),
+    "launch: on whatever device is current": Mutation(
+        LAUNCH, "if device < 0 or device == torch.cuda.current_device():", "if True:", TEST_LAUNCH
     ),
     "fused: all streams share": Mutation(LAUNCH, "if number < STREAMS", "if True", TEST_FUSED),
 }

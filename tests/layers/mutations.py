@@ -7,6 +7,7 @@ LINEAR = "layers/linear.py"
 SHARDING = "layers/sharding.py"
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_MODULE = ("layers/test_module.py",)
+TEST_ON_CUDA = ("model/test_compile_on_cuda.py",)
 TEST_SHARDED = ("layers/test_sharded.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 MUTATIONS = {
@@ -18,6 +19,9 @@ MUTATIONS = {
         LINEAR, "if fusable and not trained", "if fusable", TEST_FUSED
     ),
     "fused: a wrapped weight": Mutation(LINEAR, "type(weight) is nn.Parameter and", "", TEST_FUSED),
+    "linear: a trace makes the table of handles": Mutation(
+        LINEAR, "self.mux_slots.live(device)", "pass", TEST_ON_CUDA
+    ),
     "linear: any routing is the last one": Mutation(
         HANDED_IN, "and torch.equal(index, self.index)", "", TEST_CPU_AND_TEST_LINEAR
     ),

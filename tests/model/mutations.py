@@ -110,7 +110,7 @@ MUTATIONS = {
         STORED_ADAPTER, "functools.partial(_held, packed))", "lambda pinned: packed)", TEST_COPIES
     ),
     "copies: an adapter of before a copy": Mutation(
-        BOUNDED, '"_loaded": loaded,', '"_loaded": {},', TEST_COPIES
+        BOUNDED, '"_streams": {}', '"_streams": {}, "_loaded": {}', TEST_COPIES
     ),
     "route: another batch of as many tokens": Mutation(
         ROUTE,

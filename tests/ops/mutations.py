@@ -134,6 +134,18 @@ MUTATIONS = {
     "operators: linear in autocast's dtype": Mutation(
         OPERATORS, "torch.autocast(x.device.type, enabled=False)", "torch.no_grad()", TEST_AUTOCAST
     ),
+    "dispatch: a trace asks for a capture": Mutation(
+        DISPATCH,
+        " or torch.compiler.is_compiling():\n        return False",
+        ":\n        return False",
+        TEST_DISPATCH,
+    ),
+    "dispatch: a capture on whatever device is current": Mutation(
+        DISPATCH,
+        "if device.index in (None, torch.cuda.current_device()):",
+        "if True:",
+        TEST_DISPATCH,
+    ),
     "dispatch: eager on the host while compiling": Mutation(
         DISPATCH, "if compiling:", "if False:", TEST_DISPATCH
     ),

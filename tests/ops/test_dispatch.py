@@ -8,6 +8,8 @@ from torch import nn
 
 import lora_mux
 from lora_mux import ops
+from lora_mux.core import Pool
+from lora_mux.kernels import installed
 from lora_mux.ops import dispatch
 
 # backend, type of x's device, whether the kernels run: the form, and the form while compiling.
@@ -74,3 +76,16 @@ def test_a_capture_on_another_device_than_the_current_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
     assert [ops.capturing(torch.device("cuda", i)) for i in (0, 1)] == [False, True]
     assert not ops.capturing(torch.device("cpu")) and current == [0]
+
+
+def test_what_is_asked_on_cuda_can_be_traced() -> None:
+    """As it is where a model is compiled there; a capture cannot be asked for inside of a graph."""
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        pool = Pool(4, 4, torch.float32, torch.device("cpu"))
+        fits = dispatch._runs_triton("auto", x, pool)
+        return x + fits + 2 * ops.capturing(torch.device("cuda", 0))
+
+    x = torch.zeros(1)
+    torch._dynamo.reset()
+    assert torch.compile(asked, fullgraph=True, backend="eager")(x) == float(not installed.PROBLEM)

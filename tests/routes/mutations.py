@@ -28,6 +28,9 @@ TEST_SIDE_BY_SIDE = ("model/test_side_by_side.py",)
 TEST_THREADS = ("routes/test_threads.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
+    "router: what graphs read stays on the host": Mutation(
+        ROUTER, "if self.anchor is pool:", "if False:", ("model/test_compile_on_cuda.py",)
+    ),
     "router: any pass is like the last": Mutation(
         PLANS, " or last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
@@ -65,7 +68,7 @@ MUTATIONS = {
         COMPILED, "if torch.compiler.is_compiling():", "if False:", TEST_COMPILE
     ),
     "route: packed samples of one adapter": Mutation(
-        ROUTER, 'if "cu_seq_lens_q" in kwargs and', "if False and", TEST_GENERATION
+        PASSES, 'if "cu_seq_lens_q" in kwargs and', "if False and", TEST_GENERATION
     ),
     "residency: what is in force is evicted": Mutation(
         ROUTER, "sticky = None if leaving else self.sticky.route", "sticky = None", TEST_BOUNDED
@@ -156,8 +159,8 @@ MUTATIONS = {
     ),
     "passes: an interrupted one goes on": Mutation(
         ROUTER,
-        "self.passes.forget_interrupted()\n        outer",
-        "outer",
+        "self.passes.forget_interrupted()\n        self._left",
+        "self._left",
         TEST_PASSES,
     ),
     "passes: torn by what is set": Mutation(
@@ -168,7 +171,7 @@ MUTATIONS = {
     ),
     "compiled: the rows that the thread prepared": Mutation(
         COMPILED,
-        "made = padded(route, rows, places, index.device).routing",
+        "made = _read(padded(route, rows, places, index.device))",
         "return index.clone(), weight.clone()",
         TEST_SIDE_BY_SIDE,
     ),

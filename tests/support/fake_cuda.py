@@ -17,18 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import lora_mux
+
 CUDA, META = 1, 14  # in c10::DeviceType
 REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 
 
 def _let_devices_be_chosen() -> None:
-    """Many methods choose a tensor's device first, which torch without CUDA knows no way to do.
+    """Many methods choose a tensor's device first, which fails where there is none.
 
-    As torch does it where it was built with CUDA and there is no GPU: nothing happens then.
+    Here nothing happens then. torch itself does so for fake tensors, but only if built with CUDA.
     """
+    if torch.cuda.is_available():
+        return
     c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     registry = (ctypes.c_void_p * (META + 1)).in_dll(c10, REGISTRY)
-    registry[CUDA] = registry[CUDA] or registry[META]
+    registry[CUDA] = registry[META]
 
 
 class FakeCuda(TorchDispatchMode):
@@ -38,7 +42,12 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         _let_devices_be_chosen()
+        # A parameter that moves is another one: torch 2.6 would put fake values into a real one.
+        overwrite = "get_overwrite_module_params_on_conversion"
+        patch.setattr(torch.__future__, overwrite, lambda: True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        # Of streams and what waits for what there is another stand-in: cuda_streams.py.
+        patch.setattr(lora_mux.core.streams, "WITH_STREAMS", set())
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +62,12 @@ class FakeCuda(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
     def call(self, compiled: Callable[..., Any], *args: Any) -> Any:
-        """Call what torch.compile has made: it traces inside of no mode but torch's own."""
+        """Call what torch.compile has made: it traces inside of no mode but torch's own.
+
+        So what a graph is about to read is made before, where that can be fake.
+        """
+        for router in [*lora_mux.routes.compiled.ROUTERS.values()]:
+            router.begin_to_show()
         with _disable_current_modes(), self.fake:
             return compiled(*args)
 
