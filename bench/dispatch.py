@@ -1,21 +1,38 @@
-"""What calling an operator costs before it does anything: python bench/dispatch.py
+"""What the host does before the device does anything: python bench/dispatch.py
 
-The signature of lora_mux::add_lora_ with nothing behind it, in three forms: a plain function, an
-operator of torch.library.Library, and one of torch.library.custom_op. Minima of interleaved runs on
-the CPU, in microseconds a call.
+Operators: the signature of lora_mux::add_lora_ with nothing behind it, in three forms: a plain
+function, an operator of torch.library.Library, and one of torch.library.custom_op.
+
+Eager mode: layers and routes with launches that do nothing (tests/support/fake_driver.py) and a
+base layer that does nothing, so that all of the time is Python's, torch's and Triton's. A layer's
+is that of a model of 16 minus that of one of 4 layers, a twelfth.
+
+Minima of interleaved runs on the CPU, in microseconds a call. One record is appended to the file.
 """
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-import lora_mux.ops  # noqa: F401  # defines the operators
+import lora_mux.ops
 from lora_mux.measure.provenance import ROOT, provenance
 from lora_mux.measure.timing import microseconds
+
+ROWS, WIDTH, ADAPTERS, RANK = 32, 64, 8, 16
+# Layers: a run is to be short, so that there are some that no other process interrupts.
+FEW, MANY = 4, 16
+REPEATED = 3  # calls in a run: the first one meets caches that other calls have filled
+TILED = lora_mux.ops.Method("triton", 16)
 
 OPERATOR = torch.ops.lora_mux.add_lora_.default
 # What an argument of each type is given.
@@ -47,11 +64,88 @@ def arguments(schema: Any) -> list[Any]:
     return [torch.zeros(4, 4) if "Tensor" in type_ else VALUES[type_] for type_ in types]
 
 
+def pretend() -> None:
+    """From now on the kernels run on the CPU, where launches and base layers do nothing."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import codegen
+    import fake_driver
+    from lora_mux.kernels import launch
+
+    fake_driver.install("sm_90", computes=False)
+    fake_driver._Launcher.__call__ = lambda *_: None  # type: ignore[method-assign]
+    launch.architecture = lambda _: codegen.ARCHITECTURES["sm_90"]  # type: ignore[assignment]
+    lora_mux.ops.dispatch._interpreted = lambda: True
+    y = torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16)
+    nn.functional.linear = lambda *_: y  # type: ignore[assignment]
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    return torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
+
+
+def routed(layers: int) -> tuple[nn.Module, lora_mux.Mux]:
+    """A model with adapters, and a route of one for each row."""
+    model = nn.Sequential(*(linear() for _ in range(layers)))
+    mux = lora_mux.attach(model, backend="triton")
+    for name in map(str, range(ADAPTERS)):
+        mux.add_adapter(name, {path: factors() for path in mux.targets}, alpha=RANK)
+    return model, mux
+
+
+def in_eager_mode() -> dict[str, Callable[[], object]]:
+    """name -> what is timed."""
+    x = torch.randn(ROWS, WIDTH).bfloat16()
+    names = [str(row % ADAPTERS) for row in range(ROWS)]
+    calls: dict[str, Callable[[], object]] = {}
+    for layers in (FEW, MANY):
+        model, mux = routed(layers)
+        base = nn.Sequential(*(linear() for _ in range(layers)))
+        mux.set_route(names)
+        calls[f"routed {layers}"] = lambda model=model: model(x)
+        calls[f"base {layers}"] = lambda base=base: base(x)
+    other = routed(1)[1]
+    calls["set_route, 32 names"] = lambda: other.set_route(names)
+    calls["set_adapter"] = lambda: other.set_adapter("1")
+    for fused in (False, True):
+        alone, plain = lora_mux.MuxLinear(linear(), backend="triton", fused=fused), linear()
+        handles = [alone.add_adapter(n, *factors(), alpha=RANK) for n in map(str, range(ADAPTERS))]
+        routing = lora_mux.Routing(torch.tensor(handles).repeat(ROWS // ADAPTERS)[:, None])
+        calls[f"alone, fused={fused}"] = lambda layer=alone, rows=routing: layer(x, rows)
+        calls[f"alone, base {fused}"] = lambda plain=plain: plain(x)
+        calls["plan"] = lambda rows=routing, slots=alone.mux_slots: lora_mux.ops.plan(
+            rows, slots, TILED
+        )
+    return calls
+
+
+def beyond_the_base(us: dict[str, float]) -> dict[str, float]:
+    """What is asked for, of what was timed."""
+    layers = MANY - FEW
+    routed = (us[f"routed {MANY}"] - us[f"routed {FEW}"]) / layers
+    base = (us[f"base {MANY}"] - us[f"base {FEW}"]) / layers
+    return {
+        "a layer of a routed model": routed - base,
+        "its base": base,
+        "a plan": us["plan"],
+        **{
+            f"a layer with a routing handed in, fused={fused}": us[f"alone, fused={fused}"]
+            - us[f"alone, base {fused}"]
+            for fused in (False, True)
+        },
+        **{name: us[name] for name in ("set_route, 32 names", "set_adapter")},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     # Few, so that there are runs that no other process interrupts.
     parser.add_argument("--calls", type=int, default=20, help="in a run (20)")
     parser.add_argument("--runs", type=int, default=500, help="of each form, at most (500)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for eager mode (40)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "dispatch.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -69,17 +163,24 @@ def main() -> None:
     runs = {name: run_of(call) for name, call in forms(schema, library).items()}
     with torch.inference_mode():
         times = microseconds(runs, 1, torch.device("cpu"), args.runs)
+        pretend()
+        eager = {name: lambda _, call=call: call() for name, call in in_eager_mode().items()}
+        for call in eager.values():
+            call(0)
+        took = microseconds(eager, REPEATED, torch.device("cpu"), 10**6, seconds=args.seconds)
     record = {
         **provenance(torch.device("cpu")),
         "operator": schema.name,
         "arguments": len(given),
         "calls": args.calls,
         "microseconds": {name: time["min"] / args.calls for name, time in times.items()},
+        "eager": beyond_the_base({name: time["min"] for name, time in took.items()}),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    for name, took in record["microseconds"].items():
-        print(f"{name:24} {took:8.2f} us")
+    with args.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    for name, us in {**record["microseconds"], **record["eager"]}.items():
+        print(f"{name:48} {us:8.2f} us")
     print(f"wrote {args.out}")
 
 

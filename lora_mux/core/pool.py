@@ -116,11 +116,6 @@ class Pool(nn.Module):
             self.A_rows, self.B_rows, self.constant, self.offset, self.rank, self.scaling
         )
 
-    @property
-    def rows_now(self) -> RankRows:
-        """The same, without nn.Module's own look-ups, which torch.compile would have to see."""
-        return RankRows(*self._buffers.values())  # type: ignore[arg-type]  # as registered above
-
     def fix(self, rank_rows: int) -> None:
         """Have that many rank rows, now or as soon as the layer is materialised, and never more."""
         self.fixed = rank_rows

@@ -73,7 +73,7 @@ class EagerPlan(NamedTuple):
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
         if not (owned and plain(y, x) and not tracked(y, x) and y.is_contiguous()):
             return self.tiled.add(y, x, pool, owned)
-        now, rows = self.now, pool.rows_now
+        now, rows = self.now, _rows_now(pool)
         case = (
             *(now.case, self.batch_invariant, pool.max_rank, *_kinds(rows)),
             *(y.shape, y.dtype, y.get_device(), x.shape, x.stride(), x.dtype, x.get_device()),
@@ -117,7 +117,7 @@ class EagerFusedPlan(NamedTuple):
             return FusedPlan(self.now.tensors).linear(x, weight, bias, pool)
         from ..kernels import launch
 
-        now, rows, device = self.now, pool.rows_now, x.device
+        now, rows, device = self.now, _rows_now(pool), x.device
         stream = launch.stream_number(device)
         added = None if bias is None else (bias.stride(), bias.dtype, bias.get_device())
         case = (
@@ -184,6 +184,11 @@ def _aligned(own: int, pointers: tuple[int, ...]) -> bool:
     for pointer in pointers:
         own |= pointer
     return not own & (ALIGNMENT - 1)
+
+
+def _rows_now(pool: Pool) -> RankRows:
+    """pool.rows, without nn.Module's own look-ups, which take a microsecond each."""
+    return RankRows(*pool._buffers.values())  # type: ignore[arg-type]  # registered in this order
 
 
 def _pointers(rows: RankRows) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ MUTATIONS = {
     "fused: gradients of weights are lost": Mutation(
         LINEAR, "if fusable and not trained", "if fusable", TEST_FUSED
     ),
-    "fused: a wrapped weight": Mutation(LINEAR, "type(weight) is nn.Parameter and", "", TEST_FUSED),
+    "fused: a wrapped weight": Mutation(
+        LINEAR, "type(weight) is not nn.Parameter or", "", TEST_FUSED
+    ),
     "linear: a trace makes the table of handles": Mutation(
         LINEAR, "self.mux_slots.live(device)", "pass", TEST_ON_CUDA
     ),
