@@ -17,6 +17,7 @@ from .tensors import ALIGNMENT, Plan
 # The versions whose way from a call to the launch was read.
 KNOWN = [3, 6] <= [int(number) for number in triton.__version__.split(".")[:2]] <= [3, 9]
 
+STATE = Plan._fields.index("state")
 Pointers: TypeAlias = tuple[int, ...]
 
 
@@ -141,7 +142,8 @@ class PlanNow:
         """The one that each pass asks for."""
         if self._tensors is not None:
             return self._tensors.state
-        return self._layout.tensor(self._memory, Plan._fields.index("state"))
+        start, (rows,) = self._layout.starts[STATE], self._layout.shapes[STATE]
+        return self._memory[start : start + rows]  # of its own dtype already
 
 
 class PlanAgain(NamedTuple):
@@ -150,6 +152,10 @@ class PlanAgain(NamedTuple):
     ready: Ready
     layout: Layout
     case: object
+
+    def watched(self) -> bool:
+        """`watched`, for those who may not import this file."""
+        return watched()
 
     def __call__(self, index: Tensor, weight: Tensor, live: Tensor) -> PlanNow:
         memory = torch.empty(self.layout.size, dtype=torch.int8, device=index.device)

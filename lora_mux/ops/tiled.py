@@ -148,17 +148,17 @@ MOST_CASES = 4096  # each kind of layer is one for each number of rows
 
 def plan_now(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int) -> "PlanNow":
     """The operator plan by Triton, for tensors that are `forms.plain`."""
-    from ..kernels import launch, ready
-
     case = (
         *(index.shape, index.stride(), index.dtype, index.get_device(), capacity, block_m),
         *(weight.stride(), weight.dtype, weight.get_device(), live.get_device()),
     )
     pointers = index.data_ptr(), weight.data_ptr(), live.data_ptr()
-    again = None if ready.watched() else _again(case, 0, pointers, ready.PlanNow)
-    if again is not None:
+    again = _AGAIN.get(case)
+    if again is not None and _aligned(0, pointers) and not again.watched():
         now: PlanNow = again(index, weight, live)
         return now
+    from ..kernels import launch, ready
+
     given = operators.computable(weight)
     made, again = launch.plan_and_again(index, given, live, capacity, block_m)
     _keep(case, again, 0, pointers)
