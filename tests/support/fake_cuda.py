@@ -44,6 +44,7 @@ class FakeCuda(TorchDispatchMode):
         overwrite = "get_overwrite_module_params_on_conversion"
         patch.setattr(torch.__future__, overwrite, lambda: True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr("lora_mux.kernels.launch.capability", lambda device: (9, 0))
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
