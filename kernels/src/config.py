@@ -141,7 +141,7 @@ def choose(
     half = itemsize <= 2 and architecture.tensor_cores != "none"
     block_k = (128 if block_m == 16 else 64) if half else (32 if block_m == 16 else 16)
     amd = architecture.tensor_cores == "mfma"
-    old = architecture.tensor_cores == "mma"
+    mma = architecture.tensor_cores == "mma"
     # A narrow layer (k and v of an 8B model: N = 1024) leaves most processors without columns.
     columns = tiles * -(-out_features // 64)
     narrow = block_m == 16 and 2 * columns <= architecture.processors
@@ -155,22 +155,22 @@ def choose(
         split_k=_splits(in_features, tiles, block_m, block_k, architecture),
         shrink_warps=4,
         shrink_stages=3 if half and not amd else 2,
-        expand_group=1 if batch_invariant or one_block or not half or (old and block_m > 16) else 2,
+        expand_group=1 if batch_invariant or one_block or not half or (mma and block_m > 16) else 2,
         block_n=64 if half and not narrow else 32,
-        expand_warps=8 if old and block_m == 64 else 4,
-        expand_stages=1 if old and block_m == 32 else 2,
-        registers=None if amd else _registers(block_m, half, old),
+        expand_warps=8 if mma and block_m == 64 else 4,
+        expand_stages=1 if mma and block_m == 32 else 2,
+        registers=None if amd else _registers(block_m, half, mma),
     )
 
 
-def _registers(block_m: int, half: bool, old: bool) -> int:
+def _registers(block_m: int, half: bool, mma: bool) -> int:
     """The most that a thread may have, with which no shipped config spills.
 
     Left alone, ptxas spills one to four to fit another warp. With 168 three programs of four warps
-    fit on a multiprocessor, with 192 two. With mma the
-    sums of eight splits take up to 255, of which two programs fit as well.
+    fit on a multiprocessor, with 192 two, and with the 255 that a sum of eight splits takes with
+    mma two as well.
     """
-    if not half or old:
+    if not half or mma:
         return 255
     return 168 if block_m == 16 else 192
 
@@ -185,7 +185,8 @@ def _splits(
     more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64, or 2
     where the operands of its products fill registers as well.
     """
-    planes = 8 if block_m < 64 else 2 if architecture.tensor_cores == "mma" else 4
+    mma = architecture.tensor_cores == "mma"
+    planes = 8 if block_m < 64 else 2 if mma else 4
     most = min(planes, architecture.processors // tiles)
     steps = -(-in_features // block_k)
     splits = 1
@@ -212,12 +213,12 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
     """The FusedConfig for y [rows, out_features] in 16-bit types."""
     block_m = fused_tile_rows(rows)
     amd = architecture.tensor_cores == "mfma"
-    old = architecture.tensor_cores == "mma"
+    mma = architecture.tensor_cores == "mma"
     if rows > SHRINKS_WITHIN:
         # As many products for each byte that comes from the L2 cache as fit the registers.
         return FusedConfig(
             block_m=128,
-            block_n=64 if old else 128,
+            block_n=64 if mma else 128,
             block_k=64,
             shrink_group=1,
             split_k=1,
@@ -230,7 +231,7 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
     block_n = _columns(rows, block_m, out_features, architecture.processors)
     block_k = 128 if block_m <= 32 else 64
     # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
-    most = architecture.shared // (2 * (block_m + block_n) * block_k) + old
+    most = architecture.shared // (2 * (block_m + block_n) * block_k) + mma
     return FusedConfig(
         block_m=block_m,
         block_n=block_n,
@@ -239,9 +240,9 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
         # a tile of 16 columns has no half, and K is split instead.
         shrink_group=min(2, max(1, block_n // 32)),
         split_k=2 if block_n == 16 else 1,
-        expand_group=1 if old and block_m == 64 else 2,  # two spill
+        expand_group=1 if mma and block_m == 64 else 2,  # two spill
         swizzle=2,
-        warps=4 if block_m * block_n <= (2048 if old else 4096) else 8,
+        warps=4 if block_m * block_n <= (2048 if mma else 4096) else 8,
         stages=2 if amd else min(4 if block_m <= 32 else 3, most),
         # Left alone, ptxas spills one to eight registers to fit another warp.
         registers=None if amd else 255,
