@@ -159,20 +159,22 @@ def choose(
         block_n=64 if half and not narrow else 32,
         expand_warps=8 if mma and block_m == 64 else 4,
         expand_stages=1 if mma and block_m == 32 else 2,
-        registers=None if amd else _registers(block_m, half, mma),
+        registers=None if amd else _registers(block_m, half, architecture.tensor_cores),
     )
 
 
-def _registers(block_m: int, half: bool, mma: bool) -> int:
+def _registers(block_m: int, half: bool, tensor_cores: TensorCores) -> int:
     """The most that a thread may have, with which no shipped config spills.
 
     Left alone, ptxas spills one to four to fit another warp. With 168 three programs of four warps
-    fit on a multiprocessor, with 192 two, and with the 255 that a sum of eight splits takes with
-    mma two as well.
+    fit on a multiprocessor, with 192 and with 255 two. With mma, expand's sum of eight splits takes
+    up to 255.
     """
-    if not half or mma:
+    if not half or tensor_cores == "mma":
         return 255
-    return 168 if block_m == 16 else 192
+    if block_m == 16:
+        return 168
+    return 192 if tensor_cores == "wgmma" else 255
 
 
 def _splits(

@@ -147,7 +147,7 @@ def test_a_gpu_without_tensor_cores_that_triton_uses_does_not_fuse(gpu: Gpu) -> 
 
 
 def test_a_triton_that_is_too_old_for_a_gpu(gpu: Gpu) -> None:
-    """As with torch 2.6 to 2.9."""
+    """As with torch 2.6 to 2.10."""
     gpu.patch.setattr(installed, "PROBLEM", "3.6 or newer, got 3.2.0")
     form, told = gpu.method((9, 0), torch.bfloat16)
     assert form == "reference" and len(told) == 1
