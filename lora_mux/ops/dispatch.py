@@ -103,7 +103,7 @@ def _can_fuse() -> bool:
 
 
 # Its answer is cached, and torch.compile would warn of a cache that it traces.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _obstacle(device: torch.device, modern: bool) -> str:
     """What the kernels need of a device and do not find; `modern` is for bf16 and for fusing."""
     from ..kernels import config, launch
@@ -131,7 +131,7 @@ def _auto_runs_triton(device: torch.device, bf16: bool) -> bool:
 _TOLD: set[str] = set()  # so that each reason is told once in a process
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tell(problem: str) -> None:
     if problem not in _TOLD:
         _TOLD.add(problem)

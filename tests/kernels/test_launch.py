@@ -47,11 +47,11 @@ def test_grids(report: dict[str, Any]) -> None:
 def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> None:
     """Without it loads are of 2 bytes instead of 16."""
     _, shrink, expand = report["values"][case]
-    for launch, names in (
+    for one, names in (
         (shrink, ("x_ptr", "pool.A_rows", "h_ptr", "R", "stride_ac", "X_UNIT")),
         (expand, ("h_ptr", "pool.B_rows", "y_ptr", "R", "stride_bc", "Y_UNIT")),
     ):
-        found = {name: launch["specialised"].get(name) for name in names}
+        found = {name: one["specialised"].get(name) for name in names}
         assert found == dict.fromkeys(names, "16")
 
 
@@ -83,9 +83,9 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
         cwd=SCRIPT.parent,
     )
     table = json.loads(tables.stdout)
-    for launch in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
-        given = {k: v for k, v in launch["signature"].items() if v != "constexpr"}
-        known = table[launch["name"].removesuffix("_kernel")]
+    for one in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
+        given = {k: v for k, v in one["signature"].items() if v != "constexpr"}
+        known = table[one["name"].removesuffix("_kernel")]
         assert given == {k: v for k, v in known.items() if k in given}
         assert {k for k in known if k not in given} <= {"stride_ij", "stride_wj"}  # 1: compiled in
 
