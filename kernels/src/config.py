@@ -5,15 +5,43 @@ The choices are reasoned; kernels/README.md gives the reasons, and what an H100 
 
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+# The instructions of tensor cores, as far as Triton uses them. Both operands of mma fill registers,
+# those of wgmma and tcgen05 may stay in shared memory. mfma is AMD's.
+TensorCores: TypeAlias = Literal["none", "mma", "wgmma", "tcgen05", "mfma"]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The machine, as far as a choice depends on it."""
 
-    name: str  # "sm_90", "gfx942", ...
+    tensor_cores: TensorCores
     processors: int  # multiprocessors (NVIDIA) or compute units (AMD)
+    shared: int  # bytes of shared memory that a program may have
+
+
+def nvidia_tensor_cores(major: int) -> TensorCores:
+    """The tensor cores of a compute capability."""
+    if major < 8:
+        return "none"  # they have some, but Triton multiplies fp16 without
+    known: dict[int, TensorCores] = {9: "wgmma", 10: "tcgen05"}
+    return known.get(major, "mma")  # which all have; of sm_120 it is all that Triton uses
+
+
+def obstacle(capability: tuple[int, int], modern: bool) -> str:
+    """What the kernels need of a GPU and do not find; "" where they run.
+
+    Args:
+        capability: compute capability, (major, minor).
+        modern: for bf16, which older GPUs do not have, and for the fused kernel, whose W x would be
+            far slower without tensor cores.
+    """
+    oldest = (8, 0) if modern else (7, 0)
+    if capability >= oldest:
+        return ""
+    needed, got = (".".join(map(str, one)) for one in (oldest, capability))
+    return f"compute capability {needed} or newer, got {got}"
 
 
 def _limits(low: int, high: int, power: bool = True) -> Any:
@@ -109,15 +137,16 @@ def choose(
     """
     block_m = block_m or tile_rows(rows, itemsize, batch_invariant)
     tiles = 1 if batch_invariant else max(1, -(-rows // block_m))
-    half = itemsize <= 2
+    # Without tensor cores fp16 is multiplied as fp32 is, and larger tiles spill.
+    half = itemsize <= 2 and architecture.tensor_cores != "none"
     block_k = (128 if block_m == 16 else 64) if half else (32 if block_m == 16 else 16)
-    amd = architecture.name.startswith("gfx")
-    old = architecture.name == "sm_80"  # no wgmma: both operands of a product fill registers
+    amd = architecture.tensor_cores == "mfma"
+    mma = architecture.tensor_cores == "mma"
     # A narrow layer (k and v of an 8B model: N = 1024) leaves most processors without columns.
     columns = tiles * -(-out_features // 64)
     narrow = block_m == 16 and 2 * columns <= architecture.processors
-    # On sm_100 products of 32 columns miss the tensor memory, and spill.
-    narrow = narrow and architecture.name != "sm_100"
+    # With tcgen05 products of 32 columns miss the tensor memory, and spill.
+    narrow = narrow and architecture.tensor_cores != "tcgen05"
     one_block = selections * -(-rank // 16) <= 1
     return Config(
         block_m=block_m,
@@ -126,21 +155,22 @@ def choose(
         split_k=_splits(in_features, tiles, block_m, block_k, architecture),
         shrink_warps=4,
         shrink_stages=3 if half and not amd else 2,
-        expand_group=1 if batch_invariant or one_block or not half or (old and block_m > 16) else 2,
+        expand_group=1 if batch_invariant or one_block or not half or (mma and block_m > 16) else 2,
         block_n=64 if half and not narrow else 32,
-        expand_warps=8 if old and block_m == 64 else 4,
-        expand_stages=1 if old and block_m == 32 else 2,
-        registers=None if amd else _registers(block_m, half, old),
+        expand_warps=8 if mma and block_m == 64 else 4,
+        expand_stages=1 if mma and block_m == 32 else 2,
+        registers=None if amd else _registers(block_m, half, architecture.tensor_cores),
     )
 
 
-def _registers(block_m: int, half: bool, old: bool) -> int:
+def _registers(block_m: int, half: bool, tensor_cores: TensorCores) -> int:
     """The most that a thread may have, with which no shipped config spills.
 
     Left alone, ptxas spills one to four to fit another warp. With 168 three programs of four warps
-    fit on a multiprocessor, with 192 two.
+    fit on a multiprocessor, with 192 and with 255 two. All but sm_90 need more than 168 somewhere:
+    shrink of 16 rows takes 189 on sm_120, and spills with 168 on sm_100 (Triton 3.6).
     """
-    if not half or (old and block_m > 16):
+    if not half or tensor_cores != "wgmma":
         return 255
     return 168 if block_m == 16 else 192
 
@@ -152,9 +182,12 @@ def _splits(
 
     As many as let a batch with a single adapter fill the processors. But each has at least two
     steps of BLOCK_K (one would wait for its loads with nothing to overlap them), and there are no
-    more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64.
+    more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64, or 2
+    where the operands of its products fill registers as well.
     """
-    most = min(8 if block_m < 64 else 4, architecture.processors // tiles)
+    mma = architecture.tensor_cores == "mma"
+    planes = 8 if block_m < 64 else 2 if mma else 4
+    most = min(planes, architecture.processors // tiles)
     steps = -(-in_features // block_k)
     splits = 1
     while 2 * splits <= most and 4 * splits <= steps:
@@ -179,13 +212,13 @@ def fused_tile_rows(rows: int) -> int:
 def choose_fused(rows: int, out_features: int, architecture: Architecture) -> FusedConfig:
     """The FusedConfig for y [rows, out_features] in 16-bit types."""
     block_m = fused_tile_rows(rows)
-    amd = architecture.name.startswith("gfx")
-    old = architecture.name == "sm_80"  # no wgmma: both operands of a product fill registers
+    amd = architecture.tensor_cores == "mfma"
+    mma = architecture.tensor_cores == "mma"
     if rows > SHRINKS_WITHIN:
         # As many products for each byte that comes from the L2 cache as fit the registers.
         return FusedConfig(
             block_m=128,
-            block_n=64 if old else 128,
+            block_n=64 if mma else 128,
             block_k=64,
             shrink_group=1,
             split_k=1,
@@ -196,18 +229,21 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
             registers=None if amd else 255,
         )
     block_n = _columns(rows, block_m, out_features, architecture.processors)
+    block_k = 128 if block_m <= 32 else 64
+    # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
+    most = architecture.shared // (2 * (block_m + block_n) * block_k) + mma
     return FusedConfig(
         block_m=block_m,
         block_n=block_n,
-        block_k=128 if block_m <= 32 else 64,
+        block_k=block_k,
         # Half as many rows of A as a base tile has of W, so that h is there when it is wanted;
         # a tile of 16 columns has no half, and K is split instead.
         shrink_group=min(2, max(1, block_n // 32)),
         split_k=2 if block_n == 16 else 1,
-        expand_group=2,
+        expand_group=1 if mma and block_m == 64 else 2,  # two spill
         swizzle=2,
-        warps=4 if block_m * block_n <= (2048 if old else 4096) else 8,
-        stages=2 if amd else 4 if block_m <= 32 else 3,
+        warps=4 if block_m * block_n <= (2048 if mma else 4096) else 8,
+        stages=2 if amd else min(4 if block_m <= 32 else 3, most),
         # Left alone, ptxas spills one to eight registers to fit another warp.
         registers=None if amd else 255,
     )

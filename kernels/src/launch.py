@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Architecture, Config, FusedConfig, TileSizes
+from .config import Architecture, Config, FusedConfig, TileSizes, nvidia_tensor_cores
 from .expand import expand_kernel
 from .fused import fused_kernel
 from .plan import plan_kernel
@@ -46,15 +46,22 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> Architecture:
-    """The one place that asks a device what it is."""
+    """What a choice of tiles depends on; the interpreter computes as on an H200."""
     if device.type != "cuda":
-        return Architecture("sm_90", 132)  # the interpreter computes as on an H200
+        return Architecture("wgmma", 132, 232448)
     properties = torch.cuda.get_device_properties(device)
+    processors = properties.multi_processor_count
     if torch.version.hip:
-        name = properties.gcnArchName.partition(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
-    return Architecture(name, properties.multi_processor_count)
+        return Architecture("mfma", processors, 65536)
+    # Without the attribute, what the least of the GPUs with tensor cores has.
+    shared = getattr(properties, "shared_memory_per_block_optin", 101376)
+    return Architecture(nvidia_tensor_cores(capability(device)[0]), processors, shared)
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; ROCm's numbers are larger than any that is asked for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:

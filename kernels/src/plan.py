@@ -74,7 +74,9 @@ def plan_kernel(
     if pid_u == 0:
         dead = (alive == 0) & (handle != -1)
         state = tl.max(tl.where(dead, DEAD, tl.where(alive, SELECTS, BASE)), axis=1)
-        tl.store(plan.slots + offs_m[:, None] * J + offs_j[None, :], slots, mask=mask)
+        # Within the tile 32 bits are enough. With 64, a sort of 4,096 spills (sm_80, triton 3.8).
+        at = tile_m[:, None] * J + offs_j[None, :]
+        tl.store(plan.slots + pid_m * BLOCK_M * J + at, slots, mask=mask)
         tl.store(plan.state + offs_m, state.to(tl.int8), mask=mask_m)
         tl.store(plan.union + pid_m * U + position, ordered, mask=first)
         tl.store(plan.length + pid_m, length)

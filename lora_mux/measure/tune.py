@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("`--device` must be a GPU to tune for, and torch sees none")
-    from ..kernels import launch
+    from ..kernels import config, launch
 
+    fuses = launch.FUSES and not config.obstacle(launch.capability(device), modern=True)
     out = args.out or tuned.user_table()
     entries, fused = [], []
     for rows in args.rows:
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         entries.append((problem.case, best, times))
         gain = times["chosen"] / times["tuned"]
         print(f"{rows:6} rows: {times['tuned']:.1f} us, {gain:.2f} times as fast as unmeasured")
-        if problem.case.itemsize == 2 and launch.FUSES:
+        if problem.case.itemsize == 2 and fuses:
             case, best_fused, times = tune_fused(problem, best, args.rounds)
             fused.append((case, best_fused, times))
             separate, one = times["separate"], times["fused"]

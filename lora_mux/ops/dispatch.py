@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import Pool, Routing, Slots
-from ..errors import BackendError
+from ..errors import BackendError, warn
 from . import cpu, operators, plan_in_torch, reference, tuned
 from .forms import Form, Method, Plan, plain, tracked
 from .tiled import EagerFusedPlan, EagerPlan, FusedPlan, TiledPlan, plan_now
@@ -102,6 +102,45 @@ def _can_fuse() -> bool:
     return launch.FUSES
 
 
+# Its answer is cached, and torch.compile would warn of a cache that it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _obstacle(device: torch.device, modern: bool) -> str:
+    """What the kernels need of a device and do not find; `modern` is for bf16 and for fusing."""
+    from ..kernels import config, launch
+
+    return config.obstacle(launch.capability(device), modern)
+
+
+def _refuse_old(asked: str, device: torch.device, modern: bool) -> None:
+    """Refuse what was asked for by name where the GPU is too old for it."""
+    problem = _obstacle(device, modern)
+    if problem:
+        raise BackendError(f"{asked} needs {problem} on {device}; use 'auto'")
+
+
+def _auto_runs_triton(device: torch.device, bf16: bool) -> bool:
+    """Whether "auto" means the kernels on a GPU; one warning says why they cannot run."""
+    problem = _triton_problem()
+    if problem:
+        _tell(f"triton {problem}")
+    elif problem := _obstacle(device, bf16):
+        _tell(f"{problem}{' (float16 may run)' if bf16 else ''}")
+    return not problem
+
+
+_TOLD: set[str] = set()  # so that each reason is told once in a process
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tell(problem: str) -> None:
+    if problem not in _TOLD:
+        _TOLD.add(problem)
+        warn(
+            f"`backend` 'auto' means the slower einsum reference here: the kernels need {problem}; "
+            "backend='reference' chooses it without this warning"
+        )
+
+
 def choose_form(backend: Backend, device: str, triton: bool, compiling: bool) -> Form:
     """The form of a layer that is not fused.
 
@@ -163,8 +202,9 @@ def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
     """Whether the kernels run for x; for "triton" by name an error where they do not."""
     adapters = pool.A_rows.dtype
     fits = x.dtype in TRITON_DTYPES and adapters in TRITON_DTYPES
+    bf16 = torch.bfloat16 in (x.dtype, adapters)
     if backend == "auto":
-        return fits and not _triton_problem()
+        return fits and _auto_runs_triton(x.device, bf16)
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         raise BackendError(
             f"`backend` 'triton' runs on CUDA and ROCm, got x on {x.device}; move the model, or "
@@ -175,6 +215,7 @@ def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
             f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {x.dtype} and "
             f"adapters of {adapters}; use 'auto' or 'reference'"
         )
+    _refuse_old(f"`backend` 'triton'{' for bfloat16' if bf16 else ''}", x.device, bf16)
     return True
 
 
@@ -185,9 +226,12 @@ def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor)
         return False
     if N % 8 or K % 8 or weight.stride(0) % 8:
         return False  # rows that are not loaded by 16 bytes: slow, and its registers spill
-    if settings.fused != "auto" or settings.batch_invariant or torch.compiler.is_compiling():
-        return settings.fused is True
-    if not _can_fuse():
+    if settings.fused is True:
+        _refuse_old("`fused` True", x.device, modern=True)
+        return True
+    if settings.fused is False or settings.batch_invariant or torch.compiler.is_compiling():
+        return False
+    if not _can_fuse() or _obstacle(x.device, modern=True):
         return False
     from ..kernels import launch
 
@@ -202,7 +246,12 @@ def backend_reason() -> str:
         return f"{HOST} (the kernels need triton {problem})"
     if not torch.cuda.is_available():
         return f"{HOST} (torch sees no CUDA or ROCm GPU)"
-    return f"triton on {torch.cuda.get_device_name()}, {HOST}"
+    name, device = torch.cuda.get_device_name(), torch.device("cuda", torch.cuda.current_device())
+    problem = _obstacle(device, modern=False)
+    if problem:
+        return f"{HOST} (on {name} the kernels need {problem})"
+    without = " but for bfloat16" if _obstacle(device, modern=True) else ""
+    return f"triton on {name}{without}, {HOST}"
 
 
 def capturing(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from mutation import Mutation
 
+CONFIG = "kernels/config.py"
 EXPAND = "kernels/expand.py"
 FUSED = "kernels/fused.py"
 LAUNCH = "kernels/launch.py"
@@ -9,6 +10,7 @@ PLAN = "kernels/plan.py"
 RANK_BLOCKS = "kernels/rank_blocks.py"
 READY = "kernels/ready.py"
 SHRINK = "kernels/shrink.py"
+TEST_CONFIG = ("kernels/test_config.py",)
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_LAUNCH = ("kernels/test_launch.py",)
 TEST_KERNELS = ("kernels/test_kernels.py",)
@@ -175,4 +177,19 @@ MUTATIONS = {
         LAUNCH, "if device < 0 or device == torch.cuda.current_device():", "if True:", TEST_LAUNCH
     ),
     "fused: all streams share": Mutation(LAUNCH, "if number < STREAMS", "if True", TEST_FUSED),
+    "config: every card is an A100": Mutation(
+        CONFIG, "known.get(major,", "known.get(0,", TEST_CONFIG
+    ),
+    "config: stages whatever fits": Mutation(
+        CONFIG, "min(4 if block_m <= 32 else 3, most)", "(4 if block_m <= 32 else 3)", TEST_CONFIG
+    ),
+    "config: bf16 on any card": Mutation(
+        CONFIG, "(8, 0) if modern else (7, 0)", "(7, 0)", TEST_CONFIG
+    ),
+    "config: fp16 without tensor cores in large tiles": Mutation(
+        CONFIG,
+        'itemsize <= 2 and architecture.tensor_cores != "none"',
+        "itemsize <= 2",
+        TEST_CONFIG,
+    ),
 }

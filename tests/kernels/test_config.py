@@ -5,11 +5,20 @@ import itertools
 
 import pytest
 
-from lora_mux.kernels.config import Architecture, Config, choose, tile_rows
+from lora_mux.kernels import config
+from lora_mux.kernels.config import Architecture, Config, choose, choose_fused, tile_rows
 
-H200 = Architecture("sm_90", 132)
-ARCHITECTURES = [Architecture("sm_80", 108), H200, Architecture("sm_100", 148)]
-ARCHITECTURES.append(Architecture("gfx942", 304))
+H200 = Architecture("wgmma", 132, 232448)
+CARDS = {
+    "T4": Architecture("none", 40, 65536),
+    "A100": Architecture("mma", 108, 166912),
+    "RTX 4090": Architecture("mma", 128, 101376),
+    "H200": H200,
+    "B200": Architecture("tcgen05", 148, 232448),
+    "RTX 5090": Architecture("mma", 170, 101376),
+    "MI300X": Architecture("mfma", 304, 65536),
+}
+every_card = pytest.mark.parametrize("architecture", CARDS.values(), ids=CARDS)
 
 
 def chosen(rows: int = 32, K: int = 4096, N: int = 4096, **others: object) -> Config:
@@ -17,7 +26,7 @@ def chosen(rows: int = 32, K: int = 4096, N: int = 4096, **others: object) -> Co
     return choose(rows, K, N, **given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+@every_card
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_no_split_without_work(architecture: Architecture, itemsize: int) -> None:
     for rows, K in itertools.product((0, 1, 17, 64, 65, 600, 9000), (1, 64, 700, 4096, 28672)):
@@ -33,7 +42,7 @@ def test_splits_follow_k_and_the_machine() -> None:
     assert chosen(1, 512).split_k == 2
     assert chosen(1, 128).split_k == 1
     assert chosen(4096, 4096).split_k == 2  # 64 tiles on 132 processors
-    assert chosen(8192, 4096, architecture=Architecture("sm_90", 264)).split_k == 2
+    assert chosen(8192, 4096, architecture=dataclasses.replace(H200, processors=264)).split_k == 2
     assert chosen(16384, 4096).split_k == 1
 
 
@@ -47,7 +56,7 @@ def test_tiles_follow_the_rows() -> None:
 
 def test_full_precision_has_no_tiles_that_blackwell_would_compute_in_tf32() -> None:
     """M = 64 and more of a product of fp32: triton #10176."""
-    for architecture, rows in itertools.product(ARCHITECTURES, (1, 65, 600, 10**5)):
+    for architecture, rows in itertools.product(CARDS.values(), (1, 65, 600, 10**5)):
         config = chosen(rows, itemsize=4, architecture=architecture)
         assert config.block_m < 64 and config.block_n < 64
 
@@ -56,6 +65,83 @@ def test_narrow_layers_get_narrow_blocks() -> None:
     assert chosen(1, N=1024).block_n == 32
     assert chosen(1, N=28672).block_n == 64
     assert chosen(600, N=1024).block_n == 64
+
+
+# Compute capability: tensor cores as Triton 3.7 uses them, from the machine code of a product.
+CAPABILITIES = {
+    **{(7, 0): "none", (7, 5): "none", (8, 0): "mma", (8, 6): "mma", (8, 7): "mma", (8, 9): "mma"},
+    **{(9, 0): "wgmma", (10, 0): "tcgen05", (10, 3): "tcgen05", (12, 0): "mma", (12, 1): "mma"},
+}
+
+
+@pytest.mark.parametrize(("capability", "cores"), CAPABILITIES.items(), ids=str)
+def test_tensor_cores_follow_the_capability(capability: tuple[int, int], cores: str) -> None:
+    assert config.nvidia_tensor_cores(capability[0]) == cores
+
+
+@pytest.mark.parametrize(
+    ("capability", "modern", "problem"),
+    [
+        ((6, 1), False, "compute capability 7.0 or newer, got 6.1"),
+        ((7, 0), False, ""),
+        ((7, 5), False, ""),
+        ((7, 5), True, "compute capability 8.0 or newer, got 7.5"),
+        ((8, 0), True, ""),
+        ((12, 0), True, ""),
+    ],
+)
+def test_gpus_that_are_too_old(capability: tuple[int, int], modern: bool, problem: str) -> None:
+    assert config.obstacle(capability, modern) == problem
+
+
+def test_an_h100_gets_what_was_measured_on_it() -> None:
+    """The tiles of docs/benchmarks.md, whatever other cards need."""
+    common = {"registers": 168, "shrink_warps": 4, "shrink_stages": 3, "expand_warps": 4}
+    assert chosen(32, selections=8) == Config(
+        **{"block_m": 16, "block_n": 64, "block_k": 128, "split_k": 8, "shrink_group": 4},
+        **{"expand_group": 2, "expand_stages": 2, **common},
+    )
+    assert chosen(2048, selections=8) == Config(
+        **{"block_m": 64, "block_n": 64, "block_k": 64, "split_k": 4, "shrink_group": 2},
+        **{"expand_group": 2, "expand_stages": 2, **common, "registers": 192},
+    )
+    found = [choose_fused(rows, 4096, H200) for rows in (1, 32, 64, 128, 2048)]
+    assert [
+        (c.block_m, c.block_n, c.block_k, c.stages, c.warps, c.shrink_group) for c in found
+    ] == [
+        *((16, 32, 128, 4, 4, 1), (32, 32, 128, 4, 4, 1), (64, 32, 64, 3, 4, 1)),
+        *((128, 32, 64, 3, 4, 1), (128, 128, 64, 3, 8, 1)),
+    ]
+
+
+def test_one_generation_gets_the_same_tiles() -> None:
+    """Cards that differ in shared memory alone: those of shrink and expand fit them all."""
+    for rows, itemsize in itertools.product((1, 65, 600), (2, 4)):
+        a100, ada = (
+            chosen(rows, 512, itemsize=itemsize, architecture=Architecture("mma", 108, shared))
+            for shared in (166912, 101376)
+        )
+        assert a100 == ada
+
+
+@pytest.mark.parametrize("card", ["A100", "RTX 4090", "H200", "B200", "RTX 5090"])
+def test_loads_of_the_fused_kernel_fit_the_shared_memory(card: str) -> None:
+    """Triton keeps as many tiles as there are stages; one less with mma."""
+    architecture = CARDS[card]
+    for rows, N in itertools.product((1, 17, 33, 65, 185), (64, 4096, 28672)):
+        c = choose_fused(rows, N, architecture)
+        tiles = c.stages - (architecture.tensor_cores == "mma")
+        assert 2 <= tiles
+        assert tiles * 2 * (c.block_m + c.block_n) * c.block_k <= architecture.shared
+    stages = {c: choose_fused(32, 14336, CARDS[c]).stages for c in ("A100", "RTX 4090", "H200")}
+    assert stages == {"A100": 4, "RTX 4090": 3, "H200": 4}
+
+
+def test_without_tensor_cores_fp16_is_cut_as_fp32_is() -> None:
+    for rows in (1, 65):
+        half, full = (chosen(rows, itemsize=size, architecture=CARDS["T4"]) for size in (2, 4))
+        assert half == full
+    assert chosen(600, itemsize=2, architecture=CARDS["T4"]).block_n == 32
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ class TestBatchInvariance:
     def test_its_config_does_not_know_the_rows(self) -> None:
         from lora_mux.kernels.config import Architecture, choose
 
-        machine = Architecture("sm_90", 132)
+        machine = Architecture("wgmma", 132, 232448)
         chosen = {
             choose(m, 4096, 1024, 16, 4, 2, machine, batch_invariant=True) for m in (1, 64, 9999)
         }

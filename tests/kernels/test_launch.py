@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from lora_mux.kernels import launch
+from lora_mux.kernels.config import Architecture
 from paths import SUPPORT
 
 SCRIPT = SUPPORT / "launches.py"
@@ -43,11 +47,11 @@ def test_grids(report: dict[str, Any]) -> None:
 def test_alignment_reaches_the_compiler(case: str, report: dict[str, Any]) -> None:
     """Without it loads are of 2 bytes instead of 16."""
     _, shrink, expand = report["values"][case]
-    for launch, names in (
+    for one, names in (
         (shrink, ("x_ptr", "pool.A_rows", "h_ptr", "R", "stride_ac", "X_UNIT")),
         (expand, ("h_ptr", "pool.B_rows", "y_ptr", "R", "stride_bc", "Y_UNIT")),
     ):
-        found = {name: launch["specialised"].get(name) for name in names}
+        found = {name: one["specialised"].get(name) for name in names}
         assert found == dict.fromkeys(names, "16")
 
 
@@ -79,9 +83,9 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
         cwd=SCRIPT.parent,
     )
     table = json.loads(tables.stdout)
-    for launch in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
-        given = {k: v for k, v in launch["signature"].items() if v != "constexpr"}
-        known = table[launch["name"].removesuffix("_kernel")]
+    for one in [*report["values"]["sm_90 aligned"], report["fused"]["5 rows"][-1]]:
+        given = {k: v for k, v in one["signature"].items() if v != "constexpr"}
+        known = table[one["name"].removesuffix("_kernel")]
         assert given == {k: v for k, v in known.items() if k in given}
         assert {k for k in known if k not in given} <= {"stride_ij", "stride_wj"}  # 1: compiled in
 
@@ -118,3 +122,37 @@ def test_launches_go_to_the_device_of_their_tensors(report: dict[str, Any]) -> N
     on_first, on_second = report["devices"]["cuda:0"], report["devices"]["cuda:1"]
     assert on_first == [0] * len(on_second) and on_second == [1] * len(on_first)
     assert len(on_first) == len([*KERNELS, *["shrink_kernel"] * 2, "fused_kernel"])
+
+
+@pytest.mark.parametrize(
+    ("properties", "found"),
+    [
+        ({"major": 9, "minor": 0, "optin": 232448}, Architecture("wgmma", 10, 232448)),
+        ({"major": 8, "minor": 6, "optin": 101376}, Architecture("mma", 10, 101376)),
+        ({"major": 10, "minor": 3}, Architecture("tcgen05", 10, 101376)),  # unknown: the least
+        ({"major": 7, "minor": 5, "optin": 65536}, Architecture("none", 10, 65536)),
+    ],
+)
+def test_a_device_says_what_it_is(
+    properties: dict[str, int], found: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"optin": "shared_memory_per_block_optin"}
+    told = SimpleNamespace(
+        multi_processor_count=10, **{names.get(k, k): v for k, v in properties.items()}
+    )
+    capability = properties["major"], properties["minor"]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(launch, "capability", launch.capability.__wrapped__)
+    device = torch.device("cuda", 0)
+    assert launch.architecture.__wrapped__(device) == found
+    assert launch.capability(device) == capability
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert launch.architecture.__wrapped__(device) == Architecture("mfma", 10, 65536)
+
+
+def test_the_interpreter_computes_as_on_an_h200() -> None:
+    cpu = torch.device("cpu")
+    assert launch.architecture(cpu) == Architecture("wgmma", 132, 232448)
+    assert launch.capability(cpu) == (9, 0)

@@ -146,6 +146,18 @@ MUTATIONS = {
         "if True:",
         TEST_DISPATCH,
     ),
+    "dispatch: warns at every layer": Mutation(
+        DISPATCH, "if problem not in _TOLD:", "if problem:", TEST_DISPATCH
+    ),
+    "dispatch: an old GPU by name": Mutation(
+        DISPATCH,
+        "    if problem:\n        raise BackendError(",
+        "    if not asked:\n        raise BackendError(",
+        TEST_DISPATCH,
+    ),
+    "dispatch: an old triton says nothing": Mutation(
+        DISPATCH, '_tell(f"triton {problem}")', "pass", TEST_DISPATCH
+    ),
     "dispatch: eager on the host while compiling": Mutation(
         DISPATCH, "if compiling:", "if False:", TEST_DISPATCH
     ),

@@ -1,6 +1,7 @@
 """Compile the kernels ahead of time, without a GPU and without torch, and read what came out.
 
-    python tests/support/codegen.py sm_90 gfx942        the ordinary sweep, a line for each kernel
+    python tests/support/codegen.py sm_90 gfx942        the ordinary sweep, a line for each kernel;
+                                                        a few of them where it is no SWEPT one
     python tests/support/codegen.py --all sm_90 gfx942  every config of `choose`, all dtypes
 
 Without a name, for all architectures. Uses only triton and the tools in its wheel, so that it also
@@ -40,14 +41,27 @@ expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
 fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = {
-    "sm_80": config.Architecture("sm_80", 108),
-    "sm_90": config.Architecture("sm_90", 132),
-    "sm_100": config.Architecture("sm_100", 148),
-    "gfx942": config.Architecture("gfx942", 304),
+# Bytes of shared memory that a program may have, from NVIDIA's and AMD's tables.
+SHARED = {
+    **{"sm_70": 98304, "sm_75": 65536},
+    **{"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448},
+    **{"sm_100": 232448, "sm_103": 232448, "sm_120": 101376, "gfx942": 65536},
 }
-# Bytes of shared memory that a program may have.
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+PROCESSORS = {
+    **{"sm_70": 80, "sm_75": 40},
+    **{"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132},
+    **{"sm_100": 148, "sm_103": 148, "sm_120": 170, "gfx942": 304},
+}
+
+
+def _architecture(name: str) -> Any:
+    number = name.removeprefix("sm_")
+    cores = "mfma" if number == name else config.nvidia_tensor_cores(int(number) // 10)
+    return config.Architecture(cores, PROCESSORS[name], SHARED[name])
+
+
+ARCHITECTURES = {name: _architecture(name) for name in SHARED}
+SWEPT = ("sm_80", "sm_90", "sm_100", "gfx942")  # one for each kind of tensor cores
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -247,6 +261,27 @@ def shipped_fused(architecture: str) -> list[Any]:
     )
 
 
+def half_dtypes(architecture: str) -> tuple[str, ...]:
+    """The 16-bit types that run there, the last of which stands for all."""
+    return ("fp16",) if ARCHITECTURES[architecture].tensor_cores == "none" else ("fp16", "bf16")
+
+
+def few(architecture: str) -> Iterator[dict[str, Any]]:
+    """The reports of the kernels that need the most registers and the most shared memory."""
+    dtype = half_dtypes(architecture)[-1]
+    configs = shipped(architecture, 2)
+    widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
+    yield report("expand", dtype, architecture, widest, 64)
+    if dtype == "bf16":
+        fused = [pair for pair in shipped_fused(architecture) if pair[1]]
+        for rows in (32, 64):  # the most shared memory, and registers
+            of_rows = [pair for pair in fused if pair[0].block_m == rows]
+            chosen, shrinks = max(of_rows, key=lambda pair: pair[0].block_n)
+            yield report("fused", dtype, architecture, chosen, 64, 16, shrinks)
+    else:
+        yield report("shrink", dtype, architecture, widest, 64)
+
+
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
     """The reports of the fused kernel: all, or those of the fewest and of the most rows."""
     pairs = shipped_fused(architecture)
@@ -267,7 +302,11 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
     And, of one end, with rows of sizes that are not multiples of 16.
     """
     for architecture in architectures or ARCHITECTURES:
-        for dtype in DTYPES if everything else ("fp32", "bf16"):
+        if not everything and architecture not in SWEPT:
+            yield from few(architecture)
+            continue
+        halves = half_dtypes(architecture)
+        for dtype in ("fp32", *(halves if everything else halves[-1:])):
             configs = shipped(architecture, ITEMSIZE[dtype])
             for block_m in sorted({c.block_m for c in configs}):
                 of_tile = [c for c in configs if c.block_m == block_m]
@@ -285,10 +324,11 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
                         if key not in seen:
                             seen.add(key)
                             yield report(kernel, dtype, architecture, chosen, window)
-                    if dtype == "bf16" and (everything or architecture == "sm_90"):
+                    if dtype == halves[-1] and (everything or architecture == "sm_90"):
                         for unit in (8, 1):
                             yield report(kernel, dtype, architecture, ends[-1], 64, unit)
-        yield from sweep_fused(architecture, everything)
+        if "bf16" in halves:
+            yield from sweep_fused(architecture, everything)
         for block_m, places in ((16, 1), (64, 8), (128, 32)):
             chosen = dataclasses.replace(configs[0], block_m=block_m)
             yield report("plan", "fp32", architecture, chosen, places)

@@ -48,6 +48,7 @@ class FakeCuda(TorchDispatchMode):
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         # Of streams and what waits for what there is another stand-in: cuda_streams.py.
         patch.setattr(lora_mux.core.streams, "WITH_STREAMS", set())
+        patch.setattr("lora_mux.kernels.launch.capability", lambda device: (9, 0))
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

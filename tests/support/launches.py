@@ -68,7 +68,7 @@ def values() -> dict[str, Any]:
     cases = {
         **{
             f"{name} aligned": (name, {**aligned, "dtype": torch.bfloat16})
-            for name in codegen.SHARED
+            for name in codegen.SWEPT
         },
         "sm_90 odd": ("sm_90", {"dtype": torch.float16}),
         "sm_90 fp32": ("sm_90", aligned),
