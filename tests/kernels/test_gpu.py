@@ -206,6 +206,15 @@ class TestLayer:
             self.close(layer(x, routing), self.reference(layer)(x, routing))
         assert routing.last_pass.row_states is not None
 
+    def test_inputs_that_begin_anywhere(self, layer: lora_mux.MuxLinear) -> None:
+        """What was compiled for aligned pointers is not launched with others."""
+        numbers = torch.randn(9 * 256 + 8, device=CUDA).bfloat16()
+        routing, reference = self.routing(layer, 9), self.reference(layer)
+        with torch.no_grad():
+            for start in (0, 8, 1, 0, 3, 8):
+                x = numbers[start : start + 9 * 256].view(9, 256)
+                self.close(layer(x, routing), reference(x, routing))
+
     def test_a_host_index_raises_on_the_host(self, layer: lora_mux.MuxLinear) -> None:
         x = torch.randn(1, 256, device=CUDA).bfloat16()
         with pytest.raises(lora_mux.LoraMuxError, match="never given out"):
