@@ -25,5 +25,4 @@ from .forms import Form as Form
 from .forms import Method as Method
 from .forms import Plan as Plan
 from .forms import tracked as tracked
-from .tiled import EagerFusedPlan as EagerFusedPlan
 from .tiled import FusedPlan as FusedPlan

@@ -16,11 +16,11 @@ from ..core import Pool, Routing, Slots
 from ..errors import BackendError, warn
 from . import cpu, operators, plan_in_torch, reference, tuned
 from .forms import Form, Method, Plan, plain, tracked
-from .tiled import EagerFusedPlan, EagerPlan, FusedPlan, TiledPlan, plan_now
+from .tiled import EagerPlan, FusedPlan, TiledPlan, plan_now
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 Fused: TypeAlias = Literal["auto"] | bool
-AnyPlan: TypeAlias = Plan | FusedPlan | EagerFusedPlan
+AnyPlan: TypeAlias = Plan | FusedPlan
 
 CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
@@ -299,7 +299,7 @@ def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False)
         now = plan_now(index, weight, live, slots.capacity, method.block_m)
         routing.last_pass.row_states = now.state
         if method.form == "fused":
-            return EagerFusedPlan(now)
+            return FusedPlan(None, now)
         return EagerPlan(now, method.batch_invariant)
     selected, strength, *rest = torch.ops.lora_mux.plan(
         index, weight.detach(), slots.live(index.device), slots.capacity, method.block_m, triton

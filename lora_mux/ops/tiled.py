@@ -94,51 +94,55 @@ class EagerPlan(NamedTuple):
 class FusedPlan(NamedTuple):
     """A plan for layers that are computed whole, base and adapters, in one launch."""
 
-    tensors: operators.Plan
+    tensors: operators.Plan | None  # None = those of `now`
+    now: "PlanNow | None" = None  # of a plan that was made in eager mode
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
         """y [..., N] = x W^T + bias + the adapters' part, for x [..., K] without gradients."""
+        now, tensors = self.now, self.tensors
+        if now is not None and plain(x, x) and not tracked(x, weight, bias):
+            made = _linear_now(now, x, weight, bias, pool)
+            if made is not None:
+                return made
+        if tensors is None:
+            assert now is not None
+            tensors = now.tensors
         batch_invariant, triton = False, True
         y: Tensor = torch.ops.lora_mux.linear(
-            *(x.reshape(-1, x.shape[-1]), weight, bias, *pool.rows, *self.tensors),
+            *(x.reshape(-1, x.shape[-1]), weight, bias, *pool.rows, *tensors),
             *(pool.max_rank, batch_invariant, triton),
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class EagerFusedPlan(NamedTuple):
-    """A FusedPlan that was made in eager mode."""
+def _linear_now(
+    now: "PlanNow", x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool
+) -> Tensor | None:
+    """FusedPlan.linear for tensors that are `forms.plain`; None = there is no launch to make."""
+    from ..kernels import launch
 
-    now: "PlanNow"
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
-        """As FusedPlan.linear."""
-        if not plain(x, x) or tracked(x, weight, bias):
-            return FusedPlan(self.now.tensors).linear(x, weight, bias, pool)
-        from ..kernels import launch
-
-        now, rows, device = self.now, _rows_now(pool), x.device
-        stream = launch.stream_number(device)
-        added = None if bias is None else (bias.stride(), bias.dtype, bias.get_device())
-        case = (
-            *(now.case, stream, pool.max_rank, *_kinds(rows), x.shape, x.stride(), x.dtype, device),
-            *(weight.shape, weight.stride(), weight.dtype, weight.get_device(), added),
-        )
-        pointers = _pointers(rows)
-        own = x.data_ptr() | weight.data_ptr() | (0 if bias is None else bias.data_ptr())
-        again = _again(case, own, pointers, now)
-        if again is not None:
-            y: Tensor = again(x, weight, bias, now, pointers)
-            return y
-        flat, how = x.reshape(-1, x.shape[-1]), operators.How(pool.max_rank, False, True)
-        made = operators.triton_linear(flat, weight, bias, rows, now.tensors, how)
-        if made is None:
-            return FusedPlan(now.tensors).linear(x, weight, bias, pool)
-        y, again = made
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        if again is not None and flat.data_ptr() == x.data_ptr():
-            _keep(case, again._replace(y_shape=tuple(y.shape)), own, pointers)
+    rows, device = _rows_now(pool), x.device
+    stream = launch.stream_number(device)
+    added = None if bias is None else (bias.stride(), bias.dtype, bias.get_device())
+    case = (
+        *(now.case, stream, pool.max_rank, *_kinds(rows), x.shape, x.stride(), x.dtype, device),
+        *(weight.shape, weight.stride(), weight.dtype, weight.get_device(), added),
+    )
+    pointers = _pointers(rows)
+    own = x.data_ptr() | weight.data_ptr() | (0 if bias is None else bias.data_ptr())
+    again = _again(case, own, pointers, now)
+    if again is not None:
+        y: Tensor = again(x, weight, bias, now, pointers)
         return y
+    flat, how = x.reshape(-1, x.shape[-1]), operators.How(pool.max_rank, False, True)
+    made = operators.triton_linear(flat, weight, bias, rows, now.tensors, how)
+    if made is None:
+        return None
+    y, again = made
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    if again is not None and flat.data_ptr() == x.data_ptr():
+        _keep(case, again._replace(y_shape=tuple(y.shape)), own, pointers)
+    return y
 
 
 # What launches a case again; see kernels/src/ready.py.
