@@ -212,10 +212,12 @@ class Pool(nn.Module):
         if weights.bias is not None:
             self.A_rows[start + r] = 0
             self.B_rows[start + r, : self.out_features] = weights.bias
-            self.constant[start + r] = True
-        # The rank last: it is what makes the rows count.
-        self.offset[slot], self.scaling[slot] = start, weights.scaling
-        self.rank[slot] = used
+            self.constant[start + r].fill_(True)
+        # Filled: what is assigned to one element comes from the host by a copy, which on a GPU
+        # waits. The rank last: it is what makes the rows count.
+        self.offset[slot].fill_(start)
+        self.scaling[slot].fill_(weights.scaling)
+        self.rank[slot].fill_(used)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -258,7 +260,7 @@ class Pool(nn.Module):
             buffer: Tensor = getattr(self, name)
             buffer[start : start + rows] = values
             buffer[move.left] = 0
-        self.offset[move.slot] = start
+        self.offset[move.slot].fill_(start)
         self.spans[move.slot] = move.span
         self.moving = None
 
@@ -342,7 +344,7 @@ class Pool(nn.Module):
             for rows in factors:
                 rows[held] = 0
             self.spans[slot] = span._replace(scaling=math.nan)
-            self.scaling[slot] = math.nan
+            self.scaling[slot].fill_(math.nan)
         if lost:
             warnings.warn(
                 f"{lost} of {len(self.spans)} adapters of a layer hold values that "

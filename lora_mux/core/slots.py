@@ -214,7 +214,7 @@ class Slots:
         self._live[CPU][slot] = handle  # first, because new tables are copied from this one
         for device, table in list(self._live.items()):
             if device != CPU:
-                table[slot] = handle
+                table[slot].fill_(handle)
 
     def lookup(self, names: Sequence[str]) -> dict[str, int]:
         """Name -> handle.

@@ -277,8 +277,8 @@ class Notes(TorchDispatchMode):
     def _note_sync(self, name: str, args: Any) -> None:
         if name in READS_VALUES:
             CUDA.syncs.append(name)
-        # A number may come as a tensor without dimensions, which is an argument of a kernel.
-        elif name == "copy_" and args[1].ndim and not CUDA.is_on_device(args[1]):
+        # Also of one number that is assigned to one element, as an H100 showed.
+        elif name == "copy_" and not CUDA.is_on_device(args[1]):
             if args[1].untyped_storage().data_ptr() not in CUDA.pinned:
                 CUDA.syncs.append("copy_ from pageable memory")
         elif name in TAKES_INDEX and not all(
