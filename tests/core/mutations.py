@@ -77,6 +77,6 @@ MUTATIONS = {
         POOL,
         "if self.moving is not None:\n            self._finish_move(self.moving)",
         "",
-        ("model/test_interrupts.py",),
+        ("core/test_moves.py",),
     ),
 }
