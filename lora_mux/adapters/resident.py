@@ -65,7 +65,7 @@ class Adapters:
     def settle(self) -> None:
         """Before a copy is made: everything is in order, and the current stream waits for it."""
         self._change.recover()
-        self._router.order.routed(None)
+        self._router.order.copied()
 
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Read an adapter, and bring it to its place."""

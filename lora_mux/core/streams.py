@@ -143,6 +143,19 @@ class StreamOrder:
         """
         self.devices[device].has_read(stream, slots, is_over=is_over)
 
+    def read_unseen(self, device: torch.device) -> None:
+        """Let the current stream read any slot, of which nothing tells the end."""
+        stream = self.wait(device, None)
+        if stream is not None:
+            self.read(device, stream, None, is_over=False)
+
+    def copied(self) -> None:
+        """Everything is about to be read for a copy, on the current stream."""
+        self.routed(None)
+        for device, order in self.devices.items():
+            if not torch.cuda.is_current_stream_capturing():
+                order.copying[torch.cuda.current_stream(device)] = None
+
     def keep(self, tensor: Tensor) -> None:
         """Let the memory of a tensor stay until its readers are done, whoever lets go of it."""
         if tensor.device in self.devices:
@@ -166,7 +179,11 @@ class DeviceOrder:
 
     def __init__(self) -> None:
         self.readers: dict[Stream, None] = {}  # all that there ever were
-        self._reads: dict[int, dict[Stream, Event | None]] = {}  # by slot; None = not over
+        # Streams that read all slots for a copy; the next write waits for them.
+        self.copying: dict[Stream, None] = {}
+        # By slot, the last read of each stream; None = it is not over. Nothing is taken out:
+        # another thread may be noting a read, and an interrupt come before the wait.
+        self._reads: dict[int, dict[Stream, Event | None]] = {}
         self.last: Mark | None = None
         self._for_all: Mark | None = None  # the last one that concerns all slots
         self._writes: dict[int, Mark] = {}  # by slot, the last one since then
@@ -175,14 +192,19 @@ class DeviceOrder:
         self.readers[stream] = None  # of what it copies to another place
         if self.last is not None and self.last.stream != stream:
             stream.wait_event(self.last.event)
+        for reader in list(self.copying):
+            if reader != stream and not _captures(reader):
+                stream.wait_stream(reader)
+            self.copying.pop(reader, None)
         for slot in [*self._reads] if slots is None else {*slots, ANY}:
-            # Those of ANY stay: each write waits for them.
-            held = self._reads.get(slot, {}) if slot == ANY else self._reads.pop(slot, {})
+            held = self._reads.get(slot, {})
             for reader, event in list(held.items()):
+                if event is None and reader != stream and not _captures(reader):
+                    event = reader.record_event()
+                    if slots is not None and slot != ANY:  # whose tenant is read no more
+                        held[reader] = event
                 if event is not None:
                     stream.wait_event(event)
-                elif reader != stream and not _captures(reader):
-                    stream.wait_stream(reader)
 
     def has_written(self, stream: Stream, slots: SomeSlots) -> None:
         number = 0 if self.last is None else self.last.number + 1

@@ -198,6 +198,8 @@ class MuxLinear(nn.Module):
         if self.mux_router is not None and self.mux_router.disabled:
             return None
         slots = self.mux_slots
+        if self.mux_router is not None and not is_compiling():
+            self.mux_router.order.read_unseen(x.device)  # no pass waits for its adapters
         last = None if is_compiling() else self.mux_last
         if last is not None and last.serves(x, routing, slots.suspensions):
             return last.plan  # for which x and routing were checked
@@ -240,6 +242,8 @@ class MuxLinear(nn.Module):
         if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, NoneType):
             return None
         if weight.device != x.device or weight.stride(1) != 1:
+            return None
+        if bias is not None and bias.shape[0] > 1 and bias.stride(0) != 1:
             return None
         return None if ops.tracked(x, weight, bias) else weight
 

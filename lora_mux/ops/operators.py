@@ -181,14 +181,17 @@ def _strength_gradient_fake(grad: Tensor, x: Tensor, *shared: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, x, *shared = inputs
-    ctx.save_for_backward(x, *shared[:_TENSORS])
+    # Not the pool's tensors: torch would refuse a backward after an adapter came or went, though
+    # the rank rows of those in use stay as they are until it is over.
+    ctx.rows = shared[:_ROWS]
+    ctx.save_for_backward(x, *shared[_ROWS:_TENSORS])
     ctx.how = shared[_TENSORS:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dy = grad; dx is add_lora again, with A and B in each other's place."""
     x, *tensors = ctx.saved_tensors
-    rows, plan, how = _unpack((*tensors, *ctx.how))
+    rows, plan, how = _unpack((*ctx.rows, *tensors, *ctx.how))
     # A base that answers in another dtype than x's would be multiplied in fp32 for nothing.
     upstream = grad.to(x.dtype)
     operators, gradients = torch.ops.lora_mux, {"y": grad}

@@ -151,6 +151,7 @@ class Router:
         """
         if scope.is_over:
             return
+        self._left(scope.whole or scope.route)  # before others may evict its adapters
         try:
             self.scopes.close(scope)
         finally:
@@ -166,7 +167,6 @@ class Router:
         """Show the rows around a scope again to whatever reads tensors of its thread."""
         # Otherwise layers that are called by themselves would go on with the rows of this one.
         self.passes.forget_interrupted()
-        self._left(scope.whole or scope.route)
         outer = self.scopes.innermost()
         below = self.sticky.route if outer is None else outer.route
         self.view.cell.follow(below, self._device(), outer is not None)

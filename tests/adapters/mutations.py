@@ -18,8 +18,8 @@ MUTATIONS = {
     ),
     "streams: a write does not wait for who has read": Mutation(
         STREAMS,
-        "stream.wait_event(event)\n                elif",
-        "pass\n                elif",
+        "if event is not None:\n                    stream.wait_event(event)",
+        "pass",
         TEST_STREAMS,
     ),
     "streams: the backward of a pass is not waited for": Mutation(

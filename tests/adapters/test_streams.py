@@ -104,6 +104,66 @@ def test_one_route_on_two_streams(stage: Stage, is_sticky: bool) -> None:
     stage.mux.prefetch([*"cd"])
 
 
+def test_a_copy_is_made_of_what_is_about_to_be_overwritten(stage: Stage) -> None:
+    stage.mux.prefetch([*"ab"])
+    copy.deepcopy(stage.model)
+    stage.mux.prefetch([*"cd"])
+
+
+@pytest.mark.parametrize("on", [None, Stream(name="compute")])
+def test_a_routing_that_is_handed_to_a_layer(stage: Stage, on: Stream | None) -> None:
+    """Of an attached model, past all routes."""
+    stage.mux.pin("a")
+    index = CUDA.put(torch.tensor([[stage.mux.adapters["a"]]]))
+    with torch.no_grad(), CUDA.stream(on) if on else nullcontext():
+        stage.model.first(X[:1], lora_mux.Routing(index))
+    stage.mux.remove("a")
+
+
+def test_a_write_to_all_slots_forgets_no_reader(stage: Stage) -> None:
+    """As the first one is, and that after an interrupt."""
+    compute = Stream(name="compute")
+    x = X[:1].clone().requires_grad_()
+    with stage.mux.route(["a"]), CUDA.stream(compute):
+        y = stage.model(x)
+    stage.mux._adapters._mend()
+    with CUDA.stream(compute):
+        y.sum().backward()
+    del y
+    stage.mux.remove("a")
+
+
+def test_an_interrupt_before_the_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.mux.prefetch([*"ab"])
+    stage.run("a", on=Stream(name="compute"))
+    wait, side = Stream.wait_event, stage.side
+
+    def interrupted(stream: Stream, event: Event) -> None:
+        if stream is side:
+            raise KeyboardInterrupt
+        wait(stream, event)
+
+    monkeypatch.setattr(Stream, "wait_event", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage.mux.prefetch([*"cd"])
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    stage.mux.prefetch([*"cd"])
+
+
+def test_the_end_of_a_block_is_noted_before_others_may_evict(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What replays have read on the stream of the block."""
+    order: list[str] = []
+    router = stage.mux._router
+    close, left = router.scopes.close, router.order.left
+    monkeypatch.setattr(router.scopes, "close", lambda s: (order.append("close"), close(s)))
+    monkeypatch.setattr(router.order, "left", lambda s: (order.append("left"), left(s)))
+    with stage.mux.route(["a"]):
+        order.clear()
+    assert order == ["left", "close"]
+
+
 def test_layers_that_are_called_by_themselves(stage: Stage) -> None:
     with stage.mux.route(["a"]), CUDA.stream(Stream()), torch.no_grad():
         stage.model.first(X[:1])

@@ -94,6 +94,34 @@ def test_gradients_are_the_references(dtype: torch.dtype) -> None:
         assert float((got - want).float().norm()) <= units * torch.finfo(dtype).eps * scale
 
 
+def test_adapters_come_and_go_before_the_backward() -> None:
+    """Others than those in use, whose rank rows stay where they are."""
+    model, mux = blocks()
+    mux.reserve(8, 8)
+    x = torch.randn(2, 16, requires_grad=True)
+    with mux.route(["b", None]):
+        y = model(x)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    mux.add_adapter("comes", {"0": (torch.randn(3, 16), torch.randn(24, 3))}, alpha=2)
+    mux.remove("a")
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_bias_of_any_stride(stride: int) -> None:
+    linear = nn.Linear(16, 32).half()
+    numbers = torch.randn(64).half()
+    linear.bias = nn.Parameter(numbers[::2] if stride else numbers[:1].expand(32))
+    layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
+    handle = layer.add_adapter("a", torch.randn(4, 16) / 4, torch.randn(32, 4) / 4, scaling=1.0)
+    x, routing = torch.randn(3, 16).half(), Routing(torch.tensor([[handle], [-1], [handle]]))
+    twin = copy.deepcopy(layer)
+    twin.mux_settings = ops.Settings("reference")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, routing), twin(x, routing), rtol=4e-3, atol=4e-3)
+
+
 def test_second_gradients_reach_the_input() -> None:
     case = LayerCase(ranks=(3,), size=(8, 6), backend="triton")
     x = case.x(2).requires_grad_()

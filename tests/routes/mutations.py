@@ -159,8 +159,8 @@ MUTATIONS = {
     ),
     "passes: an interrupted one goes on": Mutation(
         ROUTER,
-        "self.passes.forget_interrupted()\n        self._left",
-        "self._left",
+        "self.passes.forget_interrupted()\n        outer",
+        "outer",
         TEST_PASSES,
     ),
     "passes: torn by what is set": Mutation(
