@@ -50,6 +50,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_old_graphs() -> Iterator[None]:
+    """torch.compile knows nothing of earlier tests, nor have they been counted."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def each_form(request: pytest.FixtureRequest) -> Iterator[None]:
     """The two forms on the CPU: the reference runs where autograd follows the base's weight."""

@@ -84,7 +84,7 @@ def syncs(call: Callable[[], object]) -> bool:
     2.11, and leaves its stream current.
     """
     try:
-        with _syncing_is_an_error():
+        with no_syncs():
             call()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
@@ -94,14 +94,19 @@ def syncs(call: Callable[[], object]) -> bool:
 
 
 @contextmanager
-def _syncing_is_an_error() -> Iterator[None]:
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls the mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
+def no_syncs() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the GPU raises a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
     try:
         yield
     finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
         torch.cuda.set_sync_debug_mode(mode)
 
 

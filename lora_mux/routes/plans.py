@@ -85,26 +85,11 @@ class Plans:
             settings: how adapters are computed.
             site: where the layer runs. A plan is read on the stream on which it was made.
         """
-        if isinstance(now, Cell):
-            return self._planned(now, x, pool, weight, settings, site)[0]
-        like = site, ops.like(x, pool, weight)
-        if like in now.known:
-            return now.known[like]
-        plan, is_shared = self._planned(now, x, pool, weight, settings, site)
-        if is_shared:
-            now.known[like] = plan
-        return plan
-
-    def _planned(
-        self,
-        now: Pass | Cell,
-        x: Tensor,
-        pool: Pool,
-        weight: Tensor | None,
-        settings: ops.Settings,
-        site: Site,
-    ) -> tuple[ops.AnyPlan | None, bool]:
-        """The plan, and whether layers that are alike share it."""
+        like = None
+        if isinstance(now, Pass):
+            like = site, ops.like(x, pool, weight)
+            if like in now.known:
+                return now.known[like]
         route, shape = now.route, now.shape
         assert route is not None
         rows = prod(x.shape[:-1])
@@ -113,7 +98,7 @@ class Plans:
         method = ops.method(settings, x, rows, pool, None if trained else weight)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
         if shape.samples is None or trained:
-            return self._made(now, x, rows, samples, method, site), False
+            return self._made(now, x, rows, samples, method, site)
         layers, case = (rows, site, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
             case = route, rows, samples, shape.beams, self._slots.suspensions
@@ -121,7 +106,9 @@ class Plans:
         if known is None:
             made = self._made(now, x, rows, samples, method, site)
             known = self._shared.add(now.plans, layers, case, made)
-        return known.plan, True
+        if isinstance(now, Pass):
+            now.known[like] = known.plan
+        return known.plan
 
     def _made(
         self,

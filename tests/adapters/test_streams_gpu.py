@@ -1,8 +1,5 @@
 """On a real GPU: adapters come and go on one stream while passes with others run on another."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_mux
+from lora_mux.measure.timing import no_syncs
 
 pytestmark = pytest.mark.gpu
 
@@ -45,20 +43,6 @@ def attached(adapters_at_once: int | None) -> tuple[nn.Module, lora_mux.Mux]:
     for seed, name in enumerate(NAMES):
         mux.add_adapter(name, factors(seed, len(model)), alpha=RANK)  # type: ignore[arg-type]
     return model, mux
-
-
-@contextmanager
-def no_syncs() -> Iterator[None]:
-    """Inside, an error is raised wherever the host would wait for the device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")

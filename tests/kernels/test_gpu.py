@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux import Routing, ops
+from lora_mux.measure.timing import no_syncs
 from problem import CASES, FusedProblem, Problem
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("no_old_graphs"),
     # Said once in each thread that has computed by Triton alone before, as autograd's may have.
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA"),
 ]
@@ -25,13 +27,6 @@ compiled = pytest.mark.filterwarnings("default", "error:Dynamo")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def no_old_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @contextlib.contextmanager
@@ -50,23 +45,6 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # where the capture itself has ended well
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
-
-
-@contextlib.contextmanager
-def nothing_waits() -> Iterator[None]:
-    """Whatever waits for the GPU raises."""
-
-    def let(mode: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # once in a process: the mode is a prototype
-            torch.cuda.set_sync_debug_mode(mode)
-
-    torch.cuda.synchronize()
-    let("error")
-    try:
-        yield
-    finally:
-        let("default")
 
 
 def on_gpu(problem: Problem, **changes: Any) -> Problem:
@@ -234,7 +212,8 @@ class TestLayer:
         with torch.no_grad():
             layer(x, routing)
             again = Routing(routing.index + 0, routing.weight + 0)
-            with nothing_waits():
+            torch.cuda.synchronize()
+            with no_syncs():
                 layer(x, again)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

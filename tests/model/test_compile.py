@@ -12,20 +12,14 @@ from torch._dynamo.utils import counters
 import lora_mux
 from peft_oracle import llama
 
+pytestmark = pytest.mark.usefixtures("no_old_graphs")
+
 ROUTES: dict[str, Any] = {
     "subsets": ["a", None, ("a", "b", "c")],
     "weights": [{"b": -0.5}, {"c": 0.0, "a": 2.0}, "b"],
     "base": [None, None, None],
 }
 KEPT: dict[str, Any] = {"one": "a", "several": ["c", "a"], "none": None}
-
-
-@pytest.fixture(autouse=True)
-def no_old_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs() -> int:

@@ -1,12 +1,10 @@
 """Attached models under torch.compile and torch.export on CUDA, by fake tensors: one graph each."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import lora_mux
 from fake_cuda import FakeCuda
@@ -17,16 +15,11 @@ from peft_oracle import llama
 
 # torch 2.6 leaves models of fake tensors untraced; for it there are the tests on the CPU.
 traces_fakes = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
-pytestmark = pytest.mark.skipif(not traces_fakes, reason="needs torch 2.7")
+pytestmark = [
+    pytest.mark.skipif(not traces_fakes, reason="needs torch 2.7"),
+    pytest.mark.usefixtures("no_old_graphs"),
+]
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def no_old_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
