@@ -9,11 +9,15 @@ Steps, in the order of what matters most; each is a process of its own, of ten m
     headline      the questions of docs/benchmarks.md
     tune          tables for the layers of an 8B model on this GPU
     tuned         the questions again, with these tables
+    model         switching adapters in a whole model, against PEFT
+    residency     adapters that are not all resident, against PEFT
     smoke, grid   more workloads, as time allows
+    plots         pictures of what was recorded, in each call again
 
 A step writes its records and its log at once, DIR/report.md says what passed and what lost, and a
 second call goes on with the steps that have not ended well. No network is needed, and no more than
-torch, triton, pytest, peft and transformers; pytest-xdist makes the tests faster.
+torch, triton, pytest, peft and transformers; pytest-xdist makes the tests faster, and matplotlib
+draws: `--steps plots` does so later, elsewhere.
 """
 
 import argparse
@@ -21,19 +25,31 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import plot
 import workloads
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 600  # of a step, at most
-Command = list[str]
+TIMED = ("headline", "tuned", "smoke", "grid")  # the records that are drawn
+
+
+class Step(NamedTuple):
+    """Commands that run side by side."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    environment: Mapping[str, str] = {}
+    needs: str = ""  # a program, or a package, without which there is nothing to run
 
 
 @dataclass(frozen=True)
@@ -45,71 +61,84 @@ class Done:
     seconds: float
 
 
-def steps(out: Path) -> Iterator[tuple[str, list[Command]]]:
-    """(name, commands); the commands of "compile" run side by side, others one after the other."""
+def steps(out: Path) -> Iterator[Step]:
+    """What is to be done, one step after the other."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "--durations=10", "-m", "gpu", "-p", "no:cacheprovider"]
     # pytest-benchmark warns of xdist, and warnings are errors.
     workers = ["-n", "8", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
     run = [python, "bench/run.py"]
-    table = ["--out", str(out / "tuned.json")]
 
-    yield "tests", [[*pytest, *workers, "tests"]]
+    def records(name: str) -> list[str]:
+        return ["--out", str(out / f"{name}.jsonl")]
+
+    yield Step("tests", [[*pytest, *workers, "tests"]])
     small = ["tests/kernels/test_gpu.py", "-k", "test_named_cases and (bfloat16 or Fused)"]
     for tool in ("memcheck", "racecheck"):
         check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        yield tool, [[*check, *pytest, *small]]
-    yield "launches", [[python, "bench/launches.py", "--out", str(out / "launches.jsonl")]]
+        unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an overrun would stay in a block
+        yield Step(tool, [[*check, *pytest, *small]], unpooled, needs=check[0])
+    yield Step("launches", [[python, "bench/launches.py", *records("launches")]])
     sites = list(workloads.SITES)[:4]
-    yield "compile", [[*run, "--headline", "--compile", "--sites", site] for site in sites]
-    yield "headline", [[*run, "--headline", "--out", str(out / "headline.jsonl")]]
-    sizes = [workloads.SITES[site] for site in sites]
-    rows = ["--rows", "1", "32", "--rounds", "1"]
-    yield (
-        "tune",
-        [
-            [python, "-m", "lora_mux", "tune", "--in-features", str(K), "--out-features", str(N)]
-            + rows
-            + table
-            for K, N in sizes
-        ],
-    )
-    yield "tuned", [[*run, "--headline", "--out", str(out / "tuned.jsonl")]]
+    compile_only = [*run, "--headline", "--compile", "--sites"]
+    yield Step("compile", [[*compile_only, site] for site in sites])
+    yield Step("headline", [[*run, "--headline", *records("headline")]])
+    table = str(out / "table.json")
+    for K, N in (workloads.SITES[site] for site in sites):
+        tune = [python, "-m", "lora_mux", "tune", "--rows", "1", "32", "--rounds", "1"]
+        sizes = ["--in-features", str(K), "--out-features", str(N)]
+        yield Step(f"tune-{K}x{N}", [[*tune, *sizes, "--out", table]])
+    yield Step("tuned", [[*run, "--headline", *records("tuned")]], {"LORA_MUX_TUNED": table})
+    for script in ("model", "residency"):
+        command = [python, f"bench/{script}.py", "--device", "cuda", *records(script)]
+        yield Step(script, [command], needs="peft")
     for grid in ("smoke", "grid"):
-        yield grid, [[*run, f"--{grid}", "--out", str(out / f"{grid}.jsonl")]]
+        yield Step(grid, [[*run, f"--{grid}", *records(grid)]])
 
 
-def run_step(name: str, commands: Sequence[Command], out: Path, seconds: float) -> Done:
+def plots(out: Path) -> Step:
+    """The pictures of what was recorded so far."""
+    recorded = [str(path) for name in TIMED if (path := out / f"{name}.jsonl").exists()]
+    draw = [sys.executable, "bench/plot.py", *recorded, "--out", str(out)]
+    return Step("plots", [draw] if recorded else [], needs="matplotlib")
+
+
+def is_missing(name: str) -> bool:
+    """Whether there is neither a program nor a package of that name."""
+    return shutil.which(name) is None and importlib.util.find_spec(name) is None
+
+
+def run_step(step: Step, out: Path, seconds: float) -> Done:
     """Run a step's commands; what they print goes to its log."""
-    start = time.monotonic()
-    if shutil.which(commands[0][0]) is None:
-        return Done(name, f"left out: {commands[0][0]} is not installed", 0.0)
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if name == "tuned":
-        environment["LORA_MUX_TUNED"] = str(out / "tuned.json")
-    if name in ("memcheck", "racecheck"):
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # an overrun would stay in a block
-    together = len(commands) if name == "compile" else 1
-    ended = "well"
-    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
-        for first in range(0, len(commands), together):
-            running = [
-                subprocess.Popen(
-                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
-                )
-                for command in commands[first : first + together]
-            ]
+    if step.needs and is_missing(step.needs):
+        return Done(step.name, f"left out: {step.needs} is not installed", 0.0)
+    start, ended = time.monotonic(), "well"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    with (out / f"{step.name}.log").open("w", encoding="utf-8") as log:
+        running = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            for command in step.commands
+        ]
+        try:
             for process in running:
-                try:
-                    code = process.wait(max(1.0, start + seconds - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    ended = "after too long"
-                else:
-                    if code and ended == "well":
-                        ended = f"with {code}"
-    return Done(name, ended, time.monotonic() - start)
+                code = process.wait(max(1.0, start + seconds - time.monotonic()))
+                if code and ended == "well":
+                    ended = f"with {code}"
+        except subprocess.TimeoutExpired:
+            ended = "after too long"
+        finally:  # with all that they started, which would disturb the times of the next step
+            for process in running:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return Done(step.name, ended, time.monotonic() - start)
 
 
 def report(out: Path, done: Sequence[Done]) -> str:
@@ -121,20 +150,24 @@ def report(out: Path, done: Sequence[Done]) -> str:
         if one.ended not in ("well",) and path.exists():
             tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             lines += ["", f"## {one.step} ended {one.ended}; its log ends with", "", *_code(tail)]
-    for name in ("launches", "headline", "tuned", "smoke", "grid"):
+    for name in ("launches", "model", "residency"):
+        path = out / f"{name}.log"
+        if path.exists():
+            lines += ["", f"## {name}", "", *_code(path.read_text(encoding="utf-8").splitlines())]
+    for name in TIMED:
         path = out / f"{name}.jsonl"
         if path.exists():
-            records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            lines += ["", f"## {name}", "", *(_launches if name == "launches" else _lost)(records)]
+            records = plot.read(path)
+            tables = plot.headline_table(records), "", plot.gpu_table(records)
+            lines += ["", f"## {name}", "", *_lost(records), "", *tables]
+    for name in TIMED:
+        if (out / f"{name}.png").exists():
+            lines += ["", f"![{name}]({name}.png)"]
     return "\n".join(lines) + "\n"
 
 
 def _code(lines: Sequence[str]) -> list[str]:
     return [f"    {line}" for line in lines]
-
-
-def _launches(records: Sequence[dict[str, Any]]) -> list[str]:
-    return _code([f"{r['what']:44} {r['microseconds']['p50']:8.3f} us" for r in records])
 
 
 def _lost(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -170,27 +203,31 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [name for name, _ in steps(Path())]
+    known = [step.name for step in steps(Path())]
     parser.add_argument("--out", type=Path, required=True, help="a folder; made if it is missing")
-    parser.add_argument("--steps", nargs="+", choices=known, default=known, help="default: all")
+    parser.add_argument(
+        "--steps", nargs="+", choices=[*known, "plots"], default=known, help="default: all"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a step, at most (600)")
     args = parser.parse_args(given)
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     done: list[Done] = []
-    for name, commands in steps(out):
-        kept = out / f"{name}.json"
+    for step in steps(out):
+        kept = out / f"{step.name}.done"
         earlier = Done(**json.loads(kept.read_text("utf-8"))) if kept.exists() else None
-        if earlier and (earlier.ended == "well" or name not in args.steps):
+        if earlier and (earlier.ended == "well" or step.name not in args.steps):
             done.append(earlier)
             continue
-        if name not in args.steps:
+        if step.name not in args.steps:
             continue
-        print(f"{name} ...", flush=True)
-        done.append(run_step(name, commands, out, args.seconds))
-        print(f"{name} ended {done[-1].ended}, {done[-1].seconds:.0f} s", flush=True)
+        print(f"{step.name} ...", flush=True)
+        done.append(run_step(step, out, args.seconds))
+        print(f"{step.name} ended {done[-1].ended}, {done[-1].seconds:.0f} s", flush=True)
         kept.write_text(json.dumps(asdict(done[-1])), encoding="utf-8")
         (out / "report.md").write_text(report(out, done), encoding="utf-8")
+    done.append(run_step(plots(out), out, args.seconds))
+    (out / "report.md").write_text(report(out, done), encoding="utf-8")
     print((out / "report.md").read_text("utf-8"))
     return 0 if all(one.ended == "well" or one.ended.startswith("left") for one in done) else 1
 

@@ -2,12 +2,13 @@
 
 A stack of 200 linear layers of width 8 with 64 adapters loaded. Arithmetic costs next to nothing
 there, so the times show what a framework does for each layer and adapter. Minima of interleaved
-runs on the CPU. Then the number of graphs that torch.compile makes for new lists of names.
+runs by the host's clock; on a GPU (--device cuda) a forward pass ends when the GPU is done. Then
+the number of graphs that torch.compile makes for new lists of names.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,31 @@ import torch
 from torch import nn
 
 import lora_mux
+from lora_mux.measure.bench import device
 from lora_mux.measure.provenance import ROOT, provenance
-from lora_mux.measure.timing import microseconds
+from lora_mux.measure.timing import microseconds, wait
 
 
-def stack(layers: int) -> nn.Sequential:
+def stack(layers: int, place: torch.device) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).eval().requires_grad_(False)
+    made = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    return made.eval().requires_grad_(False).to(place)
 
 
-def with_peft(layers: int, adapters: int) -> Any:
+def with_peft(layers: int, adapters: int, place: torch.device) -> Any:
     names = [str(i) for i in range(layers)]
     config = peft.LoraConfig(r=8, target_modules=names, init_lora_weights=False)
-    model = peft.get_peft_model(stack(layers), config, "a0")
+    model = peft.get_peft_model(stack(layers, place), config, "a0")
     for i in range(1, adapters):
         model.add_adapter(f"a{i}", config)
     return model.eval()
 
 
-def with_ours(layers: int, model: Any, adapters: int) -> tuple[nn.Sequential, lora_mux.Mux]:
+def with_ours(
+    layers: int, model: Any, adapters: int, place: torch.device
+) -> tuple[nn.Sequential, lora_mux.Mux]:
     """The same adapters, taken from PEFT's model."""
-    plain = stack(layers)
+    plain = stack(layers, place)
     mux = lora_mux.attach(plain, targets=[str(i) for i in range(layers)])
     lora = [model.base_model.model[i] for i in range(layers)]
     for name in (f"a{i}" for i in range(adapters)):
@@ -49,7 +54,7 @@ def with_ours(layers: int, model: Any, adapters: int) -> tuple[nn.Sequential, lo
 
 
 def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The minimum of each, interleaved."""
+    """The minimum of each, interleaved, by the host's clock."""
     numbered = {name: lambda n, call=call: call() for name, call in calls.items()}
     times = microseconds(numbered, 1, torch.device("cpu"))
     return {name: time["min"] / 1e3 for name, time in times.items()}
@@ -81,22 +86,27 @@ def routed(mux: lora_mux.Mux, names: list[str], x: torch.Tensor) -> Callable[[An
     return call
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--layers", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "model.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(1)
-    theirs = with_peft(args.layers, args.adapters)
-    plain, mux = with_ours(args.layers, theirs, args.adapters)
+    place = args.device
+    theirs = with_peft(args.layers, args.adapters, place)
+    plain, mux = with_ours(args.layers, theirs, args.adapters, place)
     names = [f"a{i}" for i in range(args.adapters)]
-    x = torch.randn(len(names), 8)
+    x = torch.randn(len(names), 8).to(place)
+
+    def waited(y: torch.Tensor) -> torch.Tensor:
+        wait(place)
+        return y
 
     def mixed() -> torch.Tensor:
         with mux.route(names):
-            y: torch.Tensor = plain(x)
-        return y
+            return waited(plain(x))
 
     def disabled() -> None:
         with mux.disable_adapter():
@@ -113,14 +123,14 @@ def main() -> None:
                 "set_adapter": lambda: mux.set_adapter("a1"),
                 "disable_adapter": disabled,
                 "mixed forward": mixed,
-                "base forward": lambda: (mux.set_adapter(None), plain(x)),
+                "base forward": lambda: (mux.set_adapter(None), waited(plain(x))),
             }
         )
         peft_ms = milliseconds(
             {
                 "set_adapter": lambda: theirs.set_adapter("a1"),
                 "disable_adapter": disabled_by_peft,
-                "mixed forward": lambda: theirs(x, adapter_names=names),
+                "mixed forward": lambda: waited(theirs(x, adapter_names=names)),
             }
         )
         # Above it comes after other calls, as in serving; here after itself, with warm caches.
@@ -128,15 +138,15 @@ def main() -> None:
         ours_ms |= milliseconds({again: lambda: mux.set_adapter("a1")})
         peft_ms |= milliseconds({again: lambda: theirs.set_adapter("a1")})
         # Three layers do: only the number of graphs counts here.
-        few = with_peft(3, args.adapters)
-        ours, few_mux = with_ours(3, few, args.adapters)
+        few = with_peft(3, args.adapters, place)
+        ours, few_mux = with_ours(3, few, args.adapters, place)
         lists = [names[i:] + names[:i] for i in range(5)]
         compiled = {
             "lora_mux": graphs(ours, [routed(few_mux, order, x) for order in lists]),
             "PEFT": graphs(few, [lambda m, o=order: m(x, adapter_names=o) for order in lists]),
         }
     record = {
-        **provenance(torch.device("cpu")),
+        **provenance(place),
         "layers": args.layers,
         "adapters": args.adapters,
         "milliseconds": {"lora_mux": ours_ms, "PEFT": peft_ms},
@@ -153,7 +163,8 @@ def main() -> None:
         f"graphs for {len(lists)} lists of names: {compiled['lora_mux']}  PEFT {compiled['PEFT']}"
     )
     print(f"wrote {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

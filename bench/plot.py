@@ -14,11 +14,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 OURS = {
     "lora_mux": "#d1495b",
     "lora_mux fused": "#7b2d8b",
@@ -96,6 +91,11 @@ def panels(records: list[Record]) -> dict[str, dict[str, list[tuple[str, float]]
 
 def draw(records: list[Record], out: Path) -> None:
     """One picture of all panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     found = panels(records)
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
@@ -172,13 +172,14 @@ def headline_table(records: list[Record]) -> str:
         for r in layers:
             if all(r["workload"][key] == value for key, value in settings.items()):
                 sites[r["provider"]][label(r["workload"])] = statistic(r)
+        of_base = sites.pop("base", {})
+        base = sum(of_base.values())
         mine = {
             name: sum(took.values())
             for name, took in sites.items()
-            if took.keys() == sites["base"].keys()
+            if took.keys() == of_base.keys()
         }
-        base = mine.pop("base", 0.0)
-        share = {name: f"{took / base:.3f}" for name, took in mine.items() if base}
+        share = {name: f"{took / base:.3f}" for name, took in mine.items()}
         others = {n: t for n, t in mine.items() if not n.startswith("lora_mux")}
         best = min(others, key=lambda name: others[name], default="")
         fused, separate = (
@@ -200,7 +201,10 @@ GPU_COLUMNS = {
 
 
 def gpu_table(records: list[Record]) -> str:
-    """Markdown: each layer and batch, the base in microseconds, and the others as shares of it."""
+    """Markdown: each layer and batch, the base in microseconds, and the others as shares of it.
+
+    Without a base, which may have failed, there are no shares.
+    """
     cells: dict[str, dict[str, float]] = defaultdict(dict)
     for r in records:
         if r.get("what") == "layer" and "microseconds" in r:
@@ -212,6 +216,8 @@ def gpu_table(records: list[Record]) -> str:
     head = ["layer", "rows", "adapters", "rank", "of a row", "base, us", *GPU_COLUMNS]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell, took in cells.items():
+        if "base" not in took:
+            continue
         found = [
             min((took[n] for n in names if n in took), default=None)
             for names in GPU_COLUMNS.values()

@@ -1,10 +1,11 @@
 """What more adapters than fit into memory cost, against PEFT: python bench/residency.py
 
-A stack of linear layers on the CPU, adapters in PEFT folders (a few folders under many names), and
-pools that hold some of them. Four times are taken: registering; the first use of an adapter that is
-not resident, against a plain copy of as many bytes; routes to resident adapters; and routes that
-evict another adapter each time. PEFT's load_adapter and set_adapter run on the same files in the
-same run. The files are in the page cache.
+A stack of linear layers on the CPU (or --device cuda), adapters in PEFT folders (a few folders
+under many names), and pools that hold some of them. Four times are taken: registering; the first
+use of an adapter that is not resident, against a plain copy of as many bytes; routes to resident
+adapters; and routes that evict another adapter each time. PEFT's load_adapter and set_adapter run
+on the same files in the same run. The files are in the page cache. What brings bytes to a GPU ends
+when they are there.
 
 Then what registering alone takes, in time and on the host, with as many targets as a 7B Llama has.
 
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,18 @@ from torch import nn
 
 import lora_mux
 from lora_mux.checkpoints import read_peft_folder
+from lora_mux.measure.bench import device
 from lora_mux.measure.provenance import ROOT, provenance
+from lora_mux.measure.timing import wait
 from lora_mux.progress import progress_bar
 
+CPU = torch.device("cpu")
 
-def stack(layers: int, width: int) -> nn.Sequential:
+
+def stack(layers: int, width: int, place: torch.device) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).requires_grad_(False)
+    made = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    return made.requires_grad_(False).to(place)
 
 
 def save_folders(base: nn.Sequential, rank: int, count: int, root: Path) -> list[Path]:
@@ -75,22 +81,35 @@ def routed(mux: lora_mux.Mux, name: str) -> None:
 
 
 def ours(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
-    model = stack(args.layers, args.width)
+    place = args.device
+    model = stack(args.layers, args.width, place)
     size = args.rank * args.layers * row_bytes(args.width)
     mux = lora_mux.attach(model, memory=args.resident * size)
     names = [f"a{i}" for i in range(args.adapters)]
     start = time.perf_counter()
     mux.load_many({name: folders[i % len(folders)] for i, name in enumerate(names)})
     registered = time.perf_counter() - start
-    source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
+    source = torch.ones(size, dtype=torch.uint8)
+    target = source.to(place, copy=True)
+    if place.type == "cuda":
+        source = source.pin_memory()
     cold = itertools.cycle(names[: 2 * args.resident])  # twice as many as fit
-    first = milliseconds(lambda: routed(mux, next(cold)), args.resident)  # into free rows
-    evicting = milliseconds(lambda: routed(mux, next(cold)), 4 * args.resident)
+
+    def plain_copy() -> None:
+        target.copy_(source, non_blocking=True)
+        wait(place)
+
+    def brought() -> None:
+        routed(mux, next(cold))
+        wait(place)
+
+    first = milliseconds(brought, args.resident)  # into free rows
+    evicting = milliseconds(brought, 4 * args.resident)
     hot = itertools.cycle([n for n, h in mux.memory().adapters.items() if h.resident][:8])
     return {
         "register all": 1e3 * registered,
         "bytes of an adapter": size,
-        "copy of as many bytes": milliseconds(lambda: target.copy_(source), 50),
+        "copy of as many bytes": milliseconds(plain_copy, 50),
         "first use": first,
         "route, evicting each time": evicting,
         "route, resident": milliseconds(lambda: routed(mux, next(hot)), 400),
@@ -115,10 +134,10 @@ def per_adapter(register: Callable[[int], object], count: int) -> dict[str, floa
 
 def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Many narrow layers: of their values nothing is read."""
-    base = stack(args.targets, 8)
+    base = stack(args.targets, 8, CPU)
     folders = save_folders(base, 1, 8, root / "narrow")
     time.sleep(2.1)  # newer files are read twice
-    mux = lora_mux.attach(stack(args.targets, 8), memory="64MiB")
+    mux = lora_mux.attach(stack(args.targets, 8, args.device), memory="64MiB")
     mux.reserve(args.registered + 1, 1)
     kept = []
 
@@ -137,18 +156,21 @@ def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 def crowd(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """By setting."""
     rows, big = args.crowd, args.big
+    narrow, wide = (1, 16, args.device), (args.layers, args.width, args.device)
     return {
-        f"1 layer, {rows} of rank 1, one of {rows // 2}": into_a_crowd(1, 16, rows, 1, rows // 2),
+        f"1 layer, {rows} of rank 1, one of {rows // 2}": into_a_crowd(*narrow, rows, 1, rows // 2),
         f"{args.layers} layers, {2 * big} of rank 2, one of {big}": into_a_crowd(
-            args.layers, args.width, 2 * big, 2, big
+            *wide, 2 * big, 2, big
         ),
     }
 
 
-def into_a_crowd(layers: int, width: int, small: int, rank: int, big: int) -> dict[str, float]:
+def into_a_crowd(
+    layers: int, width: int, place: torch.device, small: int, rank: int, big: int
+) -> dict[str, float]:
     """Milliseconds until the big adapter is resident, and the longest of a route meanwhile."""
     rows = small * rank
-    mux = lora_mux.attach(stack(layers, width), memory=rows * layers * row_bytes(width))
+    mux = lora_mux.attach(stack(layers, width, place), memory=rows * layers * row_bytes(width))
 
     def add(name: str, rank: int) -> None:
         pair = torch.randn(rank, width), torch.randn(width, rank)
@@ -169,7 +191,12 @@ def into_a_crowd(layers: int, width: int, small: int, rank: int, big: int) -> di
 
     other = threading.Thread(target=route)
     other.start()
-    arrival = milliseconds(lambda: mux.prefetch(["big"]), 1)["min"]
+
+    def arrive() -> None:
+        mux.prefetch(["big"])
+        wait(place)
+
+    arrival = milliseconds(arrive, 1)["min"]
     done.set()
     other.join()
     gone = sum(not mux.memory().adapters[name].resident for name in names)
@@ -177,14 +204,16 @@ def into_a_crowd(layers: int, width: int, small: int, rank: int, big: int) -> di
 
 
 def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
+    base, where = stack(args.layers, args.width, args.device), str(args.device)
     model: Any = peft.PeftModel.from_pretrained(
-        stack(args.layers, args.width), folders[0], adapter_name="a0"
+        base, folders[0], adapter_name="a0", torch_device=where
     )
     numbers = iter(progress_bar(range(1, args.peft), "PEFT"))
 
     def load() -> None:
         i = next(numbers)
-        model.load_adapter(folders[i % len(folders)], f"a{i}")
+        model.load_adapter(folders[i % len(folders)], f"a{i}", torch_device=where)
+        wait(args.device)
 
     loaded = milliseconds(load, args.peft - 1)
     hot = itertools.cycle([f"a{i}" for i in range(min(8, args.peft))])
@@ -194,22 +223,24 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
     others = {"folders": 48, "peft": 48, "crowd": 2000, "big": 256}
     others |= {"targets": 224, "registered": 2000}
     for name, default in (sizes | others).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PEFT's, about the base model's missing config
-        folders = save_folders(stack(args.layers, args.width), args.rank, args.folders, Path(root))
+        base = stack(args.layers, args.width, CPU)
+        folders = save_folders(base, args.rank, args.folders, Path(root))
         sizes = {key: getattr(args, key) for key in (*sizes, *others)}
         record = {
-            **provenance(torch.device("cpu")),
+            **provenance(args.device),
             "sizes": sizes,
             "milliseconds": {
                 "lora_mux": ours(args, folders),
@@ -226,7 +257,8 @@ def main() -> None:
     for what, figures in record["per adapter"].items():
         print(f"{what:54} {figures}")
     print(f"wrote {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

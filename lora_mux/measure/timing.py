@@ -64,6 +64,12 @@ def microseconds(
     return {name: _summary(values) | made[name][1] for name, values in samples.items()}
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def sets_for_cold_l2(bytes_of_a_call: int, device: torch.device) -> int:
     """How many sets of buffers it takes to fill L2 twice: then none is still in it.
 

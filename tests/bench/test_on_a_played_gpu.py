@@ -10,6 +10,8 @@ import peft  # noqa: F401  # which looks for a real GPU when it is first importe
 import pytest
 import torch
 
+import model
+import residency
 import run
 from cuda_clock import play_cuda
 from lora_mux import ops
@@ -99,3 +101,30 @@ def test_tune_and_bench(
     assert len(table["entries"]) == len(table["fused"]) == 1
     assert command_line(["bench", *shape, "--device", "cuda"]) == 0
     assert "with adapters" in capsys.readouterr().out
+
+
+def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock is not read before the device is done with a forward."""
+    cuda = play_cuda(monkeypatch, model, bench)
+    monkeypatch.setattr(model, "microseconds", partial(timing.microseconds, runs=3))
+    monkeypatch.setattr(model, "graphs", lambda *_: 1)  # torch.compile asks for a real GPU
+    out = tmp_path / "model.jsonl"
+    sizes = ["--layers", "2", "--adapters", "3"]
+    assert model.main([*sizes, "--device", "cuda", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["device"] == "a played GPU"
+    # A first look at the answer, then three rounds: our mixed and base forward, and PEFT's mixed.
+    assert cuda == (1 + 3 * 3) * ["synchronize"]
+
+
+def test_residency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = play_cuda(monkeypatch, residency, bench)
+    out = tmp_path / "residency.jsonl"
+    sizes = ["--layers", "2", "--width", "16", "--adapters", "9", "--resident", "2"]
+    files = ["--folders", "2", "--peft", "3", "--targets", "3", "--registered", "9"]
+    crowds = ["--crowd", "20", "--big", "4"]
+    assert residency.main([*sizes, *files, *crowds, "--device", "cuda", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["device"] == "a played GPU"
+    # What brings bytes: first uses, evictions, plain copies, PEFT's loads, and two big adapters.
+    assert cuda == (2 + 4 * 2 + 50 + 2 + 2) * ["synchronize"]

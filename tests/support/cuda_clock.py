@@ -73,7 +73,7 @@ def play_cuda(patch: pytest.MonkeyPatch, *modules: ModuleType, l2: int = 50 << 2
         "stream": nullcontext,
         "device": nullcontext,
         "current_stream": Stream,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: asked.append("synchronize"),
         "_sleep": lambda cycles: asked.append("sleep"),
         "is_available": lambda: True,
         "get_device_properties": lambda device=None: properties,
@@ -82,6 +82,7 @@ def play_cuda(patch: pytest.MonkeyPatch, *modules: ModuleType, l2: int = 50 << 2
         "set_sync_debug_mode": asked.set_mode,
     }.items():
         patch.setattr(torch.cuda, name, played)
+    patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     for module in modules:
         patch.setattr(module, "torch", _Torch("torch"))
     return asked
