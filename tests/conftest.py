@@ -36,6 +36,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from lora_mux.kernels.installed import PROBLEM  # imports triton
+
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="a long sweep: run with --slow"))
@@ -43,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU, without TRITON_INTERPRET"))
         if "interpreter" in item.keywords and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+        if "interpreter" in item.keywords and PROBLEM:
+            item.add_marker(pytest.mark.skip(reason=f"needs triton {PROBLEM}"))
 
 
 @pytest.fixture(autouse=True)
