@@ -245,6 +245,7 @@ class TestComingIn:
             check(model, X, [[(who, 1.0)]] * 3)
         assert mux.memory().capacity == 8 * 258
 
+    @pytest.mark.interpreter
     def test_on_the_operators_path(self, tmp_path: Path) -> None:
         """Triton's, where a handle that is absent is NaN, and check() raises."""
         layer = nn.Sequential(nn.Linear(*((12, 10))))

@@ -112,11 +112,12 @@ def test_every_shipped_config() -> None:
 
 
 @pytest.mark.slow
-def test_the_triton_of_the_gpu_machine(tmp_path: Path) -> None:
-    """Triton 3.6.0, alone in an environment: the kernel files import nothing but triton."""
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_the_oldest_and_the_newest_triton(version: str, tmp_path: Path) -> None:
+    """Alone in an environment: the kernel files import nothing but triton."""
     venv.create(tmp_path, with_pip=True)
     python = str(tmp_path / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "triton==3.6.0"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"triton=={version}"], check=True)
     check_all(reports(python=python))
 
 

@@ -117,7 +117,12 @@ def with_transformers(base: Any, folder: Path) -> Any:
     model = copy.deepcopy(base)
     model.load_adapter(str(folder / "plain"), "plain")
     model.load_adapter(str(folder / "biased"), "biased")
-    model.set_adapter(["plain", "biased"])
+    try:
+        model.set_adapter(["plain", "biased"])
+    except ValueError as error:  # transformers 5.24 wants peft 0.22, which is not out
+        if "version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(str(error))
+        raise
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import collected, crowded
+from continuous import batching, collected, crowded
 from transformers.generation.continuous_batching.requests import RequestState
 
 import lora_mux
@@ -57,16 +57,7 @@ def settings(sequences: int = 1, **fields: Any) -> dict[str, Any]:
             pad_token_id=0,
             num_return_sequences=sequences,
         ),
-        "continuous_batching_config": transformers.ContinuousBatchingConfig(
-            # Few blocks: else transformers makes a cache of 60 % of the memory.
-            **{
-                "max_batch_tokens": 24,
-                "num_blocks": 64,
-                "page_size": 8,
-                "allow_block_sharing": False,
-                **fields,
-            }
-        ),
+        "continuous_batching_config": batching(**fields),
     }
 
 
@@ -180,7 +171,7 @@ def test_a_cache_that_is_too_small(stage: SimpleNamespace, monkeypatch: pytest.M
         lambda state: again.append(state.request_id) or begin_again(state),
     )
     with stage.mux.route(ROWS):
-        assert generate_batch(stage.model, num_blocks=14, page_size=4) == stage.answers
+        assert generate_batch(stage.model, num_blocks=14, page=4) == stage.answers
     assert again
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import collected, crowded
+from continuous import batching, collected, crowded
 
 import lora_mux
 from lora_mux.errors import (
@@ -51,14 +51,11 @@ def alone(stage: SimpleNamespace, prompt: list[int], row: Any) -> list[int]:
 
 
 def settings(**fields: Any) -> dict[str, Any]:
-    batching = {"max_batch_tokens": 16, "num_blocks": 64, "page_size": 8, **fields}
     return {
         "generation_config": transformers.GenerationConfig(
             max_new_tokens=NEW, do_sample=False, eos_token_id=255, pad_token_id=0
         ),
-        "continuous_batching_config": transformers.ContinuousBatchingConfig(
-            allow_block_sharing=False, **batching
-        ),
+        "continuous_batching_config": batching(**{"max_batch_tokens": 16, **fields}),
     }
 
 

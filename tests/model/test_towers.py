@@ -351,6 +351,10 @@ def test_backward() -> None:
     assert_equal(got, weight.grad)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="torch 2.6 loses what CLIP of transformers 5.15 answers, without us too",
+)
 @torch.no_grad()
 def test_compiled() -> None:
     """A graph knows no arguments: what it would have to know is refused."""

@@ -1,6 +1,7 @@
 """Models and managers of transformers' continuous batching."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 
 import lora_mux
 from lora_mux.errors import PoolCapacityError
-from peft_oracle import configs, save_adapters
+from peft_oracle import configs, save_adapters, transformers
+
+
+def batching(page: int = 8, **fields: Any) -> Any:
+    """A config with few small pages of cache: by itself transformers takes 60 % of the memory."""
+    config = transformers.ContinuousBatchingConfig
+    is_new = "page_size" in inspect.signature(config).parameters  # block_size in 5.15 to 5.17
+    small = {"page_size" if is_new else "block_size": page, "num_blocks": 64}
+    return config(**{"max_batch_tokens": 24, "allow_block_sharing": False, **small, **fields})
 
 
 def collected(manager: Any, count: int) -> dict[str, list[int]]:
