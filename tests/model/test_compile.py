@@ -14,6 +14,9 @@ from peft_oracle import llama
 
 pytestmark = pytest.mark.usefixtures("no_old_graphs")
 
+OLD = torch.__version__.startswith("2.6.")
+whole_llama = pytest.mark.skipif(OLD, reason="torch 2.6 does not trace transformers' own wrapper")
+
 ROUTES: dict[str, Any] = {
     "subsets": ["a", None, ("a", "b", "c")],
     "weights": [{"b": -0.5}, {"c": 0.0, "a": 2.0}, "b"],
@@ -73,6 +76,7 @@ def small() -> tuple[nn.Module, lora_mux.Mux, list[int]]:
     return model, mux, add(mux, model)
 
 
+@whole_llama
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_one_graph_for_every_route_of_a_language_model(dynamic: bool) -> None:
@@ -175,6 +179,7 @@ def test_gradients_to_inputs_and_weights() -> None:
         assert bool((want != 0).any())
 
 
+@whole_llama
 @torch.no_grad()
 def test_static_cache_and_compiled_forward() -> None:
     """generate() with one graph for prefill and one for decode, whatever is routed."""
@@ -267,7 +272,15 @@ def test_export_with_sizes_that_change() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "strict",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(OLD, reason="torch 2.6 wants the index as an input")
+        ),
+    ],
+)
 @torch.no_grad()
 def test_export_keeps_the_route_in_force(strict: bool) -> None:
     model, mux, _ = small()
