@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_old_graphs")
 
 OLD = torch.__version__.startswith("2.6.")
 whole_llama = pytest.mark.skipif(OLD, reason="torch 2.6 does not trace transformers' own wrapper")
+exports = pytest.mark.skipif(OLD, reason="export of torch 2.6 loses rows: docs/support.md")
 
 ROUTES: dict[str, Any] = {
     "subsets": ["a", None, ("a", "b", "c")],
@@ -229,6 +230,7 @@ def test_one_graph_for_every_routing_of_a_layer_by_itself() -> None:
         routings[0].check()
 
 
+@exports
 @torch.no_grad()
 def test_export_with_the_routing_as_an_input() -> None:
     model, mux, handles = small()
@@ -252,6 +254,7 @@ def test_export_leaves_nothing_of_its_trace_behind() -> None:
     torch.testing.assert_close(compiled(model)(x), model(x))
 
 
+@exports
 @torch.no_grad()
 def test_export_with_sizes_that_change() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -272,15 +275,8 @@ def test_export_with_sizes_that_change() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-@pytest.mark.parametrize(
-    "strict",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.skipif(OLD, reason="torch 2.6 wants the index as an input")
-        ),
-    ],
-)
+@exports
+@pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_export_keeps_the_route_in_force(strict: bool) -> None:
     model, mux, _ = small()
