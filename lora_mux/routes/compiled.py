@@ -68,9 +68,10 @@ LIBRARY.define(
 
 def rows_now(view: Routing, manner: Manner, expand: Expand, router: int) -> Routing:
     """In a graph: the rows that this pass should have, of the shape of those it was given."""
-    # An exported program keeps the rows that it was made with. The flag, which torch 2.6 lacks:
-    # is_exporting() is True in whatever torch.compile of 2.7 to 2.12 traces.
-    if getattr(torch.compiler, "_is_exporting_flag", False):
+    # An exported program keeps the rows that it was made with. The flag: is_exporting() is True in
+    # whatever torch.compile of 2.7 to 2.12 traces. Torch 2.6 has neither, and exports without dynamo.
+    without_dynamo = not torch.compiler.is_dynamo_compiling()
+    if getattr(torch.compiler, "_is_exporting_flag", without_dynamo):
         return view
     # With gradients the rows are inputs of the graph, and of its backward.
     as_given = torch.is_grad_enabled()
