@@ -1,11 +1,14 @@
 """What switching and mixing cost over a whole model, against PEFT: python bench/model.py
 
 A stack of 200 linear layers of width 8 with 64 adapters loaded. Arithmetic costs next to nothing
-there, so the times show what a framework does for each layer and adapter. Minima of interleaved
-runs on the CPU. Then the number of graphs that torch.compile makes for new lists of names.
+there, so the times show what a framework does for each layer and adapter. A mixed forward comes
+with the names of the one before, as in decoding, or with the same in another order. Minima of
+interleaved runs on the CPU. Then the number of graphs that torch.compile makes for new lists of
+names.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +96,11 @@ def main() -> None:
     names = [f"a{i}" for i in range(args.adapters)]
     x = torch.randn(len(names), 8)
 
-    def mixed() -> torch.Tensor:
-        with mux.route(names):
+    lists = [names[i:] + names[:i] for i in range(5)]
+    other = itertools.cycle(lists)
+
+    def mixed(rows: list[str] = names) -> torch.Tensor:
+        with mux.route(rows):
             y: torch.Tensor = plain(x)
         return y
 
@@ -113,6 +119,7 @@ def main() -> None:
                 "set_adapter": lambda: mux.set_adapter("a1"),
                 "disable_adapter": disabled,
                 "mixed forward": mixed,
+                "mixed, other names": lambda: mixed(next(other)),
                 "base forward": lambda: (mux.set_adapter(None), plain(x)),
             }
         )
@@ -121,6 +128,7 @@ def main() -> None:
                 "set_adapter": lambda: theirs.set_adapter("a1"),
                 "disable_adapter": disabled_by_peft,
                 "mixed forward": lambda: theirs(x, adapter_names=names),
+                "mixed, other names": lambda: theirs(x, adapter_names=next(other)),
             }
         )
         # Above it comes after other calls, as in serving; here after itself, with warm caches.
@@ -130,7 +138,6 @@ def main() -> None:
         # Three layers do: only the number of graphs counts here.
         few = with_peft(3, args.adapters)
         ours, few_mux = with_ours(3, few, args.adapters)
-        lists = [names[i:] + names[:i] for i in range(5)]
         compiled = {
             "lora_mux": graphs(ours, [routed(few_mux, order, x) for order in lists]),
             "PEFT": graphs(few, [lambda m, o=order: m(x, adapter_names=o) for order in lists]),

@@ -97,6 +97,13 @@ class Route:
         return found
 
     @computed_once
+    def value(self) -> object:
+        """Equal where routes give any batch the same rows; only for what the host may read."""
+        given = self.routing.index, self.routing.weight
+        bits = ((t.shape, t.dtype, t.detach().view(torch.uint8).numpy().tobytes()) for t in given)
+        return *bits, self.per_token, self.uniform, self.expand
+
+    @computed_once
     def slots(self) -> frozenset[int] | None:
         """The slots of these handles; None if only the device knows."""
         return None if self.handles is None else frozenset(map(slot_of, self.handles))

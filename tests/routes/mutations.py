@@ -34,6 +34,15 @@ MUTATIONS = {
     "router: any pass is like the last": Mutation(
         PLANS, " or last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
+    "router: routes with other weights are alike": Mutation(
+        ROUTE,
+        "given = self.routing.index, self.routing.weight\n        bits",
+        "given = (self.routing.index,)\n        bits",
+        TEST_CPU_AND_TEST_LINEAR,
+    ),
+    "router: blocks with equal rows plan again": Mutation(
+        PLANS, "case = route.value,", "case = route,", TEST_CPU_AND_TEST_LINEAR
+    ),
     "router: a plan for each pass": Mutation(
         PLANS, "if case is None:", "if True:", TEST_CPU_AND_TEST_LINEAR
     ),
@@ -174,6 +183,9 @@ MUTATIONS = {
         "made = _read(padded(route, rows, places, index.device))",
         "return index.clone(), weight.clone()",
         TEST_SIDE_BY_SIDE,
+    ),
+    "compiled: sticky rows of before the first graph": Mutation(
+        COMPILED, "cell.source, cell.is_behind = sticky, True", "pass", TEST_COMPILE
     ),
     "compiled: gradients of another's rows": Mutation(
         COMPILED, "fits = owner.view.cell.source is route", "fits = True", TEST_SIDE_BY_SIDE
