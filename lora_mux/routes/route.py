@@ -98,9 +98,12 @@ class Route:
 
     @computed_once
     def value(self) -> object:
-        """Equal where routes give any batch the same rows; only for what the host may read."""
+        """Equal where routes give any batch the same rows, as far as the host may read them."""
         given = self.routing.index, self.routing.weight
-        bits = ((t.shape, t.dtype, t.detach().view(torch.uint8).numpy().tobytes()) for t in given)
+        if not all(map(host_may_read, given)):
+            return object()
+        parts = ((t.shape, t.dtype, t.detach().contiguous().view(torch.uint8)) for t in given)
+        bits = ((shape, dtype, part.numpy().tobytes()) for shape, dtype, part in parts)
         return *bits, self.per_token, self.uniform, self.expand
 
     @computed_once

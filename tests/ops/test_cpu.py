@@ -410,6 +410,24 @@ def test_forward_passes_with_other_weights_do_not() -> None:
     assert torch.equal(half[1], whole[1]) and not torch.equal(half[0], whole[0])
 
 
+def test_forward_passes_with_indices_of_equal_values_share_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However their numbers lie in memory."""
+    model, mux, _ = two_layers()
+    two, three = mux.adapters["a2"], mux.adapters["a3"]
+    index, x = torch.tensor([[two, three], [three, two], [-1, two]]), torch.randn(3, 24)
+    other = torch.stack([index[:, 0], index[:, 1]]).T  # by columns
+    made = planned(monkeypatch)
+    with torch.no_grad():
+        with mux.route(index):
+            want = model(x)
+        with mux.route(other):
+            assert not other.is_contiguous() and torch.equal(model(x), want) and len(made) == 1
+        with mux.route(index.flip(0)):
+            assert not torch.equal(model(x), want) and len(made) == 2
+
+
 @pytest.mark.parametrize("shapes", [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (2, 3))], ids=str)
 def test_forward_passes_of_other_batches_do_not(shapes: tuple[tuple[int, int], ...]) -> None:
     """As many rows, that belong to samples in another order."""

@@ -36,8 +36,8 @@ MUTATIONS = {
     ),
     "router: routes with other weights are alike": Mutation(
         ROUTE,
-        "given = self.routing.index, self.routing.weight\n        bits",
-        "given = (self.routing.index,)\n        bits",
+        "given = self.routing.index, self.routing.weight\n        if not all",
+        "given = (self.routing.index,)\n        if not all",
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "router: blocks with equal rows plan again": Mutation(
