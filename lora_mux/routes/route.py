@@ -22,6 +22,7 @@ from ..core import (
     routing_from_names,
     slot_of,
     unchecked_routing,
+    value_of,
 )
 from ..errors import RoutingError
 
@@ -99,12 +100,7 @@ class Route:
     @computed_once
     def value(self) -> object:
         """Equal where routes give any batch the same rows, as far as the host may read them."""
-        given = self.routing.index, self.routing.weight
-        if not all(map(host_may_read, given)):
-            return object()
-        parts = ((t.shape, t.dtype, t.detach().contiguous().view(torch.uint8)) for t in given)
-        bits = ((shape, dtype, part.numpy().tobytes()) for shape, dtype, part in parts)
-        return *bits, self.per_token, self.uniform, self.expand
+        return value_of(self.routing), self.per_token, self.uniform, self.expand
 
     @computed_once
     def slots(self) -> frozenset[int] | None:

@@ -35,9 +35,9 @@ MUTATIONS = {
         PLANS, " or last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
     "router: routes with other weights are alike": Mutation(
-        ROUTE,
-        "given = self.routing.index, self.routing.weight\n        if not all",
-        "given = (self.routing.index,)\n        if not all",
+        "core/routing.py",
+        "given = routing.index, routing.weight\n    if not all",
+        "given = (routing.index,)\n    if not all",
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "router: blocks with equal rows plan again": Mutation(
@@ -164,7 +164,7 @@ MUTATIONS = {
         THREADS, 'POOLS = ("concurrent.",', 'POOLS = ("none.",', TEST_THREADS
     ),
     "passes: another thread ends them": Mutation(
-        PASSES, "outer.thread is here and not", "not", TEST_SCOPES
+        PASSES, "began.thread is not self._thread.token or", "", TEST_SCOPES
     ),
     "passes: an interrupted one goes on": Mutation(
         ROUTER,
