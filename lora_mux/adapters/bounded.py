@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -108,7 +108,7 @@ class BoundedAdapters(Adapters):
         """
         handles = {name: one.handle for name, one in prepared.items()}
 
-        def before() -> tuple[dict[int, int], Iterable[int]]:
+        def before() -> tuple[dict[int, int], Collection[int]]:
             self._check_names(prepared, replace)
             found = {handle: self._slots.get(name) for name, handle in handles.items()}
             follows = {
@@ -134,13 +134,13 @@ class BoundedAdapters(Adapters):
     ) -> Result:
         """Put a new route in force, whose adapters are resident and stay."""
 
-        def route_and_handles() -> tuple[AnyRoute, Iterable[int]]:
+        def route_and_handles() -> tuple[AnyRoute, Collection[int]]:
             route = make()
             return route, self._handles_of(route)
 
         return self._made_resident(route_and_handles, publish, leaving)
 
-    def _handles_of(self, route: Route | None) -> Iterable[int]:
+    def _handles_of(self, route: Route | None) -> Collection[int]:
         if route is None or not route.handles:
             return ()
         if not (route.handles <= self._loaded.keys() and route.handles.isdisjoint(self._nameless)):
@@ -157,7 +157,7 @@ class BoundedAdapters(Adapters):
     def pin(self, name: str) -> None:
         """Make an adapter resident, and keep it so."""
 
-        def handle_of_name() -> tuple[int, Iterable[int]]:
+        def handle_of_name() -> tuple[int, Collection[int]]:
             handle = self._slots.lookup([name])[name]
             return handle, [handle]
 
@@ -171,7 +171,7 @@ class BoundedAdapters(Adapters):
 
     def _made_resident(
         self,
-        find: Callable[[], tuple[Found, Iterable[int]]],
+        find: Callable[[], tuple[Found, Collection[int]]],
         publish: Callable[[Found], Result],
         leaving: bool = False,
     ) -> Result:
@@ -200,15 +200,14 @@ class BoundedAdapters(Adapters):
     @synchronized
     def _step(
         self,
-        find: Callable[[], tuple[Found, Iterable[int]]],
+        find: Callable[[], tuple[Found, Collection[int]]],
         publish: Callable[[Found], Result],
         leaving: bool,
         read: Mapping[int, PackedTensors],
     ) -> tuple[dict[int, StoredAdapter], list[Result]]:
         """Go on as far as one holding of the lock may: what is still unread, and the result."""
         self._change.recover()
-        found, needed = find()
-        handles = list(needed)
+        found, handles = find()
         arriving = [handle for handle in handles if handle not in self._resident]
         if arriving:
             with self._change:
@@ -221,11 +220,11 @@ class BoundedAdapters(Adapters):
                 if not self._make_room(placement):
                     return {}, []
                 self._bring(placement.arriving, read)
-        with self._change:
-            self._use(handles)
+        for handle in handles:  # they are used now
+            self._resident.move_to_end(handle)
         return {}, [publish(found)]
 
-    def _find_room(self, arriving: list[int], wanted: list[int], leaving: bool) -> Placement:
+    def _find_room(self, arriving: list[int], wanted: Collection[int], leaving: bool) -> Placement:
         reachable = self._router.reachable(leaving)
         present = *self._nameless - self._claims.alive(), *self._resident
         # A route that only the device knows may select any adapter that is present.
@@ -295,11 +294,6 @@ class BoundedAdapters(Adapters):
                 self._erase(evicted)
         for handle in evicted:
             del self._resident[handle]
-
-    def _use(self, handles: Iterable[int]) -> None:
-        """Note that adapters are used now."""
-        for handle in handles:
-            self._resident.move_to_end(handle)
 
     def _free(self, handles: Iterable[int]) -> None:
         super()._free(handles)

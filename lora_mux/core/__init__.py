@@ -33,6 +33,7 @@ from .routing import LastPass as LastPass
 from .routing import Routing as Routing
 from .routing import host_may_read as host_may_read
 from .routing import unchecked_routing as unchecked_routing
+from .routing import value_of as value_of
 from .selections import Selection as Selection
 from .selections import routing_from_names as routing_from_names
 from .selections import weighted_adapters as weighted_adapters

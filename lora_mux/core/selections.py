@@ -113,8 +113,9 @@ def _one_each(
     """The routing of rows with one name each: what servers ask for, in a third of the time."""
     different = {*names} - {BASE}
     handle_of = {BASE: NONE, **handles([*different])}
-    index = torch.from_numpy(np.array([[handle_of[name]] for name in names], np.int64))
-    return unchecked_routing(index, (index != NONE).to(torch.float32), LastPass())
+    index = np.array([[handle_of[name]] for name in names], np.int64)
+    weight = (index != NONE).astype(np.float32)
+    return unchecked_routing(torch.from_numpy(index), torch.from_numpy(weight), LastPass())
 
 
 def _check_name(name: object, argument: str) -> str:

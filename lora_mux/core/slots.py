@@ -222,16 +222,15 @@ class Slots:
         Raises:
             UnknownAdapterError: lists every name that is not loaded.
         """
-        handles = {name: self._handles.get(name) for name in names}
-        unknown = sorted(name for name, handle in handles.items() if handle is None)
-        if unknown:
+        found = {name: h for name in names if (h := self._handles.get(name)) is not None}
+        if unknown := sorted({*names} - found.keys()):
             close = _closest(unknown[0], self._handles)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise UnknownAdapterError(
                 f"unknown adapter {_listed(map(repr, unknown), len(unknown))}{hint}; "
                 f"loaded: {_listed(map(repr, self.handles), len(self._handles))}"
             )
-        return {name: handle for name, handle in handles.items() if handle is not None}
+        return found
 
     def names_of(self, handles: Iterable[int]) -> list[str]:
         """The names that handles have, in the given order, each once."""

@@ -76,9 +76,12 @@ class Product(NamedTuple):
         K = _even(pool.in_features, dtype)
         A = _taken(pool.A_rows, self.rank_rows).to(dtype)
         B = _taken(pool.B_rows, self.rank_rows).to(dtype)
-        if A.shape[1] != K or B.shape[1] != N:  # rounded up in the pool
-            A, B = A[:, :K], B[:, :N]
-        return (A.view(G, R, K).mT, B.view(G, R, N)) if G > 1 else (A.mT, B)
+        (a, one), (b, step) = A.stride(), B.stride()
+        # One call each for what slice, view and mT do in three: rows are rounded up in the pool.
+        if G == 1:
+            return A.as_strided((K, R), (one, a)), B.as_strided((R, N), (b, step))
+        A_shape, A_strides = (G, K, R), (R * a, one, a)
+        return A.as_strided(A_shape, A_strides), B.as_strided((G, R, N), (R * b, b, step))
 
     def add_to(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
         """y[rows] += alpha * (x[rows] A, scaled and masked) B, for its factors."""

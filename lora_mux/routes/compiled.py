@@ -150,16 +150,20 @@ class Cells(dict[int, "weakref.ref[Cell]"]):
 
     are_read = False  # there is a graph that reads them
 
-    def begin_to_show(self, device: torch.device) -> None:
+    def begin_to_show(self, sticky: Route | None, device: torch.device) -> None:
         """From now on there is one."""
-        self.are_read = True
         for cell in self._alive():
+            if not self.are_read and not cell.in_scope:  # nobody has told it of the sticky rows
+                cell.between_passes = sticky
+                if not cell.in_pass and cell.source is not sticky:
+                    cell.source, cell.is_behind = sticky, True
             cell.is_read = True
             if cell.is_behind:
                 cell.make(device)
+        self.are_read = True
 
     def follow_sticky(self, route: Route | None, device: torch.device) -> None:
-        """The sticky rows have changed."""
+        """The sticky rows have changed: only where there is one somebody has to tell the cells."""
         for cell in self._alive():
             if not cell.in_scope:
                 cell.follow(route, device, False)
@@ -219,10 +223,6 @@ class Cell:
             # torch.export is tracing: sizes may be symbols, which must not outlive the trace.
             self.route, self.is_behind = route or self._base, False
             return
-        if route is not None:
-            self._places = max(self._places, route.routing.index.shape[1])
-            if not (route.uniform or route.per_token):
-                self._rows = route.routing.rows
         self.is_behind = True
         if self.is_read:
             self.make(device)
@@ -230,9 +230,14 @@ class Cell:
     def make(self, device: torch.device) -> None:
         """Make what graphs read, on a device."""
         self.is_behind = False
+        route = self.source
+        if route is not None:
+            self._places = max(self._places, route.routing.index.shape[1])
+            if not (route.uniform or route.per_token):
+                self._rows = route.routing.rows
         shape = self._rows, self._places, CPU if device.type == "meta" else device
-        if self.source is not None:
-            self.route = padded(self.source, *shape)
+        if route is not None:
+            self.route = padded(route, *shape)
             return
         if self._base_shape != shape:  # each block ends with the base model
             self._base_shape, self._base = shape, _base(*shape)

@@ -198,12 +198,11 @@ class Passes:
 
     def forget_interrupted(self) -> None:
         """Forget passes and backwards that an interrupt has ended, of which nothing tells us."""
-        outer = self.current()
-        # One of another thread is in a copied context; only that thread knows whether it runs.
-        here = self._thread.token
-        while outer is not None and outer.thread is here and not is_running(outer.caller):
+        while (began := self.current()) is not None:
+            # One of another thread is in a copied context; only that thread knows whether it runs.
+            if began.thread is not self._thread.token or is_running(began.caller):
+                break
             self.end()
-            outer = self.current()
         if self._in_backward and torch._C._current_graph_task_id() == -1:
             self._in_backward.pop(self._thread.backward, None)
 

@@ -101,7 +101,7 @@ class Plans:
             return self._made(now, x, rows, samples, method, site)
         layers, case = (rows, site, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
-            case = route, rows, samples, shape.beams, self._slots.suspensions
+            case = route.value, rows, samples, shape.beams, self._slots.suspensions
         known = self._shared.find(now.plans, layers, case)
         if known is None:
             made = self._made(now, x, rows, samples, method, site)

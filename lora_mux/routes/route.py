@@ -22,6 +22,7 @@ from ..core import (
     routing_from_names,
     slot_of,
     unchecked_routing,
+    value_of,
 )
 from ..errors import RoutingError
 
@@ -95,6 +96,11 @@ class Route:
                 return None
             found |= route.handles
         return found
+
+    @computed_once
+    def value(self) -> object:
+        """Equal where routes give any batch the same rows, as far as the host may read them."""
+        return value_of(self.routing), self.per_token, self.uniform, self.expand
 
     @computed_once
     def slots(self) -> frozenset[int] | None:

@@ -73,13 +73,10 @@ class Router:
         vars(self).update(state)
         self._begin_life()
 
+    @synchronized
     def set(self, route: Route | None) -> None:
         """Choose the sticky rows: every pass that begins from now on, and has no others."""
         self.passes.forget_interrupted()
-        self._set_sticky(route)
-
-    @synchronized
-    def _set_sticky(self, route: Route | None) -> None:
         self._left(self.sticky.route)
         self.sticky.route, self.sticky.is_chosen = route, True
         self._follow_sticky()
@@ -108,9 +105,10 @@ class Router:
         return route is not None and route.named and handle in (route.handles or ())
 
     def _follow_sticky(self) -> None:
-        route, device = self.sticky.route, self._device()
+        route = self.sticky.route
         self._routed(route)
-        self._cells.follow_sticky(route, device)
+        if self._cells.are_read or torch.compiler.is_compiling():
+            self._cells.follow_sticky(route, self._device())
         if self.captured:
             self.captured.follow_sticky(route)
 
@@ -123,10 +121,10 @@ class Router:
     @synchronized
     def begin_to_show(self) -> None:
         """There is a graph that reads the views of all threads."""
-        self._cells.begin_to_show(self._device())
+        self._cells.begin_to_show(self.sticky.route, self._device())
 
     def _device(self) -> torch.device:
-        # Not anchor.A_rows: the look-up by nn.Module takes 1 of set_adapter's 8 us.
+        # Not anchor.A_rows: the look-up by nn.Module takes a microsecond.
         rows: Any = None if self.anchor is None else self.anchor._buffers["A_rows"]
         return torch.device("cpu") if rows is None else rows.device
 

@@ -79,6 +79,12 @@ MUTATIONS = {
     "adapters: removed under a forward in progress": Mutation(
         RESIDENT, "if users is not None and handle not in users:", "if True:", TEST_BOUNDED
     ),
+    "adapters: routes look through all that were loaded at once": Mutation(
+        RESIDENT,
+        "self._nameless = self._nameless.difference(self._binding.values())",
+        "self._nameless.difference_update(self._binding.values())",
+        TEST_BOUNDED,
+    ),
     "adapters: a replaced one stays for ever": Mutation(
         RESIDENT, "if users is not None and handle not in users:", "if False:", TEST_BOUNDED
     ),

@@ -722,6 +722,12 @@ class TestManyAtOnce:
         with pytest.raises(TypeError, match="`folders`"):
             stage.mux.load_many([good])  # type: ignore[arg-type]
 
+    def test_routes_afterwards_do_not_look_through_all_of_them(self, stage: Stage) -> None:
+        folder = stage.tenants["a"].folder
+        stage.mux.load_many({f"a{i}": folder for i in range(100)})
+        # A set from which elements go keeps their room, and a look at it takes as long as before.
+        assert sys.getsizeof(stage.mux._adapters._nameless) == sys.getsizeof(set())
+
     def test_a_bar_on_a_terminal(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:

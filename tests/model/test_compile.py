@@ -105,6 +105,21 @@ def test_one_graph_for_every_route_of_a_language_model(dynamic: bool) -> None:
 
 
 @torch.no_grad()
+def test_the_first_graph_has_the_sticky_rows_that_were_chosen_before_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    mux = lora_mux.attach(model)
+    add(mux, model)
+    x = torch.randn(3, 8)
+    mux.set_adapter("b")
+    want = model(x)
+    mux.set_adapter("a")
+    assert not torch.allclose(model(x), want)
+    mux.set_adapter("b")
+    with torch.enable_grad():  # so that the graph computes with the rows that it is given
+        got = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+
+
 def test_the_model_inside_a_compiled_function() -> None:
     """Then the model's hooks are part of the graph."""
     model, mux, _ = small()

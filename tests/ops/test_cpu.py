@@ -389,10 +389,43 @@ def test_forward_passes_that_are_alike_share_a_plan(monkeypatch: pytest.MonkeyPa
             assert torch.equal(model(x), want) and not made
             mux.remove("a5")
             assert torch.equal(model(x), want) and len(made) == 1
+        with mux.route(a):  # another block with equal rows, as a server opens one for each step
+            assert torch.equal(model(x), want) and len(made) == 1
         with mux.route(b):
             assert not torch.equal(model(x), want) and len(made) == 2
         with mux.route(a):
             assert torch.equal(model(x), want) and len(made) == 3
+
+
+def test_forward_passes_with_other_weights_do_not() -> None:
+    model, mux, _ = two_layers()
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        with mux.route([{"a2": 1.0}, {"a3": 1.0}]):
+            whole = model(x)
+        with mux.route([{"a2": 0.5}, {"a3": 1.0}]):
+            half = model(x)
+        with mux.route([{"a2": 0.5}, "a3"]):
+            assert torch.equal(model(x), half)
+    assert torch.equal(half[1], whole[1]) and not torch.equal(half[0], whole[0])
+
+
+def test_forward_passes_with_indices_of_equal_values_share_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However their numbers lie in memory."""
+    model, mux, _ = two_layers()
+    two, three = mux.adapters["a2"], mux.adapters["a3"]
+    index, x = torch.tensor([[two, three], [three, two], [-1, two]]), torch.randn(3, 24)
+    other = torch.stack([index[:, 0], index[:, 1]]).T  # by columns
+    made = planned(monkeypatch)
+    with torch.no_grad():
+        with mux.route(index):
+            want = model(x)
+        with mux.route(other):
+            assert not other.is_contiguous() and torch.equal(model(x), want) and len(made) == 1
+        with mux.route(index.flip(0)):
+            assert not torch.equal(model(x), want) and len(made) == 2
 
 
 @pytest.mark.parametrize("shapes", [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (2, 3))], ids=str)

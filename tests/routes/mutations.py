@@ -34,6 +34,15 @@ MUTATIONS = {
     "router: any pass is like the last": Mutation(
         PLANS, " or last.case != case", "", TEST_CPU_AND_TEST_LINEAR
     ),
+    "router: routes with other weights are alike": Mutation(
+        "core/routing.py",
+        "given = routing.index, routing.weight\n    if not all",
+        "given = (routing.index,)\n    if not all",
+        TEST_CPU_AND_TEST_LINEAR,
+    ),
+    "router: blocks with equal rows plan again": Mutation(
+        PLANS, "case = route.value,", "case = route,", TEST_CPU_AND_TEST_LINEAR
+    ),
     "router: a plan for each pass": Mutation(
         PLANS, "if case is None:", "if True:", TEST_CPU_AND_TEST_LINEAR
     ),
@@ -155,7 +164,7 @@ MUTATIONS = {
         THREADS, 'POOLS = ("concurrent.",', 'POOLS = ("none.",', TEST_THREADS
     ),
     "passes: another thread ends them": Mutation(
-        PASSES, "outer.thread is here and not", "not", TEST_SCOPES
+        PASSES, "began.thread is not self._thread.token or", "", TEST_SCOPES
     ),
     "passes: an interrupted one goes on": Mutation(
         ROUTER,
@@ -174,6 +183,9 @@ MUTATIONS = {
         "made = _read(padded(route, rows, places, index.device))",
         "return index.clone(), weight.clone()",
         TEST_SIDE_BY_SIDE,
+    ),
+    "compiled: sticky rows of before the first graph": Mutation(
+        COMPILED, "cell.source, cell.is_behind = sticky, True", "pass", TEST_COMPILE
     ),
     "compiled: gradients of another's rows": Mutation(
         COMPILED, "fits = owner.view.cell.source is route", "fits = True", TEST_SIDE_BY_SIDE
