@@ -69,7 +69,8 @@ LIBRARY.define(
 def rows_now(view: Routing, manner: Manner, expand: Expand, router: int) -> Routing:
     """In a graph: the rows that this pass should have, of the shape of those it was given."""
     # An exported program keeps the rows that it was made with. The flag: is_exporting() is True in
-    # whatever torch.compile of 2.7 to 2.12 traces. Torch 2.6 has neither, and exports without dynamo.
+    # whatever torch.compile of 2.7 to 2.12 traces. Torch 2.6 has neither, and exports without
+    # dynamo.
     without_dynamo = not torch.compiler.is_dynamo_compiling()
     if getattr(torch.compiler, "_is_exporting_flag", without_dynamo):
         return view
