@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_mux
+from lora_mux.adapters.memory_report import MemoryReport, PoolMemory
 from lora_mux.errors import (
     CheckpointError,
     PoolCapacityError,
@@ -112,6 +113,15 @@ class TestSizes:
         assert [pool.largest_free_run for pool in memory.targets.values()] == [5, 3]
         assert "2 of 6 adapters" in str(memory)
 
+    @pytest.mark.parametrize(
+        ("rank_rows", "words"),
+        [(7, "896 bytes"), (12, "1.5 KiB"), (1 << 20, "128 MiB"), (3 << 23, "3 GiB")],
+    )
+    def test_a_report_has_short_numbers(self, rank_rows: int, words: str) -> None:
+        pool = PoolMemory(rank_rows, used=0, largest_free_run=5, row_bytes=128)
+        report = str(MemoryReport({"q": pool}, {}, 0))
+        assert report.startswith(f"0 bytes of {words} used by 0 of 0 adapters; 5 consecutive")
+
     def test_without_memory_all_is_resident(self) -> None:
         mux = lora_mux.attach(Model())
         mux.add_adapter("a", {"first": (torch.ones(2, 12), torch.ones(10, 2))}, alpha=1)
@@ -203,6 +213,13 @@ class TestComingIn:
             else:
                 stage.mux.set_adapter(names[0])
                 stage.check(names[0], names[0])
+
+    def test_a_handle_that_is_away_is_refused_by_a_layer(self, stage: Stage) -> None:
+        """Handed to it past all routes, which would bring it in."""
+        handle = stage.mux.adapters["a"]
+        stage.mux.prefetch(["b", "c"])
+        with pytest.raises(UnknownAdapterError, match=rf"{handle}, whose adapter made room"):
+            stage.model.first(X[:1], lora_mux.Routing(torch.tensor([[handle]])))
 
     def test_half_precision(self, tmp_path: Path) -> None:
         model = Model().to(torch.bfloat16)
