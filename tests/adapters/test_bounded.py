@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_mux
+from lora_mux.adapters import bounded
 from lora_mux.adapters.memory_report import MemoryReport, PoolMemory
 from lora_mux.errors import (
     CheckpointError,
@@ -389,6 +391,16 @@ class TestFragments:
         spans = {s: (v.offset, v.rows) for s, v in stage.model.first.mux_pool.spans.items()}
         assert sorted(spans.values()) == [(0, 3), (3, 6), (9, 3)]
 
+    def test_room_is_made_in_steps(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between which others may pass: here, one adapter of two pools goes in each."""
+        stage.mux.prefetch(["a", "b"])
+        monkeypatch.setattr(bounded, "SPANS_AT_ONCE", 2)
+        seen: list[set[str]] = []
+        passing = SimpleNamespace(sleep=lambda seconds: seen.append(stage.resident))
+        monkeypatch.setattr(bounded, "time", passing)
+        stage.route("e")
+        assert seen == [{"a", "b"}, {"b"}] and stage.resident == {"e"}  # read, and made room
+
     def test_room_is_made_by_evicting_before_moving(self, tmp_path: Path) -> None:
         stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 6})
         stage.mux.prefetch(["a", "b", "c", "d"])
@@ -545,6 +557,20 @@ class TestReplacing:
         old = stage.tenants["a"]
         stage.mux.load("a", stage.make("a", 4, version=1).folder, replace=True)
         check(stage.model, X[:1], [[(old, 1.0)]])
+
+    def test_what_only_the_route_that_ends_has_used_goes_with_it(self, stage: Stage) -> None:
+        """Its handle has no name any more, and its rank rows are needed."""
+        self.test_a_route_of_handles_does_not_follow(stage)
+        assert stage.mux.memory().replaced > 0
+        stage.mux.set_adapter("e")
+        assert stage.mux.memory().replaced == 0 and stage.resident == {"e"}
+        stage.check("e", "e", "e")
+
+    def test_a_route_of_handles_that_are_gone(self, stage: Stage) -> None:
+        block = stage.mux.route(torch.tensor([[stage.mux.adapters["a"]]]))
+        stage.mux.remove("a")
+        with pytest.raises(UnknownAdapterError, match="was removed or replaced"), block:
+            pass
 
     def test_no_room_beside_the_one_in_use(self, stage: Stage) -> None:
         stage.mux.set_adapter("e")

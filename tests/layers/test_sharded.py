@@ -34,7 +34,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {case: ast.literal_eval(value) for case, _, value in lines}
 
 
-WAYS = ["transformers", "parallelize_module", "fully_shard", "attach, then fully_shard"]
+WAYS = [
+    *("transformers", "parallelize_module", "with memory"),
+    *("fully_shard", "attach, then fully_shard"),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
