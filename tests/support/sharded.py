@@ -166,6 +166,10 @@ def main() -> None:
     uneven = torch.nn.Sequential(torch.nn.Linear(8, 7))
     parallelize_module(uneven, mesh, {"0": ColwiseParallel()})
     report("refused: uneven", refusal(lambda: lora_mux.attach(uneven)))
+    patched = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    parallelize_module(patched, mesh, {"0": ColwiseParallel()})
+    patched[0].forward = patched[0].forward
+    report("refused: patched", refusal(lambda: lora_mux.attach(patched)))
     dist.destroy_process_group()
 
 
