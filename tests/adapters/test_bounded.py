@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_mux
+from lora_mux.adapters import bounded
+from lora_mux.adapters.memory_report import MemoryReport, PoolMemory
 from lora_mux.errors import (
     CheckpointError,
     PoolCapacityError,
@@ -112,6 +115,15 @@ class TestSizes:
         assert [pool.largest_free_run for pool in memory.targets.values()] == [5, 3]
         assert "2 of 6 adapters" in str(memory)
 
+    @pytest.mark.parametrize(
+        ("rank_rows", "words"),
+        [(7, "896 bytes"), (12, "1.5 KiB"), (1 << 20, "128 MiB"), (3 << 23, "3 GiB")],
+    )
+    def test_a_report_has_short_numbers(self, rank_rows: int, words: str) -> None:
+        pool = PoolMemory(rank_rows, used=0, largest_free_run=5, row_bytes=128)
+        report = str(MemoryReport({"q": pool}, {}, 0))
+        assert report.startswith(f"0 bytes of {words} used by 0 of 0 adapters; 5 consecutive")
+
     def test_without_memory_all_is_resident(self) -> None:
         mux = lora_mux.attach(Model())
         mux.add_adapter("a", {"first": (torch.ones(2, 12), torch.ones(10, 2))}, alpha=1)
@@ -203,6 +215,13 @@ class TestComingIn:
             else:
                 stage.mux.set_adapter(names[0])
                 stage.check(names[0], names[0])
+
+    def test_a_handle_that_is_away_is_refused_by_a_layer(self, stage: Stage) -> None:
+        """Handed to it past all routes, which would bring it in."""
+        handle = stage.mux.adapters["a"]
+        stage.mux.prefetch(["b", "c"])
+        with pytest.raises(UnknownAdapterError, match=rf"{handle}, whose adapter made room"):
+            stage.model.first(X[:1], lora_mux.Routing(torch.tensor([[handle]])))
 
     def test_half_precision(self, tmp_path: Path) -> None:
         model = Model().to(torch.bfloat16)
@@ -373,6 +392,16 @@ class TestFragments:
         spans = {s: (v.offset, v.rows) for s, v in stage.model.first.mux_pool.spans.items()}
         assert sorted(spans.values()) == [(0, 3), (3, 6), (9, 3)]
 
+    def test_room_is_made_in_steps(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between which others may pass: here, one adapter of two pools goes in each."""
+        stage.mux.prefetch(["a", "b"])
+        monkeypatch.setattr(bounded, "SPANS_AT_ONCE", 2)
+        seen: list[set[str]] = []
+        passing = SimpleNamespace(sleep=lambda seconds: seen.append(stage.resident))
+        monkeypatch.setattr(bounded, "time", passing)
+        stage.route("e")
+        assert seen == [{"a", "b"}, {"b"}] and stage.resident == {"e"}  # read, and made room
+
     def test_room_is_made_by_evicting_before_moving(self, tmp_path: Path) -> None:
         stage = Stage(tmp_path, 12, {"a": 3, "b": 3, "c": 3, "d": 3, "e": 6})
         stage.mux.prefetch(["a", "b", "c", "d"])
@@ -529,6 +558,20 @@ class TestReplacing:
         old = stage.tenants["a"]
         stage.mux.load("a", stage.make("a", 4, version=1).folder, replace=True)
         check(stage.model, X[:1], [[(old, 1.0)]])
+
+    def test_what_only_the_route_that_ends_has_used_goes_with_it(self, stage: Stage) -> None:
+        """Its handle has no name any more, and its rank rows are needed."""
+        self.test_a_route_of_handles_does_not_follow(stage)
+        assert stage.mux.memory().replaced > 0
+        stage.mux.set_adapter("e")
+        assert stage.mux.memory().replaced == 0 and stage.resident == {"e"}
+        stage.check("e", "e", "e")
+
+    def test_a_route_of_handles_that_are_gone(self, stage: Stage) -> None:
+        block = stage.mux.route(torch.tensor([[stage.mux.adapters["a"]]]))
+        stage.mux.remove("a")
+        with pytest.raises(UnknownAdapterError, match="was removed or replaced"), block:
+            pass
 
     def test_no_room_beside_the_one_in_use(self, stage: Stage) -> None:
         stage.mux.set_adapter("e")

@@ -393,6 +393,13 @@ class TestLinks:
         (snapshot / WEIGHTS).symlink_to(target)
         refuse(snapshot, WEIGHTS)
 
+    def test_to_blobs_where_there_is_no_cache(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "any" / "adapter")
+        (tmp_path / "blobs").mkdir()
+        (folder / WEIGHTS).rename(tmp_path / "blobs" / "0123")
+        (folder / WEIGHTS).symlink_to("../../blobs/0123")
+        refuse(folder, "got a link to '../../blobs/0123'")
+
     @pytest.mark.parametrize("name", ["blobs", "snapshots", "a blob"])
     def test_a_cache_of_links(self, name: str, tmp_path: Path) -> None:
         """Blobs of another tenant's, or a folder elsewhere that has some."""

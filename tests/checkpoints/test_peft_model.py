@@ -26,3 +26,14 @@ def test_a_scaling_that_fp32_does_not_hold(scale: float) -> None:
     mux = lora_mux.attach_peft(model)
     assert not isinstance(mux.model, peft.PeftModel)
     torch.testing.assert_close(mux.model(x), want)
+
+
+def test_factors_that_are_integers() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 4)), config, adapter_name="sql")
+    integers = torch.ones(2, 8, dtype=torch.int8)
+    model.base_model.model[0].lora_A["sql"].weight = nn.Parameter(integers, requires_grad=False)
+    says = r"adapter 'sql'.*lora_A.weight' must be floating, got torch.int8"
+    with pytest.raises(lora_mux.errors.CheckpointError, match=says):
+        lora_mux.attach_peft(model)
+    assert isinstance(model, peft.PeftModel)

@@ -20,6 +20,7 @@ from lora_mux.checkpoints import safetensors_file
 from lora_mux.checkpoints.opened_folder import open_folder
 from lora_mux.checkpoints.safetensors_file import FLOATING, Header, parse_header, read_header
 from lora_mux.errors import CheckpointError
+from tenants import Model, tenant
 
 FILE = "adapter_model.safetensors"
 # What the library takes and we refuse, by words of our messages.
@@ -219,3 +220,22 @@ def peak_bytes() -> int:
     resource = pytest.importorskip("resource")
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_values_for_which_there_is_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, mux = tenant(tmp_path / "a", {"first": 4}, 0), lora_mux.attach(Model())
+    empty = torch.empty
+
+    def full(*size: Any, pin_memory: bool | None = None, **how: Any) -> torch.Tensor:
+        if pin_memory is None:  # not for a file
+            return empty(*size, **how)
+        raise RuntimeError("not enough memory: you tried to allocate so many")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(CheckpointError, match="352 bytes must fit into memory, got not enough"):
+            mux.load("a", made.folder)
+    assert not mux.adapters
+    mux.load("a", made.folder)

@@ -13,6 +13,7 @@ TEST_CASTS = ("core/test_casts.py",)
 TEST_NUMBERS = ("core/test_numbers.py",)
 TEST_FREE_RUNS = ("core/test_free_runs.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
+TEST_STREAMS = ("core/test_streams.py",)
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 MUTATIONS = {
     "arguments: numbers that only a float holds": Mutation(
@@ -26,6 +27,12 @@ MUTATIONS = {
         "self.A_rows[start : start + used, self.in_features :] = 0",
         "pass",
         TEST_BF16_PRODUCTS,
+    ),
+    "pool: what other streams read and write while it moves": Mutation(
+        POOL, "torch.cuda.synchronize(self.A_rows.device)", "pass", TEST_STREAMS
+    ),
+    "routing: a check while the pass runs": Mutation(
+        ROUTING, "torch.cuda.synchronize(states.device)", "pass", TEST_STREAMS
     ),
     "pool: infinite after a cast": Mutation(POOL, "self._confine()", "pass", TEST_CASTS),
     "pool: one version before and after rows slide": Mutation(

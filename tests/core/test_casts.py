@@ -28,6 +28,12 @@ def cast(layer: nn.Module, dtype: torch.dtype) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
+def test_a_layer_without_adapters_has_nothing_that_overflows() -> None:
+    layer = lora_mux.MuxLinear(nn.Linear(16, 12))
+    assert cast(layer, torch.float16) == []
+    assert layer(torch.ones(1, 16, dtype=torch.float16)).shape == (1, 12)
+
+
 @pytest.mark.parametrize("rows_of_each", [1, 30])
 @pytest.mark.parametrize("name", TOO_LARGE)
 @pytest.mark.parametrize("backend", BACKENDS)

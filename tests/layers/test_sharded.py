@@ -34,7 +34,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {case: ast.literal_eval(value) for case, _, value in lines}
 
 
-WAYS = ["transformers", "parallelize_module", "fully_shard", "attach, then fully_shard"]
+WAYS = [
+    *("transformers", "parallelize_module", "with memory"),
+    *("fully_shard", "attach, then fully_shard"),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -68,6 +71,7 @@ def test_detached(results: dict[str, Any]) -> None:
     [
         ("shapes of a part", "A [r, 64] and B [64, r], got [2, 64] and [32, 2]"),
         ("uneven", "split evenly"),
+        ("patched", "patched on the instance, by something other than transformers"),
     ],
 )
 def test_refusals(what: str, says: str, results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from lora_mux.cli import main
 from lora_mux.errors import BackendError
 from lora_mux.kernels import launch
 from lora_mux.kernels.config import Architecture, choose, choose_fused
+from lora_mux.measure import tune
 from lora_mux.ops import tuned
 
 CASE = tuned.Case(32, 4096, 4096, 16, 1, 2)
@@ -185,6 +186,29 @@ def test_tune_writes_a_table_that_layers_then_use(
     invariant = LayerCase(ranks=(16, 16, 16), backend="triton", batch_invariant=True)
     invariant.check(invariant.x(4), torch.tensor([[0], [1], [-1], [2]]))
     assert seen[-1].block_n != 16  # measured ones differ with the rows
+
+
+def test_what_a_gpu_refuses_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """But for what it runs now: that is no matter of tuning."""
+
+    def call(config: Any, n: int) -> None:
+        if config.block_n == OTHER.block_n:
+            raise RuntimeError("out of resource: shared memory")
+
+    assert tune._runnable(call, {"best": PLAIN, "128": OTHER}) == {"best": PLAIN}
+    assert f"left out {OTHER}: RuntimeError" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="out of resource"):
+        tune._runnable(call, {"best": OTHER})
+
+
+def test_what_cannot_be_is_not_tried() -> None:
+    limited = replace(PLAIN, registers=128)
+    assert tune._with(limited, "registers", 255) == replace(PLAIN, registers=255)
+    assert tune._with(replace(PLAIN, registers=None), "registers", 255) is None  # AMD's
+    deep = replace(PLAIN, block_k=256, shrink_stages=1)
+    assert tune._with(deep, "shrink_stages", 2) == replace(deep, shrink_stages=2)
+    # 16 rows of x and 64 of A, 256 columns of 4 bytes, and that four times: 327,680 bytes.
+    assert tune._with(deep, "shrink_stages", 4) is None
 
 
 def test_without_a_gpu_tune_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,8 @@ def load(**how: Any) -> Any:
     ).eval()
 
 
-def attach(model: Any, backend: Any = "auto") -> lora_mux.Mux:
-    mux = lora_mux.attach(model, backend=backend)
+def attach(model: Any, **how: Any) -> lora_mux.Mux:
+    mux = lora_mux.attach(model, **how)
     for rank, name in ((2, "a"), (5, "b")):
         weights = {}
         for i, path in enumerate(mux.targets):
@@ -104,12 +104,14 @@ def main() -> None:
         tokens = reference.generate(IDS, max_new_tokens=6, do_sample=False)
     wanted = gradients(reference, mux)
 
-    def prepared(shard: Callable[[Any, Any], None], first: bool) -> tuple[Any, lora_mux.Mux]:
+    def prepared(
+        shard: Callable[[Any, Any], None], first: bool, **how: Any
+    ) -> tuple[Any, lora_mux.Mux]:
         model = load()
         if first:
-            mux = attach(model)
+            mux = attach(model, **how)
         shard(model, mesh)
-        return model, mux if first else attach(model)
+        return model, mux if first else attach(model, **how)
 
     def transformers_parallel() -> tuple[Any, lora_mux.Mux]:
         model = load(distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
@@ -123,6 +125,7 @@ def main() -> None:
     cases: dict[str, Callable[[], tuple[Any, lora_mux.Mux]]] = {
         "transformers": transformers_parallel,
         "parallelize_module": lambda: prepared(torch_parallel, first=False),
+        "with memory": lambda: prepared(torch_parallel, first=False, memory="1MiB"),
         "fully_shard": lambda: prepared(fsdp, first=False),
         "attach, then fully_shard": lambda: prepared(fsdp, first=True),
     }
@@ -145,7 +148,7 @@ def main() -> None:
     for backend in ("reference", "triton"):
         model = load()
         torch_parallel(model, mesh)
-        found = gradients(model, attach(model, backend))
+        found = gradients(model, attach(model, backend=backend))
         error = (found["weights"] - wanted["weights"]).abs().max() / wanted["weights"].abs().max()
         report(f"{backend}: gradient error", error.item())
     report("effect", (want - base).abs().max().item())
@@ -163,6 +166,10 @@ def main() -> None:
     uneven = torch.nn.Sequential(torch.nn.Linear(8, 7))
     parallelize_module(uneven, mesh, {"0": ColwiseParallel()})
     report("refused: uneven", refusal(lambda: lora_mux.attach(uneven)))
+    patched = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    parallelize_module(patched, mesh, {"0": ColwiseParallel()})
+    patched[0].forward = patched[0].forward
+    report("refused: patched", refusal(lambda: lora_mux.attach(patched)))
     dist.destroy_process_group()
 
 
