@@ -82,7 +82,8 @@ class Problem:
         """The same for the fused kernel."""
         from ..kernels import config
 
-        return config.choose_fused(self.case.rows, self.case.out_features, self.architecture)
+        rows, _, N, rank, J, _ = self.case
+        return config.choose_fused(rows, N, rank, J, self.architecture)
 
     def pair(self, config: "Config", n: int) -> None:
         """One shrink and one expand."""

@@ -262,7 +262,9 @@ def triton_linear(
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
     chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
     if chosen is None:
-        chosen = config.choose_fused(M, N, launch.architecture(x.device))
+        chosen = config.choose_fused(
+            M, N, case.rank, plan.slots.shape[1], launch.architecture(x.device)
+        )
     before = None
     if M > config.SHRINKS_WITHIN:
         before = _config(inputs, W.T, pool.A_rows, plan, how)
@@ -287,7 +289,7 @@ def _triton_strength_gradient(
         shape = launch.h_shape(plan, how.max_rank, config)
         h = x.new_zeros(shape, dtype=torch.float32)
         launch.shrink(vectors, h, plan, pool, config, weighted=False)
-        products.append(h.sum(0))
+        products.append(h.sum(3))
     scaling = torch.where(plan.slots >= 0, rows.scaling[plan.slots.clamp(min=0)], 0.0)
     return gradient.copy_((products[0] * products[1]).sum(2) * scaling)
 

@@ -83,9 +83,9 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
     }
     ints = {
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
-        "shrink": "M K J R U stride_xm stride_ac",
-        "expand": "M N J R U stride_bc stride_ym",
-        "fused": "M K N J R U stream_number groups "
+        "shrink": "M K J R U S stride_xm stride_ac",
+        "expand": "M N J R U S stride_bc stride_ym",
+        "fused": "M K N J R U S stream_number groups "
         "stride_xm stride_wn stride_ac stride_bc stride_ym",
     }
     return {
@@ -118,7 +118,7 @@ def compile_kernel(
         constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16}
         warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
-        constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
+        constants = {"BLOCK_U": window, "SLOTS": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
     if kernel == "shrink":
         constants |= {"WEIGHTED": True, "X_UNIT": unit}
         constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
@@ -127,7 +127,7 @@ def compile_kernel(
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
-        constants |= {"SHRINKS": shrinks, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"SHRINKS": shrinks, "PREFETCHES": True, "X_UNIT": unit, "Y_UNIT": unit}
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
         constants["SWIZZLE"] = chosen.swizzle
@@ -249,14 +249,15 @@ def shipped_fused(architecture: str) -> list[Any]:
     grid = itertools.product(
         (1, 17, 33, 65, config.SHRINKS_WITHIN, config.SHRINKS_WITHIN + 1),  # rows
         (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672),  # out_features
+        (1, 64),  # rank
     )
     return list(
         dict.fromkeys(
             (
-                config.choose_fused(rows, N, ARCHITECTURES[architecture]),
+                config.choose_fused(rows, N, rank, 1, ARCHITECTURES[architecture]),
                 rows <= config.SHRINKS_WITHIN,
             )
-            for rows, N in grid
+            for rows, N, rank in grid
         )
     )
 

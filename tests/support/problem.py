@@ -208,7 +208,8 @@ class FusedProblem(Problem):
         from lora_mux.kernels import config, launch
 
         device = self.x.device
-        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
+        machine = launch.architecture(device)
+        chosen = config.choose_fused(self.rows, self.N, self.max_rank, self.J, machine)
         chosen = dataclasses.replace(chosen, **replaced)
         plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
         self.counters = plan.counters
