@@ -190,12 +190,9 @@ def _splits(
 
     As many as let a batch with a single adapter fill the processors. But each has at least two
     steps of BLOCK_K (one would wait for its loads with nothing to overlap them), and there are no
-    more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64, or 2
-    where the operands of its products fill registers as well.
+    more parts of h than expand can have under way at once: 8 of up to 32 rows, 2 of 64.
     """
-    mma = architecture.tensor_cores == "mma"
-    planes = 8 if block_m < 64 else 2 if mma else 4
-    most = min(planes, architecture.processors // tiles)
+    most = min(8 if block_m < 64 else 2, architecture.processors // tiles)
     steps = -(-in_features // block_k)
     splits = 1
     while 2 * splits <= most and 4 * splits <= steps:

@@ -82,7 +82,16 @@ def of_slots(known, slot, exists, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def ask(plan, pool, sizes, pid_m, window, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, SLOTS: tl.constexpr):
+def ask(
+    plan,
+    pool,
+    sizes,
+    pid_m,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """The window of the union of tile pid_m (int64) that begins at `window`."""
     offs_u, tile_m = tl.arange(0, BLOCK_U), tl.arange(0, BLOCK_M)
     inside = window + offs_u < sizes.U
@@ -128,9 +137,7 @@ def find_blocks(start, window, BLOCK_U: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def find_places(
-    blocks, asked, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, GROUP: tl.constexpr
-):
+def find_places(blocks, asked, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, GROUP: tl.constexpr):
     """[BLOCK_M, GROUP]: the place at which each row selects a block's slot, or -1."""
     if BLOCK_M * BLOCK_U <= MOST_PLACES:
         which = tl.broadcast_to(blocks.u[None, :], [BLOCK_M, GROUP])

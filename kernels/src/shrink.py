@@ -90,8 +90,8 @@ def shrink_window(
         if pool.constant is not None:
             acc = tl.where((constant != 0)[None, :], tl.where(pid_k == 0, 1.0, 0.0), acc)
 
-        # Until here nothing has waited for places that come from memory. Counted within the tile, 32
-        # bits are enough for offsets, and half the registers.
+        # Places from memory are waited for only here. Counted within the tile, 32 bits are enough
+        # for offsets, and half the registers.
         place = places.to(tl.int32)
         selects = place >= 0
         at = tile_m[:, None] * J + place

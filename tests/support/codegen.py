@@ -118,7 +118,12 @@ def compile_kernel(
         constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16}
         warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
-        constants = {"BLOCK_U": window, "SLOTS": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
+        constants = {
+            "BLOCK_U": window,
+            "SLOTS": window,
+            "SPLIT_K": chosen.split_k,
+            "DOT_DTYPE": DTYPES[dtype],
+        }
     if kernel == "shrink":
         constants |= {"WEIGHTED": True, "X_UNIT": unit}
         constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
