@@ -194,10 +194,10 @@ def report(
 def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
     """Kernel -> the loads that follow one another in it; a fused one's programs of shrink apart.
 
-    None where no tensor core multiplies: fp32, and old cards.
+    Empty where no tensor core multiplies: the plan, fp32, and old cards.
     """
     ways = list(walk(parse(sass)))
-    if not any(way.loops for way in ways):
+    if not ways:
         return {}
     if kernel != "fused":
         return {kernel: dataclasses.asdict(chain(ways, 1, polls=False))}

@@ -172,7 +172,7 @@ def reached(follow: list[list[int]]) -> set[int]:
 
 
 def walk(code: list[Instruction]) -> Iterator[Way]:
-    """Every way through the code, to its end."""
+    """Every way through the code, to its end; none where nothing multiplies."""
     follow = successors(code)
     back = {at: to for at in sorted(reached(follow)) for to in follow[at] if to <= at}
     # Each product, and where the loops around it begin.
@@ -182,7 +182,7 @@ def walk(code: list[Instruction]) -> Iterator[Way]:
         if PRODUCT.match(one.name)
     }
     around = set().union(*products.values())
-    waiting, seen = [Way()], set()
+    waiting, seen = [Way()] if products else [], set()
     while waiting:
         way = waiting.pop()
         while way.at < len(code):
