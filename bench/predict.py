@@ -49,40 +49,48 @@ class Form:
     expand_group: Callable[[Workload, config.TileSizes], int]  # rank blocks that a turn takes
 
     def chain(self, kernel: str, w: Workload, block_m: int) -> Chain:
-        return self.chains[kernel, block_m, 16 if w.adapters <= 16 else 64]
+        """With the narrowest window that is known and holds all adapters, or else the widest."""
+        known = sorted(u for k, m, u in self.chains if (k, m) == (kernel, block_m))
+        return self.chains[kernel, block_m, next((u for u in known if w.adapters <= u), known[-1])]
 
 
 # (kernel, rows of a tile, width of a window) -> the most that a shipped config has on sm_90, in
 # bf16 with rows of whole 16 elements, compiled by triton 3.6 and 3.7.
 CHAINS = {
     ("shrink", 16, 16): Chain(1, 0.5, 1),
+    ("shrink", 16, 32): Chain(1, 0.5, 1),
     ("shrink", 16, 64): Chain(1, 0.5, 2),
     ("shrink", 32, 16): Chain(1, 0.5, 1),
+    ("shrink", 32, 32): Chain(1, 0.5, 2),
     ("shrink", 32, 64): Chain(1, 0.5, 2),
     ("shrink", 64, 16): Chain(2, 0.5, 2),
+    ("shrink", 64, 32): Chain(2, 0.5, 2),
     ("shrink", 64, 64): Chain(1, 0.5, 2),
     ("expand", 16, 16): Chain(1, 1, 0),
+    ("expand", 16, 32): Chain(1, 1, 0),
     ("expand", 16, 64): Chain(2, 2, 0),
     ("expand", 32, 16): Chain(1, 1, 0),
+    ("expand", 32, 32): Chain(2, 2, 0),
     ("expand", 32, 64): Chain(3, 3, 0),
     ("expand", 64, 16): Chain(2, 2, 0),
-    ("expand", 64, 64): Chain(2, 2, 0),
+    ("expand", 64, 32): Chain(2, 2, 0),
+    ("expand", 64, 64): Chain(3, 3, 0),
     ("fused", 16, 16): Chain(0, 1 / 3, 4),
-    ("fused", 32, 16): Chain(0, 1 / 3, 4),
     ("fused", 16, 64): Chain(0, 1 / 3, 5),
-    ("fused", 32, 64): Chain(0, 1 / 3, 5),
-    ("fused", 64, 64): Chain(0, 0.5, 6),
-    ("fused", 128, 64): Chain(0, 0.5, 6),
-    ("fused's shrink", 16, 64): Chain(2, 1 / 3, 3),
-    ("fused's shrink", 32, 64): Chain(2, 1 / 3, 3),
-    ("fused's shrink", 64, 64): Chain(2, 0.5, 3),
-    ("fused's shrink", 128, 64): Chain(2, 0.5, 3),
+    ("fused", 32, 16): Chain(0, 1 / 3, 4),
+    ("fused", 32, 64): Chain(0, 1 / 3, 7),
     ("fused", 64, 16): Chain(0, 0.5, 5),
-    ("fused", 128, 16): Chain(0, 0.5, 5),
-    ("fused's shrink", 16, 16): Chain(1, 1 / 3, 2),
-    ("fused's shrink", 32, 16): Chain(1, 1 / 3, 2),
+    ("fused", 64, 64): Chain(0, 0.5, 5),
+    ("fused", 128, 16): Chain(0, 0.5, 6),
+    ("fused", 128, 64): Chain(0, 0.5, 7),
+    ("fused's shrink", 16, 16): Chain(2, 1 / 3, 2),
+    ("fused's shrink", 16, 64): Chain(2, 1 / 3, 3),
+    ("fused's shrink", 32, 16): Chain(2, 1 / 3, 2),
+    ("fused's shrink", 32, 64): Chain(2, 1 / 3, 3),
     ("fused's shrink", 64, 16): Chain(1, 0.5, 3),
+    ("fused's shrink", 64, 64): Chain(1, 0.5, 3),
     ("fused's shrink", 128, 16): Chain(1, 0.5, 3),
+    ("fused's shrink", 128, 64): Chain(2, 0.5, 3),
 }
 NOW = Form(CHAINS, lambda w, chosen: chosen.expand_group)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from load_chain import Chain, chain, parse, walk
+from load_chain import Chain, chain, ways_through
 from paths import SUPPORT
 
 
@@ -26,7 +26,7 @@ def encoded(*lines: str) -> str:
 
 def found(*lines: str, loops: int = 1, polls: bool = False) -> tuple[int, float, int]:
     """(before, a turn, after)"""
-    one = chain(list(walk(parse(encoded(*lines)))), loops, polls)
+    one = chain(ways_through(encoded(*lines)), loops, polls)
     return one.before, one.turn, one.after
 
 
@@ -85,6 +85,12 @@ def test_a_loop_that_loads_in_each_turn() -> None:
     assert found(*lines, *END) == (1, 2, 0)
 
 
+def test_a_loop_that_is_left_in_its_middle() -> None:
+    """As `while left > 0` may be compiled: an exit, then a branch back that is always taken."""
+    lines = (f"{LOAD} > 0", f"{PRODUCT} 0", "STG.E [R6], R9", "@!P0 EXIT", "BRA 0x0")
+    assert found(*lines) == (0, 1, 0)
+
+
 def test_the_longer_side_of_a_branch() -> None:
     """Whether it is taken is not known, so neither side is left out."""
     for guarded in ("@P0 BRA 0x40", "@!P0 BRA.U UP1, 0x40", "BRA !UP1, 0x40"):
@@ -94,19 +100,17 @@ def test_the_longer_side_of_a_branch() -> None:
 
 def test_lanes_do_not_part() -> None:
     """BRA.DIV leads to shuffles one lane at a time; its way back is no loop around the product."""
-    slow = (f"{LOAD} > 0", "FADD R2, R2, R2 < 0", "BRA 0x10")
-    lines = ("BRA.DIV UR6, 0x80", "NOP", f"{LOAD} > 0", "NOP", f"{PRODUCT} 0", "@P0 BRA 0x20")
-    assert found(*lines, *END, *slow) == (0, 1, 0)
+    loop = (f"{LOAD} > 0", "BRA.DIV UR6, 0x60", f"{PRODUCT} 0", "@P0 BRA 0x0")
+    slow = (f"{LOAD} > 0", "FADD R2, R2, R2 < 0", "BRA 0x20")
+    assert found(*loop, *END, *slow) == (0, 1, 0)
 
 
 def test_further_windows_are_left_out() -> None:
     """The same again behind a branch, which a tile with a longer union takes."""
-    window = (f"{LOAD} > 0", f"{PRODUCT} 0", "@P0 BRA 0x{:x}")
-    first = [line.format(0) for line in window]
-    further = [line.format(0x40) for line in window]
-    lines = (*first, "@P1 BRA 0x80", *further, "@P2 BRA 0x40", *END)
-    assert found(*lines) == (0, 1, 0)
-    assert found(*lines, loops=2) == (0, 1, 1)
+    first = (f"{LOAD} > 0", f"{PRODUCT} 0", "@P0 BRA 0x0", "@P1 BRA 0x90")
+    further = (f"{LOAD} > 0", "FADD R2, R2, R2 < 0", "@P2 BRA 0x80", PRODUCT, "@P3 BRA 0x40")
+    assert found(*first, *further, *END) == (0, 1, 0)
+    assert found(*first, *further, *END, loops=2) == (0, 1, 1)
 
 
 FUSED = (
@@ -133,9 +137,9 @@ def test_no_such_way() -> None:
 
 
 def test_it_says_where_the_warp_waits() -> None:
-    ways = list(walk(parse(encoded(f"{LOAD} > 0", f"{NEXT} 0 > 1", f"{PRODUCT} 1", *END))))
+    lines = (f"{LOAD} > 0", f"{NEXT} 0 > 1", f"{PRODUCT} 1", "@P0 BRA 0x0")
     waits = ("0010 LDG.E R4, [R2.64]", "0020 HMMA.16816.F32.BF16 R8, R2, R4, R8")
-    assert chain(ways, 1, False) == Chain(1, 0.0, 0, 0, waits)
+    assert chain(ways_through(encoded(*lines, *END)), 1, False) == Chain(1, 2.0, 0, 0, waits)
 
 
 def test_kernels_whose_source_states_the_chain() -> None:

@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from load_chain import chain, parse, walk
+from load_chain import chain, ways_through
 
 # The package without its __init__, whose launchers need torch.
 _package = types.ModuleType("kernels_src")
@@ -196,7 +196,7 @@ def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
 
     Empty where no tensor core multiplies: the plan, fp32, and old cards.
     """
-    ways = list(walk(parse(sass)))
+    ways = ways_through(sass)
     if not ways:
         return {}
     if kernel != "fused":

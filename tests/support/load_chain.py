@@ -115,7 +115,8 @@ class Way:
 
     def chain(self) -> Chain:
         """What has passed, cut at the first and at the last product of the first loop."""
-        turn = (self.turns[-1] - self.turns[-1 - COUNTED]) / COUNTED if self.turns else 0.0
+        settled = len(self.turns) == TURNS
+        turn = (self.turns[-1] - self.turns[-1 - COUNTED]) / COUNTED if settled else 0.0
         before, after = max(0, self.first - 1), self.now - self.last
         return Chain(before, turn, after, self.polls, tuple(self.waits))
 
@@ -172,7 +173,7 @@ def reached(follow: list[list[int]]) -> set[int]:
 
 
 def walk(code: list[Instruction]) -> Iterator[Way]:
-    """Every way through the code, to its end; none where nothing multiplies."""
+    """Every way through the code; see ways_through."""
     follow = successors(code)
     back = {at: to for at in sorted(reached(follow)) for to in follow[at] if to <= at}
     # Each product, and where the loops around it begin.
@@ -206,6 +207,11 @@ def walk(code: list[Instruction]) -> Iterator[Way]:
             way.at = nexts[0]
 
 
+def ways_through(sass: str) -> list[Way]:
+    """All that lead to the end of a kernel; none where nothing multiplies."""
+    return list(walk(parse(sass)))
+
+
 def chain(ways: list[Way], loops: int, polls: bool) -> Chain:
     """The longest way that multiplies in so many loops, and polls or does not.
 
@@ -223,6 +229,6 @@ def chain(ways: list[Way], loops: int, polls: bool) -> Chain:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        ways = list(walk(parse(Path(name).read_text())))
+        ways = ways_through(Path(name).read_text())
         for kind in sorted({(len(way.loops), way.polls > 0) for way in ways if way.loops}):
             print(name, *kind, chain(ways, *kind))

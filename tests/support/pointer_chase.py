@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from codegen import cuobjdump
-from load_chain import chain, parse, walk
+from load_chain import chain, ways_through
 
 
 @triton.jit
@@ -55,5 +55,5 @@ if __name__ == "__main__":
             )
             target = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
             sass = cuobjdump("-sass", triton.compile(source, target=target).asm["cubin"])
-            found = asdict(chain(list(walk(parse(sass))), 1, polls=False))
+            found = asdict(chain(ways_through(sass), 1, polls=False))
             print(json.dumps({"architecture": name, "depth": depth, **found}), flush=True)
