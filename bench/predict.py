@@ -289,8 +289,8 @@ def comparison() -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     found = [abs(each[c]) for each in errors().values() for c in each if c != "base"]
     return "\n".join(lines) + (
-        f"\n\nBut for the base, half of the {len(found)} figures are within {median(found):.0%}, "
-        f"and the worst is {max(found):.0%} off."
+        f"\n\nBut for the base, half of the {len(found)} figures are within {100 * median(found):.0f} %, "
+        f"and the worst is {100 * max(found):.0f} % off."
     )
 
 
