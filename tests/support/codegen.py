@@ -29,6 +29,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from load_chain import chain, ways_through
+
 # The package without its __init__, whose launchers need torch.
 _package = types.ModuleType("kernels_src")
 _package.__path__ = [str(Path(__file__).parents[2] / "kernels" / "src")]
@@ -40,7 +42,7 @@ shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
 expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
 fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 # Bytes of shared memory that a program may have, from NVIDIA's and AMD's tables.
 SHARED = {
     **{"sm_70": 98304, "sm_75": 65536},
@@ -185,16 +187,29 @@ def report(
     }
     if architecture.startswith("gfx"):
         return found | _amd(compiled.asm["amdgcn"])
-    return found | _nvidia(compiled)
+    sass = cuobjdump("-sass", compiled.asm["cubin"])
+    return found | _nvidia(compiled, sass) | {"chains": _chains(kernel, sass, shrinks)}
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
+    """Kernel -> the loads that follow one another in it; a fused one's programs of shrink apart.
+
+    Empty where no tensor core multiplies: the plan, fp32, and old cards.
+    """
+    ways = ways_through(sass)
+    if not ways:
+        return {}
+    if kernel != "fused":
+        return {kernel: dataclasses.asdict(chain(ways, 1, polls=False))}
+    found = {"fused": dataclasses.asdict(chain(ways, 2, polls=shrinks))}
+    if shrinks:
+        found["fused's shrink"] = dataclasses.asdict(chain(ways, 1, polls=False))
+    return found
+
+
+def _nvidia(compiled: Any, sass: str) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("cuobjdump", "-sass", file.name)
+    usage = cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass)
     wgmma = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
@@ -226,8 +241,12 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True)
+def cuobjdump(what: str, cubin: bytes) -> str:
+    """What NVIDIA's disassembler, of triton's wheel, prints of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
