@@ -150,7 +150,7 @@ def base(w: Workload) -> float:
 
 
 def chosen(w: Workload) -> config.Config:
-    return config.choose(w.rows, w.K, w.N, max(w.ranks), w.selections, 2, ARCHITECTURE)
+    return config.choose(w.rows, w.K, w.N, 2, ARCHITECTURE)
 
 
 def shrink(form: Form, w: Workload) -> float:
@@ -180,7 +180,7 @@ def fused(form: Form, w: Workload) -> float | None:
     """Base, shrink and expand in one launch; None for more rows than shrink hides behind."""
     if w.rows > config.SHRINKS_WITHIN:
         return None
-    c = config.choose_fused(w.rows, w.N, max(w.ranks), w.selections, ARCHITECTURE)
+    c = config.choose_fused(w.rows, w.N, ARCHITECTURE)
     tiles, steps, union = up(w.rows, c.block_m), up(w.K, c.block_k), blocks(w, c.block_m)
     # Base programs, until h is wanted; programs of shrink beside them.
     chain = form.chain("fused", w, c.block_m)
@@ -289,8 +289,8 @@ def comparison() -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     found = [abs(each[c]) for each in errors().values() for c in each if c != "base"]
     return "\n".join(lines) + (
-        f"\n\nBut for the base, half of the {len(found)} figures are within {100 * median(found):.0f} %, "
-        f"and the worst is {100 * max(found):.0f} % off."
+        f"\n\nBut for the base, half of the {len(found)} figures are within "
+        f"{100 * median(found):.0f} %, and the worst is {100 * max(found):.0f} % off."
     )
 
 

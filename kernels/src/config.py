@@ -114,21 +114,17 @@ def choose(
     rows: int,
     in_features: int,
     out_features: int,
-    rank: int,
-    selections: int,
     itemsize: int,
     architecture: Architecture,
     block_m: int | None = None,
     batch_invariant: bool = False,
 ) -> Config:
-    """The Config for x [rows, in_features], y [rows, out_features] and adapters up to `rank`.
+    """The Config for x [rows, in_features] and y [rows, out_features].
 
     Args:
         rows: of the batch.
         in_features: K of x.
         out_features: N of y.
-        rank: the largest rank that the pool may hold.
-        selections: J, the places of a row.
         itemsize: bytes of an element of the products: 2, or 4 for fp32.
         architecture: of the device.
         block_m: of the plan; None = tile_rows(rows, itemsize, batch_invariant).
@@ -147,10 +143,10 @@ def choose(
     narrow = block_m == 16 and 2 * columns <= architecture.processors
     # With tcgen05 products of 32 columns miss the tensor memory, and spill.
     narrow = narrow and architecture.tensor_cores != "tcgen05"
-    # Each group of expand waits for memory once more; none is larger than what a tile can select.
-    large = half and not mma and block_m == 16
-    most = 1 if batch_invariant or not half or (mma and block_m > 16) else 4 if large else 2
-    blocks = min(rows, block_m) * selections * -(-rank // 16)
+    # Each group waits for memory once more; how many blocks there are is not known here.
+    group = 1 if batch_invariant or not half or (mma and block_m > 16) else 2
+    if group > 1 and block_m == 16 and not mma:
+        group = 4
     return Config(
         block_m=block_m,
         shrink_group=(4 if block_m == 16 else 2) if half else 1,
@@ -158,17 +154,12 @@ def choose(
         split_k=_splits(in_features, tiles, block_m, block_k, architecture),
         shrink_warps=4,
         shrink_stages=3 if half and not amd else 2,
-        expand_group=_group(blocks, most),
+        expand_group=group,
         block_n=64 if half and not narrow else 32,
         expand_warps=8 if mma and block_m == 64 else 4,
         expand_stages=1 if mma and block_m == 32 else 2,
         registers=None if amd else _registers(block_m, half, architecture.tensor_cores),
     )
-
-
-def _group(blocks: int, most: int) -> int:
-    """Rank blocks that a program takes at once, where a tile has up to so many."""
-    return min(most, 1 << max(0, blocks - 1).bit_length())
 
 
 def _registers(block_m: int, half: bool, tensor_cores: TensorCores) -> int:
@@ -214,19 +205,11 @@ def fused_tile_rows(rows: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_fused(
-    rows: int, out_features: int, rank: int, selections: int, architecture: Architecture
-) -> FusedConfig:
-    """The FusedConfig for y [rows, out_features] in 16-bit types.
-
-    Args:
-        rank: the largest rank that the pool may hold.
-        selections: J, the places of a row.
-    """
+def choose_fused(rows: int, out_features: int, architecture: Architecture) -> FusedConfig:
+    """The FusedConfig for y [rows, out_features] in 16-bit types."""
     block_m = fused_tile_rows(rows)
     amd = architecture.tensor_cores == "mfma"
     mma = architecture.tensor_cores == "mma"
-    blocks = min(rows, block_m) * selections * -(-rank // 16)
     if rows > SHRINKS_WITHIN:
         # As many products for each byte that comes from the L2 cache as fit the registers.
         return FusedConfig(
@@ -242,7 +225,7 @@ def choose_fused(
             registers=None if amd else 255,
         )
     if block_m <= 32 and not (amd or mma):
-        return _few_rows(block_m, out_features, blocks, architecture)
+        return _few_rows(block_m, out_features, architecture.processors)
     block_n = _columns(rows, block_m, out_features, architecture.processors)
     block_k = 128 if block_m <= 32 else 64
     # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
@@ -255,7 +238,7 @@ def choose_fused(
         # a tile of 16 columns has no half, and K is split instead.
         shrink_group=min(2, max(1, block_n // 32)),
         split_k=2 if block_n == 16 else 1,
-        expand_group=1 if mma and block_m == 64 else _group(blocks, 2),  # two spill
+        expand_group=1 if mma and block_m == 64 else 2,  # two spill
         swizzle=2,
         warps=4 if block_m * block_n <= (2048 if mma else 4096) else 8,
         stages=2 if amd else min(4 if block_m <= 32 else 3, most),
@@ -264,9 +247,7 @@ def choose_fused(
     )
 
 
-def _few_rows(
-    block_m: int, out_features: int, blocks: int, architecture: Architecture
-) -> FusedConfig:
+def _few_rows(block_m: int, out_features: int, processors: int) -> FusedConfig:
     """For up to 32 rows, where both operands of a product stay in shared memory.
 
     What an H100 found to be the fastest of 365: kernels/README.md has its figures. Programs with a
@@ -277,19 +258,19 @@ def _few_rows(
     def programs(columns: int) -> int:
         return -(-out_features // columns)
 
-    narrow = block_m == 16 and programs(32) <= architecture.processors
-    wide = block_m == 32 and programs(64) > 2 * architecture.processors
+    narrow = block_m == 16 and programs(32) <= processors
+    wide = block_m == 32 and programs(64) > 2 * processors
     block_n = 32 if narrow else 128 if wide else 64
     return FusedConfig(
         block_m=block_m,
         block_n=block_n,
         block_k=128,
-        shrink_group=_group(blocks, 2),
+        shrink_group=1 if block_m == 16 else 2,
         split_k=4,
-        expand_group=_group(blocks, 4),
+        expand_group=4,
         swizzle=2,
         warps=8 if wide else 4,
-        stages=6 if programs(block_n) <= architecture.processors else 4,
+        stages=6 if programs(block_n) <= processors else 4,
         registers=255,
     )
 

@@ -75,15 +75,14 @@ class Problem:
     def _choose(self, block_m: int | None) -> "Config":
         from ..kernels import config
 
-        case = self.case._asdict()
-        return config.choose(**case, architecture=self.architecture, block_m=block_m)
+        rows, K, N, _, _, itemsize = self.case
+        return config.choose(rows, K, N, itemsize, self.architecture, block_m)
 
     def chosen_fused(self) -> "FusedConfig":
         """The same for the fused kernel."""
         from ..kernels import config
 
-        rows, _, N, rank, J, _ = self.case
-        return config.choose_fused(rows, N, rank, J, self.architecture)
+        return config.choose_fused(self.case.rows, self.case.out_features, self.architecture)
 
     def pair(self, config: "Config", n: int) -> None:
         """One shrink and one expand."""

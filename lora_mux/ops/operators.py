@@ -262,9 +262,7 @@ def triton_linear(
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
     chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
     if chosen is None:
-        chosen = config.choose_fused(
-            M, N, case.rank, plan.slots.shape[1], launch.architecture(x.device)
-        )
+        chosen = config.choose_fused(M, N, launch.architecture(x.device))
     before = None
     if M > config.SHRINKS_WITHIN:
         before = _config(inputs, W.T, pool.A_rows, plan, how)
@@ -312,7 +310,7 @@ def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
         if measured is not None:
             return measured
     return config.choose(
-        **case._asdict(),
+        *(case.rows, case.in_features, case.out_features, case.itemsize),
         architecture=launch.architecture(x.device),
         block_m=plan.block_m,
         batch_invariant=how.batch_invariant,

@@ -29,13 +29,12 @@ every_card = pytest.mark.parametrize("architecture", CARDS.values(), ids=CARDS)
 
 
 def chosen(rows: int = 32, K: int = 4096, N: int = 4096, **others: object) -> Config:
-    given = {"rank": 16, "selections": 1, "itemsize": 2, "architecture": H200, **others}
+    given = {"itemsize": 2, "architecture": H200, **others}
     return choose(rows, K, N, **given)  # type: ignore[arg-type]
 
 
-def fused(rows: int, N: int = 4096, **others: object) -> FusedConfig:
-    given = {"rank": 16, "selections": 1, "architecture": H200, **others}
-    return choose_fused(rows, N, **given)  # type: ignore[arg-type]
+def fused(rows: int, N: int = 4096, architecture: Architecture = H200) -> FusedConfig:
+    return choose_fused(rows, N, architecture)
 
 
 @every_card
@@ -109,11 +108,11 @@ def test_gpus_that_are_too_old(capability: tuple[int, int], modern: bool, proble
 def test_an_h100_gets_what_was_measured_on_it() -> None:
     """The tiles of kernels/README.md, whatever other cards need."""
     common = {"registers": 168, "shrink_warps": 4, "shrink_stages": 3, "expand_warps": 4}
-    assert chosen(32, selections=8) == Config(
+    assert chosen(32) == Config(
         **{"block_m": 16, "block_n": 64, "block_k": 128, "split_k": 8, "shrink_group": 4},
         **{"expand_group": 4, "expand_stages": 2, **common},
     )
-    assert chosen(2048, selections=8) == Config(
+    assert chosen(2048) == Config(
         **{"block_m": 64, "block_n": 64, "block_k": 64, "split_k": 2, "shrink_group": 2},
         **{"expand_group": 2, "expand_stages": 2, **common, "registers": 192},
     )
@@ -130,16 +129,6 @@ def test_an_h100_gets_what_was_measured_on_it() -> None:
         for rows in (64, 128, 2048)
     ]
     assert many == [(64, 32, 64, 3, 4), (128, 32, 64, 3, 4), (128, 128, 64, 3, 8)]
-
-
-def test_groups_are_not_larger_than_what_a_tile_selects() -> None:
-    for choice in (chosen, fused):
-        assert choice(1).expand_group == 1
-        assert choice(1, rank=17).expand_group == 2
-        assert choice(1, selections=3).expand_group == 4
-        assert choice(32).expand_group == 4
-    assert fused(1).shrink_group == 1
-    assert chosen(32, batch_invariant=True).expand_group == 1
 
 
 def test_one_generation_gets_the_same_tiles() -> None:

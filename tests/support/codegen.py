@@ -256,8 +256,6 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
         (1, 16, 17, 64, 65, 128, 512, 513, 1024, 4096, 16384, 65536),  # rows
         (64, 512, 1024, 4096, 14336),  # in_features
         (64, 1024, 4096, 28672),  # out_features
-        (8, 64),  # rank
-        (1, 4),  # selections
         (False, True),  # batch_invariant
     )
     return list(
@@ -273,15 +271,14 @@ def shipped_fused(architecture: str) -> list[Any]:
     grid = itertools.product(
         (1, 17, 33, 65, config.SHRINKS_WITHIN, config.SHRINKS_WITHIN + 1),  # rows
         (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672),  # out_features
-        (1, 64),  # rank
     )
     return list(
         dict.fromkeys(
             (
-                config.choose_fused(rows, N, rank, 1, ARCHITECTURES[architecture]),
+                config.choose_fused(rows, N, ARCHITECTURES[architecture]),
                 rows <= config.SHRINKS_WITHIN,
             )
-            for rows, N, rank in grid
+            for rows, N in grid
         )
     )
 

@@ -114,8 +114,6 @@ class Problem:
             rows=self.rows,
             in_features=self.K,
             out_features=self.N,
-            rank=self.max_rank,
-            selections=self.J,
             itemsize=launch.product_itemsize(self.x, self.y, self.A_rows),
             architecture=launch.architecture(self.x.device),
             block_m=block_m,
@@ -209,7 +207,7 @@ class FusedProblem(Problem):
 
         device = self.x.device
         machine = launch.architecture(device)
-        chosen = config.choose_fused(self.rows, self.N, self.max_rank, self.J, machine)
+        chosen = config.choose_fused(self.rows, self.N, machine)
         chosen = dataclasses.replace(chosen, **replaced)
         plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
         self.counters = plan.counters
