@@ -218,7 +218,7 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
             block_k=64,
             shrink_group=1,
             split_k=1,
-            expand_group=2,
+            expand_group=1 if architecture.tensor_cores == "tcgen05" else 2,  # two spill
             swizzle=8,
             warps=8,
             stages=2 if amd else 3,

@@ -158,20 +158,8 @@ def expand_kernel(
     y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0)
     acc, changes = expand_tile(
         tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-        asked,
-        h_ptr,
-        plan,
-        pool,
-        sizes,
-        pid_m,
-        offs_n,
-        stride_bc,
-        BLOCK_M,
-        BLOCK_U,
-        SLOTS,
-        GROUP,
-        SPLIT_K,
-        DOT_DTYPE,
+        *(asked, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
+        *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
     )
     y = tl.where((state == DEAD)[:, None], float("nan"), y.to(tl.float32)) + tl.trans(acc)
     mask_m = (changes | (state == DEAD))[:, None]

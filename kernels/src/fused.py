@@ -154,26 +154,9 @@ def fused_kernel(
     counter_ptr = plan.counters + stream_number * COUNTERS
     if pid < shrinks:
         shrink_tile(
-            x_ptr,
-            h_ptr,
-            plan,
-            pool,
-            sizes,
-            (pid % tiles).to(tl.int64),
-            pid // tiles % groups,
-            groups,
-            pid // (tiles * groups),
-            K,
-            stride_xm,
-            stride_ac,
-            True,
-            BLOCK_M,
-            BLOCK_U,
-            SLOTS,
-            SHRINK_GROUP,
-            BLOCK_K,
-            SPLIT_K,
-            DOT_DTYPE,
+            *(x_ptr, h_ptr, plan, pool, sizes, (pid % tiles).to(tl.int64)),
+            *(pid // tiles % groups, groups, pid // (tiles * groups), K, stride_xm, stride_ac),
+            *(True, BLOCK_M, BLOCK_U, SLOTS, SHRINK_GROUP, BLOCK_K, SPLIT_K, DOT_DTYPE),
         )
         tl.debug_barrier()  # the count is one thread's: all have stored before
         tl.atomic_add(counter_ptr, 1, sem="release")
@@ -202,21 +185,8 @@ def fused_kernel(
             if asked.length > 0:
                 await_shrinks(counter_ptr, shrinks)
         acc, _ = expand_tile(
-            acc,
-            asked,
-            h_ptr,
-            plan,
-            pool,
-            sizes,
-            pid_m,
-            offs_n,
-            stride_bc,
-            BLOCK_M,
-            BLOCK_U,
-            SLOTS,
-            EXPAND_GROUP,
-            SPLIT_K,
-            DOT_DTYPE,
+            *(acc, asked, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
+            *(BLOCK_M, BLOCK_U, SLOTS, EXPAND_GROUP, SPLIT_K, DOT_DTYPE),
         )
         acc = tl.where((state == DEAD)[None, :], float("nan"), acc)
         y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]

@@ -26,6 +26,36 @@ from .rank_blocks import (
 
 
 @triton.jit
+def products(
+    x_rows,
+    A_rows,
+    mask_m,
+    mask_r,
+    pid_k,
+    end_k,  # K, or 0 for none at all
+    K,
+    stride_ac,
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """x A^T over the k of a split, [BLOCK_M, GROUP * RANK_BLOCK]."""
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, GROUP * RANK_BLOCK), tl.float32)
+    for k in range(pid_k * BLOCK_K, end_k, BLOCK_K * SPLIT_K):
+        # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_rows + k, mask=mask_m & (k + offs_k < K)[None, :], other=0.0)
+        # [GROUP * RANK_BLOCK, BLOCK_K]; up to its stride: an odd K would end 16-byte loads
+        mask_k = (k + offs_k < stride_ac)[None, :]
+        A = tl.load(A_rows + k, mask=mask_r[:, None] & mask_k, other=0.0)
+        # TF32, the default for fp32 on a GPU, would cost 3e-4 of relative error.
+        acc = tl.dot(x.to(DOT_DTYPE), tl.trans(A.to(DOT_DTYPE)), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def shrink_window(
     x_ptr,
     h_ptr,
@@ -77,16 +107,10 @@ def shrink_window(
             )
         A_rows = pool.A_rows + row[:, None].to(tl.int64) * stride_ac + offs_k[None, :]
         end_k = tl.where(start < window.total, K, 0)
-        # [BLOCK_M, GROUP * RANK_BLOCK]
-        acc = tl.zeros((BLOCK_M, GROUP * RANK_BLOCK), tl.float32)
-        for k in range(pid_k * BLOCK_K, end_k, BLOCK_K * SPLIT_K):
-            # [BLOCK_M, BLOCK_K]
-            x = tl.load(x_rows + k, mask=mask_m & (k + offs_k < K)[None, :], other=0.0)
-            # [GROUP * RANK_BLOCK, BLOCK_K]; up to its stride: an odd K would end 16-byte loads
-            mask_k = (k + offs_k < stride_ac)[None, :]
-            A = tl.load(A_rows + k, mask=mask_r[:, None] & mask_k, other=0.0)
-            # TF32, the default for fp32 on a GPU, would cost 3e-4 of relative error.
-            acc = tl.dot(x.to(DOT_DTYPE), tl.trans(A.to(DOT_DTYPE)), acc, input_precision="ieee")
+        acc = products(
+            *(x_rows, A_rows, mask_m, mask_r, pid_k, end_k, K, stride_ac),
+            *(BLOCK_M, GROUP, BLOCK_K, SPLIT_K, DOT_DTYPE),
+        )
         if pool.constant is not None:
             acc = tl.where((constant != 0)[None, :], tl.where(pid_k == 0, 1.0, 0.0), acc)
 
@@ -176,24 +200,8 @@ def shrink_kernel(
 ):
     """One tile x every num_programs(1)-th group of its rank blocks x one of SPLIT_K parts of K."""
     shrink_tile(
-        x_ptr,
-        h_ptr,
-        plan,
-        pool,
-        Sizes(M, J, R, U, S),
-        tl.program_id(0).to(tl.int64),
-        tl.program_id(1),
-        tl.num_programs(1),
-        tl.program_id(2),
-        K * X_UNIT,
-        stride_xm * X_UNIT,
-        stride_ac,
-        WEIGHTED,
-        BLOCK_M,
-        BLOCK_U,
-        SLOTS,
-        GROUP,
-        BLOCK_K,
-        SPLIT_K,
-        DOT_DTYPE,
+        *(x_ptr, h_ptr, plan, pool, Sizes(M, J, R, U, S), tl.program_id(0).to(tl.int64)),
+        *(tl.program_id(1), tl.num_programs(1), tl.program_id(2)),
+        *(K * X_UNIT, stride_xm * X_UNIT, stride_ac),
+        *(WEIGHTED, BLOCK_M, BLOCK_U, SLOTS, GROUP, BLOCK_K, SPLIT_K, DOT_DTYPE),
     )

@@ -205,6 +205,9 @@ MUTATIONS = {
     "ready: the arguments in another order": Mutation(
         READY, "in kernel.arg_names[len(tensors) :]", "in options", TEST_READY
     ),
+    "ready: a pool of as many slots as before": Mutation(
+        "ops/tiled.py", "scaling.dtype, scaling.shape", "scaling.dtype", TEST_READY
+    ),
     "ready: nobody is told of launches": Mutation(
         READY, "return bool(hooks or", "return bool(", TEST_READY
     ),
