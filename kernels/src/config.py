@@ -114,21 +114,17 @@ def choose(
     rows: int,
     in_features: int,
     out_features: int,
-    rank: int,
-    selections: int,
     itemsize: int,
     architecture: Architecture,
     block_m: int | None = None,
     batch_invariant: bool = False,
 ) -> Config:
-    """The Config for x [rows, in_features], y [rows, out_features] and adapters up to `rank`.
+    """The Config for x [rows, in_features] and y [rows, out_features].
 
     Args:
         rows: of the batch.
         in_features: K of x.
         out_features: N of y.
-        rank: the largest rank that the pool may hold.
-        selections: J, the places of a row.
         itemsize: bytes of an element of the products: 2, or 4 for fp32.
         architecture: of the device.
         block_m: of the plan; None = tile_rows(rows, itemsize, batch_invariant).
@@ -147,7 +143,10 @@ def choose(
     narrow = block_m == 16 and 2 * columns <= architecture.processors
     # With tcgen05 products of 32 columns miss the tensor memory, and spill.
     narrow = narrow and architecture.tensor_cores != "tcgen05"
-    one_block = selections * -(-rank // 16) <= 1
+    # Each group waits for memory once more; how many blocks there are is not known here.
+    group = 1 if batch_invariant or not half or (mma and block_m > 16) else 2
+    if group > 1 and block_m == 16 and not mma:
+        group = 4
     return Config(
         block_m=block_m,
         shrink_group=(4 if block_m == 16 else 2) if half else 1,
@@ -155,7 +154,7 @@ def choose(
         split_k=_splits(in_features, tiles, block_m, block_k, architecture),
         shrink_warps=4,
         shrink_stages=3 if half and not amd else 2,
-        expand_group=1 if batch_invariant or one_block or not half or (mma and block_m > 16) else 2,
+        expand_group=group,
         block_n=64 if half and not narrow else 32,
         expand_warps=8 if mma and block_m == 64 else 4,
         expand_stages=1 if mma and block_m == 32 else 2,
@@ -182,12 +181,9 @@ def _splits(
 
     As many as let a batch with a single adapter fill the processors. But each has at least two
     steps of BLOCK_K (one would wait for its loads with nothing to overlap them), and there are no
-    more planes of h than expand can have under way at once: 8 of up to 32 rows, 4 of 64, or 2
-    where the operands of its products fill registers as well.
+    more parts of h than expand can have under way at once: 8 of up to 32 rows, 2 of 64.
     """
-    mma = architecture.tensor_cores == "mma"
-    planes = 8 if block_m < 64 else 2 if mma else 4
-    most = min(planes, architecture.processors // tiles)
+    most = min(8 if block_m < 64 else 2, architecture.processors // tiles)
     steps = -(-in_features // block_k)
     splits = 1
     while 2 * splits <= most and 4 * splits <= steps:
@@ -222,12 +218,14 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
             block_k=64,
             shrink_group=1,
             split_k=1,
-            expand_group=2,
+            expand_group=1 if architecture.tensor_cores == "tcgen05" else 2,  # two spill
             swizzle=8,
             warps=8,
             stages=2 if amd else 3,
             registers=None if amd else 255,
         )
+    if block_m <= 32 and not (amd or mma):
+        return _few_rows(block_m, out_features, architecture.processors)
     block_n = _columns(rows, block_m, out_features, architecture.processors)
     block_k = 128 if block_m <= 32 else 64
     # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
@@ -246,6 +244,34 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
         stages=2 if amd else min(4 if block_m <= 32 else 3, most),
         # Left alone, ptxas spills one to eight registers to fit another warp.
         registers=None if amd else 255,
+    )
+
+
+def _few_rows(block_m: int, out_features: int, processors: int) -> FusedConfig:
+    """For up to 32 rows, where both operands of a product stay in shared memory.
+
+    What an H100 found to be the fastest of 365: kernels/README.md has its figures. Programs with a
+    multiprocessor of their own have six loads of W under way, others share its memory. As many
+    columns as leave no processor without work, until they are more than a program needs.
+    """
+
+    def programs(columns: int) -> int:
+        return -(-out_features // columns)
+
+    narrow = block_m == 16 and programs(32) <= processors
+    wide = block_m == 32 and programs(64) > 2 * processors
+    block_n = 32 if narrow else 128 if wide else 64
+    return FusedConfig(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128,
+        shrink_group=1 if block_m == 16 else 2,
+        split_k=4,
+        expand_group=4,
+        swizzle=2,
+        warps=8 if wide else 4,
+        stages=6 if programs(block_n) <= processors else 4,
+        registers=255,
     )
 
 

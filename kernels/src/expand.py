@@ -1,6 +1,6 @@
 """expand: y += B h, for all adapters of a row in one pass.
 
-    y[m, n] += sum_i sum_r sum_s B[offset[i] + r, n] * h[s, m, j, r],    r < rank[i]
+    y[m, n] += sum_i sum_r sum_s B[offset[i] + r, n] * h[m, j, r, s],    r < rank[i]
 
 over the slots i of row m, where j is the first place of i in the row. A row to which nothing is
 added keeps every bit. A row whose state is DEAD becomes NaN.
@@ -10,12 +10,85 @@ import triton
 import triton.language as tl
 
 from .plan import BASE, DEAD
-from .rank_blocks import RANK_BLOCK, Sizes, block_ends, find_blocks, find_places, rank_rows
+from .rank_blocks import RANK_BLOCK, WIDEST, Sizes, ask, find_blocks, find_places, rank_rows, search
+
+
+@triton.jit
+def product(acc, B, h, DOT_DTYPE: tl.constexpr):
+    """acc [BLOCK_N, BLOCK_M] + B [R, BLOCK_N] transposed x h [R, BLOCK_M].
+
+    With h on the right, wgmma takes it from shared memory. From registers, as its left operand,
+    ptxas before 13.3 miscompiles it (triton #9433).
+    """
+    B = tl.trans(B.to(DOT_DTYPE))
+    high = h.to(DOT_DTYPE)
+    # What the rounding of h lost, so that y's is the only one; 0 where h overflowed. Before the
+    # first product: both operands are then in shared memory behind one barrier.
+    low = h - high.to(tl.float32)
+    low = tl.where(tl.abs(low) < float("inf"), low, 0.0).to(DOT_DTYPE)
+    acc = tl.dot(B, high, acc, input_precision="ieee")
+    if DOT_DTYPE != tl.float32:
+        acc = tl.dot(B, low, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def expand_window(
+    acc,
+    changes,
+    asked,  # the window
+    h_tile,
+    B_ptr,
+    sizes,
+    offs_n,
+    stride_bc,
+    BLOCK_M: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """(acc, changes) after one window of the union; see expand_tile."""
+    tile_m = tl.arange(0, BLOCK_M)
+    offs_b, offs_s = tl.arange(0, RANK_BLOCK), tl.arange(0, SPLIT_K)
+    window = search(asked, BLOCK_U, SLOTS)
+    # The first turn is not asked whether it exists: see shrink.
+    start, left = tl.cast(0, tl.int32), tl.cast(1, tl.int32)
+    while left > 0:
+        blocks = find_blocks(start, window, BLOCK_U, GROUP)
+        place = find_places(blocks, asked, BLOCK_M, BLOCK_U, GROUP).to(tl.int32)
+        changes = changes | (tl.max(place, axis=1) >= 0)
+        # [BLOCK_M, GROUP, RANK_BLOCK]; counted within the tile, 32 bits are enough for offsets
+        offs_h = (tile_m[:, None] * sizes.J + place) * sizes.R + blocks.first[None, :]
+        offs_h = (offs_h[:, :, None] + offs_b[None, None, :]) * SPLIT_K
+        # One load for all parts of K, which a thread then sums by itself. Past the L1 cache: other
+        # processors have just written it.
+        h = tl.load(
+            h_tile + offs_h[:, :, :, None] + offs_s[None, None, None, :],
+            mask=(place >= 0)[:, :, None, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        row, mask_r = rank_rows(blocks, GROUP)
+        # [GROUP * RANK_BLOCK, BLOCK_N]; up to its stride: an odd N would end 16-byte loads. After
+        # h: the compiler waits for B where it is loaded.
+        B = tl.load(
+            B_ptr + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
+            mask=mask_r[:, None] & (offs_n < stride_bc)[None, :],
+            other=0.0,
+        )
+        h = tl.reshape(tl.sum(h, axis=3), [BLOCK_M, GROUP * RANK_BLOCK])
+        acc = product(acc, B, tl.trans(h), DOT_DTYPE)
+        start += GROUP
+        left = window.total - start
+    return acc, changes
 
 
 @triton.jit
 def expand_tile(
     acc,  # [BLOCK_N, BLOCK_M] fp32
+    asked,  # the first window of the tile's union
     h_ptr,
     plan,
     pool,
@@ -25,65 +98,31 @@ def expand_tile(
     stride_bc,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """(acc + the transpose of B h, [BLOCK_M] whether a row has an adapter in this layer).
-
-    With h on the right, wgmma takes it from shared memory. From registers, as its left operand,
-    ptxas before 13.3 miscompiles it (triton #9433).
-    """
-    M, J, R, U = sizes
-    tile_m = tl.arange(0, BLOCK_M)
-    offs_b = tl.arange(0, RANK_BLOCK)
-    changes = tile_m < 0
-    plane = tl.cast(M, tl.int64) * J * R
-    h_tile = h_ptr + pid_m * BLOCK_M * J * R
-    union_tile = plan.union + pid_m * U
-    place_tile = plan.place + pid_m * U * BLOCK_M + tile_m[:, None]
-    length = tl.load(plan.length + pid_m)
-    for window in range(0, length, BLOCK_U):
-        ends = block_ends(union_tile + window, length - window, pool.rank, BLOCK_U)
-        total = tl.max(ends, axis=0)
-        for start in range(0, total, GROUP):
-            blocks = find_blocks(start, ends, total, union_tile + window, pool, GROUP)
-            place = find_places(blocks, window, place_tile, BLOCK_M)
-            changes = changes | (tl.max(place, axis=1) >= 0)
-            # [BLOCK_M, GROUP, RANK_BLOCK]; counted within the tile, 32 bits are enough for offsets
-            offs_h = (tile_m[:, None] * J + place) * R + blocks.first[None, :]
-            offs_h = offs_h[:, :, None] + offs_b[None, None, :]
-            h = tl.zeros((BLOCK_M, GROUP, RANK_BLOCK), tl.float32)
-            for split in tl.static_range(SPLIT_K):
-                # Past the L1 cache: other processors have just written it.
-                h += tl.load(
-                    h_tile + split * plane + offs_h,
-                    mask=(place >= 0)[:, :, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-            h = tl.trans(tl.reshape(h, [BLOCK_M, GROUP * RANK_BLOCK]))
-            row, mask_r = rank_rows(blocks, GROUP)
-            # [GROUP * RANK_BLOCK, BLOCK_N]; up to its stride: an odd N would end 16-byte loads
-            B = tl.load(
-                pool.B_rows + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
-                mask=mask_r[:, None] & (offs_n < stride_bc)[None, :],
-                other=0.0,
+    """(acc + the transpose of B h, [BLOCK_M] whether a row has an adapter in this layer)."""
+    h_tile = h_ptr + pid_m * BLOCK_M * sizes.J * sizes.R * SPLIT_K
+    changes = tl.arange(0, BLOCK_M) < 0
+    acc, changes = expand_window(
+        *(acc, changes, asked, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
+        *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
+    )
+    if BLOCK_U == WIDEST:
+        for at in range(BLOCK_U, asked.length, BLOCK_U):
+            further = ask(plan, pool, sizes, pid_m, at, BLOCK_M, BLOCK_U, SLOTS)
+            acc, changes = expand_window(
+                *(acc, changes, further, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
+                *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
             )
-            B = tl.trans(B.to(DOT_DTYPE))
-            high = h.to(DOT_DTYPE)
-            acc = tl.dot(B, high, acc, input_precision="ieee")
-            if DOT_DTYPE != tl.float32:
-                # What the rounding of h lost, so that y's is the only one; 0 where h overflowed.
-                low = h - high.to(tl.float32)
-                low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
-                acc = tl.dot(B, low.to(DOT_DTYPE), acc, input_precision="ieee")
     return acc, changes
 
 
-@triton.jit(do_not_specialize=["M", "U"])
+@triton.jit(do_not_specialize=["M", "U", "S"])
 def expand_kernel(
-    h_ptr,  # [SPLIT_K, M, J, R] fp32
+    h_ptr,  # [M, J, R, SPLIT_K] fp32
     y_ptr,  # [M, N], read and written
     plan,  # a Plan
     pool,  # a Pool
@@ -92,10 +131,12 @@ def expand_kernel(
     J,
     R,  # a multiple of RANK_BLOCK, at least every rank
     U,
+    S,  # slots of the pool
     stride_bc,
     stride_ym,  # in units of Y_UNIT
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,  # a power of two, at least S; 0: too many to hold
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -108,28 +149,18 @@ def expand_kernel(
     pid_m = tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sizes = Sizes(M, J, R, U, S)
     state = tl.load(plan.state + offs_m, mask=offs_m < M, other=BASE)
-    # [BLOCK_M, BLOCK_N]; asked for before the loop, which hides the wait
+    asked = ask(plan, pool, sizes, pid_m, 0, BLOCK_M, BLOCK_U, SLOTS)
+    # [BLOCK_M, BLOCK_N]; asked for before the loop, which hides the wait, and converted after it
     y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
     mask_n = (offs_n < N)[None, :]
-    y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0).to(tl.float32)
-    y = tl.where((state == DEAD)[:, None], float("nan"), y)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0)
     acc, changes = expand_tile(
-        acc,
-        h_ptr,
-        plan,
-        pool,
-        Sizes(M, J, R, U),
-        pid_m,
-        offs_n,
-        stride_bc,
-        BLOCK_M,
-        BLOCK_U,
-        GROUP,
-        SPLIT_K,
-        DOT_DTYPE,
+        tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
+        *(asked, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
+        *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
     )
-    y += tl.trans(acc)
+    y = tl.where((state == DEAD)[:, None], float("nan"), y.to(tl.float32)) + tl.trans(acc)
     mask_m = (changes | (state == DEAD))[:, None]
     tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .expand import expand_tile
 from .plan import BASE, COUNTERS, DEAD
-from .rank_blocks import Sizes
+from .rank_blocks import Sizes, ask, find_blocks, rank_rows, search
 from .shrink import shrink_tile
 
 
@@ -31,6 +31,36 @@ def await_shrinks(counter_ptr, programs):
     done = tl.atomic_add(counter_ptr, 0, sem="acquire")
     while done < programs:
         done = tl.atomic_add(counter_ptr, 0, sem="acquire")
+
+
+@triton.jit
+def prefetch(
+    asked,
+    B_ptr,
+    n,
+    stride_bc,
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Have the first rows of B that a tile needs, from column n on, come to the L2 cache.
+
+    Nothing waits for it. A load would be waited for where its values are brought into shared
+    memory, which is before h is asked for.
+    """
+    blocks = find_blocks(0, search(asked, BLOCK_U, SLOTS), BLOCK_U, GROUP)
+    row, mask_r = rank_rows(blocks, GROUP)
+    rows = B_ptr + tl.where(mask_r, row, 0).to(tl.int64) * stride_bc
+    for line in tl.static_range(0, BLOCK_N, 64):  # of 128 bytes
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [(rows + tl.minimum(n + line, stride_bc - 1)).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -73,12 +103,12 @@ def base_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "U", "groups", "stream_number"])
+@triton.jit(do_not_specialize=["M", "U", "S", "groups", "stream_number"])
 def fused_kernel(
     x_ptr,  # [M, K]
     W_ptr,  # [N, K]
     bias_ptr,  # [N], or None
-    h_ptr,  # [SPLIT_K, M, J, R] fp32
+    h_ptr,  # [M, J, R, SPLIT_K] fp32
     y_ptr,  # [M, N], written
     plan,  # a Plan
     pool,  # a Pool
@@ -88,6 +118,7 @@ def fused_kernel(
     J,
     R,  # a multiple of RANK_BLOCK, at least every rank
     U,
+    S,  # slots of the pool
     stream_number,  # whose counters are used: zero before and after
     groups,  # programs of shrink for each tile and split
     stride_xm,  # in units of X_UNIT
@@ -96,10 +127,12 @@ def fused_kernel(
     stride_bc,
     stride_ym,  # in units of Y_UNIT
     SHRINKS: tl.constexpr,  # else h is there already
+    PREFETCHES: tl.constexpr,  # not in the interpreter, which runs no assembly
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,  # a power of two, at least S; 0: too many to hold
     SHRINK_GROUP: tl.constexpr,
     EXPAND_GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,  # of h
@@ -114,32 +147,16 @@ def fused_kernel(
     stride_wn *= X_UNIT
     N *= Y_UNIT
     stride_ym *= Y_UNIT
-    sizes = Sizes(M, J, R, U)
+    sizes = Sizes(M, J, R, U, S)
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M)
     shrinks = tiles * groups * SPLIT_K if SHRINKS else 0
     counter_ptr = plan.counters + stream_number * COUNTERS
     if pid < shrinks:
         shrink_tile(
-            x_ptr,
-            h_ptr,
-            plan,
-            pool,
-            sizes,
-            (pid % tiles).to(tl.int64),
-            pid // tiles % groups,
-            groups,
-            pid // (tiles * groups),
-            K,
-            stride_xm,
-            stride_ac,
-            True,
-            BLOCK_M,
-            BLOCK_U,
-            SHRINK_GROUP,
-            BLOCK_K,
-            SPLIT_K,
-            DOT_DTYPE,
+            *(x_ptr, h_ptr, plan, pool, sizes, (pid % tiles).to(tl.int64)),
+            *(pid // tiles % groups, groups, pid // (tiles * groups), K, stride_xm, stride_ac),
+            *(True, BLOCK_M, BLOCK_U, SLOTS, SHRINK_GROUP, BLOCK_K, SPLIT_K, DOT_DTYPE),
         )
         tl.debug_barrier()  # the count is one thread's: all have stored before
         tl.atomic_add(counter_ptr, 1, sem="release")
@@ -149,32 +166,31 @@ def fused_kernel(
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_m, mask_n = offs_m < M, offs_n < N
+        # The tables are of an earlier launch: all of this is there long before it is wanted.
+        asked = ask(plan, pool, sizes, pid_m, 0, BLOCK_M, BLOCK_U, SLOTS)
+        state = tl.load(plan.state + offs_m, mask=mask_m, other=BASE)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
         acc = base_tile(
             x_ptr, W_ptr, offs_m, offs_n, M, K, N, stride_xm, stride_wn, BLOCK_K, DOT_DTYPE
         )
-        if SHRINKS:
-            if tl.load(plan.length + pid_m) > 0:
-                await_shrinks(counter_ptr, shrinks)
-            leave(counter_ptr)
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            acc += bias.to(tl.float32)[:, None]
+        if PREFETCHES:
+            prefetch(
+                *(asked, pool.B_rows, pid_n * BLOCK_N, stride_bc),
+                *(BLOCK_N, BLOCK_U, SLOTS, EXPAND_GROUP),
+            )
+        if SHRINKS:
+            if asked.length > 0:
+                await_shrinks(counter_ptr, shrinks)
         acc, _ = expand_tile(
-            acc,
-            h_ptr,
-            plan,
-            pool,
-            sizes,
-            pid_m,
-            offs_n,
-            stride_bc,
-            BLOCK_M,
-            BLOCK_U,
-            EXPAND_GROUP,
-            SPLIT_K,
-            DOT_DTYPE,
+            *(acc, asked, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
+            *(BLOCK_M, BLOCK_U, SLOTS, EXPAND_GROUP, SPLIT_K, DOT_DTYPE),
         )
-        state = tl.load(plan.state + offs_m, mask=mask_m, other=BASE)
         acc = tl.where((state == DEAD)[None, :], float("nan"), acc)
         y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
         y = tl.trans(acc).to(y_ptr.dtype.element_ty)
         tl.store(y_tile, y, mask=mask_m[:, None] & mask_n[None, :])
+        if SHRINKS:
+            leave(counter_ptr)

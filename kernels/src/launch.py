@@ -20,7 +20,7 @@ from .config import Architecture, Config, FusedConfig, TileSizes, nvidia_tensor_
 from .expand import expand_kernel
 from .fused import fused_kernel
 from .plan import plan_kernel
-from .rank_blocks import RANK_BLOCK
+from .rank_blocks import RANK_BLOCK, WIDEST
 from .ready import Layout, LinearAgain, PlanAgain, PlanNow, Ready
 from .ready import launch as launched
 from .shrink import shrink_kernel
@@ -34,8 +34,6 @@ INTERPRETED = not isinstance(plan_kernel, triton.JITFunction)
 # On ROCm a barrier does not wait for the stores of other waves, which fused launches count on.
 FUSES = torch.version.hip is None
 DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Windows of a union: a search over more of it at once would not fit the registers.
-UNION_WINDOW = 64
 
 
 @lru_cache(maxsize=64)
@@ -131,14 +129,14 @@ def plan_and_again(
 def shrink(
     x: Tensor, h: Tensor, plan: Plan, pool: Pool, config: Config, weighted: bool = True
 ) -> Ready | None:
-    """h [split_k, M, J, R] = strength * scaling * A_rows applied to x [M, K].
+    """h [M, J, R, split_k] = strength * scaling * A_rows applied to x [M, K].
 
     Args:
         weighted: False takes 1 for strength and scaling.
     """
     exact = INTERPRETED or product_itemsize(x, pool.A_rows) == 2 or config.block_m < 64
     assert exact, "TF32 on sm_100"
-    (M, K), (_, _, J, R), U = x.shape, h.shape, plan.union.shape[1]
+    (M, K), (_, J, R, _), U, S = x.shape, h.shape, plan.union.shape[1], len(pool.rank)
     unit = _unit(x)
     tiles = _cdiv(M, config.block_m)
     # Until the machine is full twice.
@@ -155,11 +153,13 @@ def shrink(
         J=J,
         R=R,
         U=U,
+        S=S,
         stride_xm=x.stride(0) // unit,
         stride_ac=pool.A_rows.stride(0),
         WEIGHTED=weighted,
         BLOCK_M=config.block_m,
         BLOCK_U=_window(U),
+        SLOTS=_slots(S),
         GROUP=config.shrink_group,
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
@@ -173,8 +173,8 @@ def shrink(
 
 @_on_its_device
 def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Ready | None:
-    """y [M, N] += B_rows applied to h [split_k, M, J, R]."""
-    (M, N), (_, _, J, R), U = y.shape, h.shape, plan.union.shape[1]
+    """y [M, N] += B_rows applied to h [M, J, R, split_k]."""
+    (M, N), (_, J, R, _), U, S = y.shape, h.shape, plan.union.shape[1], len(pool.rank)
     unit = _unit(y)
     return launched(
         expand_kernel,
@@ -188,10 +188,12 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         J=J,
         R=R,
         U=U,
+        S=S,
         stride_bc=pool.B_rows.stride(0),
         stride_ym=y.stride(0) // unit,
         BLOCK_M=config.block_m,
         BLOCK_U=_window(U),
+        SLOTS=_slots(S),
         GROUP=config.expand_group,
         BLOCK_N=config.block_n,
         SPLIT_K=config.split_k,
@@ -234,7 +236,8 @@ def linear_and_again(
     h = x.new_empty(h_shape(plan, max_rank, before or config), dtype=torch.float32)
     first = None if before is None else shrink(x, h, plan, pool, before)
     y = x.new_empty(x.shape[0], W.shape[0])
-    (M, K), N, (splits, _, J, R), U = x.shape, W.shape[0], h.shape, plan.union.shape[1]
+    (M, K), N, (_, J, R, splits) = x.shape, W.shape[0], h.shape
+    U, S = plan.union.shape[1], len(pool.rank)
     x_unit, y_unit = gcd(_unit(x), W.stride(0)), _unit(y)
     tiles, columns = _cdiv(M, config.block_m), _cdiv(N, config.block_n)
     # Until each processor has a program.
@@ -255,6 +258,7 @@ def linear_and_again(
         J=J,
         R=R,
         U=U,
+        S=S,
         stream_number=stream,
         groups=groups,
         stride_xm=x.stride(0) // x_unit,
@@ -263,10 +267,12 @@ def linear_and_again(
         stride_bc=pool.B_rows.stride(0),
         stride_ym=y.stride(0) // y_unit,
         SHRINKS=before is None,
+        PREFETCHES=not INTERPRETED,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_U=_window(U),
+        SLOTS=_slots(S),
         SHRINK_GROUP=config.shrink_group,
         EXPAND_GROUP=config.expand_group,
         SPLIT_K=splits,
@@ -300,9 +306,9 @@ def stream_number(device: torch.device) -> int | None:
 
 
 def h_shape(plan: Plan, max_rank: int, config: TileSizes) -> tuple[int, int, int, int]:
-    """[split_k, M, J, R]; R is `max_rank`, at least every rank, rounded up to whole blocks."""
+    """[M, J, R, split_k]; R is `max_rank`, at least every rank, rounded up to whole blocks."""
     blocks = max(1, _cdiv(max_rank, RANK_BLOCK.value))
-    return config.split_k, *plan.slots.shape, blocks * RANK_BLOCK.value
+    return *plan.slots.shape, blocks * RANK_BLOCK.value, config.split_k
 
 
 def product_itemsize(*tensors: Tensor) -> int:
@@ -339,7 +345,12 @@ def _registers(config: TileSizes, unit: int) -> dict[str, int]:
 
 def _window(U: int) -> int:
     """How much of a union the kernels search at once."""
-    return min(UNION_WINDOW, max(16, _power(U)))
+    return min(WIDEST.value, max(16, _power(U)))
+
+
+def _slots(S: int) -> int:
+    """How many slots' ranks and offsets a program holds; 0 = it asks for those that it needs."""
+    return max(16, _power(S)) if S <= WIDEST.value else 0
 
 
 def _cdiv(n: int, block: int) -> int:

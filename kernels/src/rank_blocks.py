@@ -2,8 +2,11 @@
 
 The adapters of a union lie one after the other: an adapter of rank r has cdiv(r, RANK_BLOCK)
 blocks, one that leaves this layer alone has none. A program takes GROUP blocks at once, of one
-adapter or of several, so that x is loaded once for all of them. This file holds how shrink and
-expand find them.
+adapter or of several, so that x is loaded once for all of them. This file holds how shrink, expand
+and fused find them.
+
+Finding them waits for memory once. `ask` loads the union, the whole tables of a small pool and the
+places, none of which waits for another; what is searched after that is in registers.
 """
 
 from typing import NamedTuple
@@ -13,73 +16,142 @@ import triton.language as tl
 
 # The least that a tensor core takes: K = 16 of expand's product (16-bit types), N = 16 on AMD.
 RANK_BLOCK = tl.constexpr(16)
+# The widest window of a union, and the most slots whose tables a program holds: what is searched
+# at once has to fit the registers.
+WIDEST = tl.constexpr(64)
+# Places of a tile that a program holds, 4 for each of its threads.
+MOST_PLACES = tl.constexpr(512)
 
 
 class Sizes(NamedTuple):
-    """The sizes of a batch: h is [SPLIT_K, M, J, R]."""
+    """The sizes of a batch and of a pool: h is [M, J, R, SPLIT_K]."""
 
     M: tl.tensor  # rows
     J: tl.tensor  # places of a row
     R: tl.tensor  # a multiple of RANK_BLOCK, at least every rank
     U: tl.tensor  # room for a tile's union
+    S: tl.tensor  # slots of the pool
+
+
+class Asked(NamedTuple):
+    """A window of a tile's union and what the pool says of slots, on their way from memory."""
+
+    length: tl.tensor  # of the union from here on, which may be longer than the window
+    union: tl.tensor  # [BLOCK_U]; anything from length on
+    place: tl.tensor  # [BLOCK_M, BLOCK_U] likewise; or a pointer to [BLOCK_M, 1]
+    rank: tl.tensor  # [SLOTS], or a pointer
+    offset: tl.tensor  # likewise
+
+
+class Window(NamedTuple):
+    """The rank blocks of a window; the fields that are no scalars are [BLOCK_U]."""
+
+    slot: tl.tensor  # anything from length on, but a slot
+    ends: tl.tensor  # how many blocks the slots up to this one have
+    total: tl.tensor
+    packed: tl.tensor  # what a block needs of its slot: see `search`
 
 
 class Blocks(NamedTuple):
-    """GROUP rank blocks of a window of a tile's union; each field is [GROUP]."""
+    """GROUP rank blocks of a window; each field is [GROUP]."""
 
     exists: tl.tensor  # else it lies past the last one
     u: tl.tensor  # its slot's position in the window
-    slot: tl.tensor
     first: tl.tensor  # its first rank row within the adapter
-    rank: tl.tensor  # of the adapter
-    offset: tl.tensor  # the adapter's first rank row in the pool
+    row: tl.tensor  # and in the pool
+    left: tl.tensor  # rank rows of the adapter from there on
 
 
 @triton.jit
-def block_ends(union_ptr, length, rank_ptr, BLOCK_U: tl.constexpr):
-    """ends[u] = how many blocks the slots union[:u + 1] have; the last one is the tile's total."""
-    offs_u = tl.arange(0, BLOCK_U)
-    mask_u = offs_u < length
-    slot = tl.load(union_ptr + offs_u, mask=mask_u, other=0)
-    rank = tl.load(rank_ptr + slot, mask=mask_u, other=0)
-    return tl.cumsum((rank + RANK_BLOCK - 1) // RANK_BLOCK, axis=0)
+def table(pointer, S, SLOTS: tl.constexpr):
+    """A table of the pool, where it is small; else its pointer, for `of_slots` to ask."""
+    if SLOTS:
+        offs_s = tl.arange(0, SLOTS)
+        return tl.load(pointer + offs_s, mask=offs_s < S, other=0)
+    else:
+        return pointer
 
 
 @triton.jit
-def locate(block, ends, total):
-    """Where blocks [GROUP] are: (position in the window, first rank row within the adapter)."""
-    # [GROUP, BLOCK_U]
-    before = ends[None, :] <= block[:, None]
-    start = tl.max(tl.where(before, ends[None, :], 0), axis=1)
-    return tl.sum(before.to(tl.int32), axis=1), (block - start) * RANK_BLOCK
+def of_slots(known, slot, exists, SLOTS: tl.constexpr):
+    """What a table says of slots; 0 where they do not exist."""
+    if SLOTS:
+        return tl.where(exists, tl.gather(known, slot, axis=0), 0)
+    else:
+        return tl.load(known + slot, mask=exists, other=0)
 
 
 @triton.jit
-def find_blocks(start, ends, total, union_ptr, pool, GROUP: tl.constexpr):
-    """Blocks start .. start + GROUP - 1 of the window of a union that union_ptr points to."""
+def ask(
+    plan,
+    pool,
+    sizes,
+    pid_m,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """The window of the union of tile pid_m (int64) that begins at `window`."""
+    offs_u, tile_m = tl.arange(0, BLOCK_U), tl.arange(0, BLOCK_M)
+    inside = window + offs_u < sizes.U
+    union_tile = plan.union + pid_m * sizes.U + window
+    place = plan.place + (pid_m * sizes.U + window) * BLOCK_M + tile_m[:, None]
+    # Not masked by length, which is on its way.
+    union = tl.load(union_tile + offs_u, mask=inside, other=0)
+    length = tl.load(plan.length + pid_m) - window
+    rank = table(pool.rank, sizes.S, SLOTS)
+    offset = table(pool.offset, sizes.S, SLOTS)
+    if BLOCK_M * BLOCK_U <= MOST_PLACES:
+        place = tl.load(place + offs_u[None, :] * BLOCK_M, mask=inside[None, :], other=-1)
+    return Asked(length, union, place, rank, offset)
+
+
+@triton.jit
+def search(asked, BLOCK_U: tl.constexpr, SLOTS: tl.constexpr):
+    """The rank blocks of a window."""
+    exists = tl.arange(0, BLOCK_U) < asked.length
+    slot = tl.where(exists, asked.union, 0)
+    rank = of_slots(asked.rank, slot, exists, SLOTS)
+    offset = of_slots(asked.offset, slot, exists, SLOTS)
+    blocks = (rank + RANK_BLOCK - 1) // RANK_BLOCK
+    ends = tl.cumsum(blocks, axis=0)
+    # As one number, since each look-up is a step through shared memory.
+    packed = (offset.to(tl.int64) << 32) | (ends - blocks).to(tl.int64) << 16 | rank
+    return Window(slot, ends, tl.sum(blocks, axis=0), packed)
+
+
+@triton.jit
+def find_blocks(start, window, BLOCK_U: tl.constexpr, GROUP: tl.constexpr):
+    """Blocks start .. start + GROUP - 1 of a window."""
     block = start + tl.arange(0, GROUP)
-    exists = block < total
-    u, first = locate(block, ends, total)
-    slot = tl.load(union_ptr + u, mask=exists, other=0)
-    rank = tl.load(pool.rank + slot, mask=exists, other=0)
-    offset = tl.load(pool.offset + slot, mask=exists, other=0)
-    return Blocks(exists, u, slot, first, rank, offset)
+    exists = block < window.total
+    # Those past the last block have all of the union before them.
+    before = (window.ends[None, :] <= block[:, None]).to(tl.int32)  # [GROUP, BLOCK_U]
+    u = tl.minimum(tl.sum(before, axis=1), BLOCK_U - 1)
+    packed = tl.gather(window.packed, u, axis=0)
+    first = (block - (packed >> 16 & 0xFFFF).to(tl.int32)) * RANK_BLOCK
+    row = (packed >> 32).to(tl.int32) + first
+    left = tl.where(exists, (packed & 0xFFFF).to(tl.int32) - first, 0)
+    return Blocks(exists, u, first, row, left)
+
+
+@triton.jit
+def find_places(blocks, asked, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr, GROUP: tl.constexpr):
+    """[BLOCK_M, GROUP]: the place at which each row selects a block's slot, or -1."""
+    if BLOCK_M * BLOCK_U <= MOST_PLACES:
+        which = tl.broadcast_to(blocks.u[None, :], [BLOCK_M, GROUP])
+        place = tl.gather(asked.place.to(tl.int32), which, axis=1)
+        return tl.where(blocks.exists[None, :], place, -1)
+    else:
+        place_rows = asked.place + blocks.u[None, :] * BLOCK_M
+        return tl.load(place_rows, mask=blocks.exists[None, :], other=-1)
 
 
 @triton.jit
 def rank_rows(blocks, GROUP: tl.constexpr):
     """(rows of the pool, which of them are the adapters' own), each [GROUP * RANK_BLOCK]."""
     offs_b = tl.arange(0, RANK_BLOCK)
-    row = (blocks.offset + blocks.first)[:, None] + offs_b[None, :]
-    own = (blocks.rank - blocks.first)[:, None] > offs_b[None, :]
+    row = blocks.row[:, None] + offs_b[None, :]
+    own = blocks.left[:, None] > offs_b[None, :]
     return tl.reshape(row, [GROUP * RANK_BLOCK]), tl.reshape(own, [GROUP * RANK_BLOCK])
-
-
-@triton.jit
-def find_places(blocks, window, place_ptr, BLOCK_M: tl.constexpr):
-    """[BLOCK_M, GROUP]: the place at which each row selects a block's slot, or -1.
-
-    place_ptr [BLOCK_M, 1] is where the rows' places of the union's first slot are.
-    """
-    place_rows = place_ptr + (window + blocks.u)[None, :] * BLOCK_M
-    return tl.load(place_rows, mask=blocks.exists[None, :], other=-1).to(tl.int32)

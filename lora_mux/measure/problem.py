@@ -75,8 +75,8 @@ class Problem:
     def _choose(self, block_m: int | None) -> "Config":
         from ..kernels import config
 
-        case = self.case._asdict()
-        return config.choose(**case, architecture=self.architecture, block_m=block_m)
+        rows, K, N, _, _, itemsize = self.case
+        return config.choose(rows, K, N, itemsize, self.architecture, block_m)
 
     def chosen_fused(self) -> "FusedConfig":
         """The same for the fused kernel."""

@@ -287,7 +287,7 @@ def _triton_strength_gradient(
         shape = launch.h_shape(plan, how.max_rank, config)
         h = x.new_zeros(shape, dtype=torch.float32)
         launch.shrink(vectors, h, plan, pool, config, weighted=False)
-        products.append(h.sum(0))
+        products.append(h.sum(3))
     scaling = torch.where(plan.slots >= 0, rows.scaling[plan.slots.clamp(min=0)], 0.0)
     return gradient.copy_((products[0] * products[1]).sum(2) * scaling)
 
@@ -310,7 +310,7 @@ def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
         if measured is not None:
             return measured
     return config.choose(
-        **case._asdict(),
+        *(case.rows, case.in_features, case.out_features, case.itemsize),
         architecture=launch.architecture(x.device),
         block_m=plan.block_m,
         batch_invariant=how.batch_invariant,

@@ -207,4 +207,5 @@ def _pointers(rows: RankRows) -> tuple[int, ...]:
 def _kinds(rows: RankRows) -> tuple[object, ...]:
     """What variants depend on; a pool's other dtypes never change."""
     A, B, scaling = rows.A_rows, rows.B_rows, rows.scaling
-    return A.stride(), A.dtype, A.get_device(), B.stride(), B.dtype, scaling.dtype
+    stored = A.stride(), A.dtype, A.get_device(), B.stride(), B.dtype
+    return *stored, scaling.dtype, scaling.shape  # as many slots

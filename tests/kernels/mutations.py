@@ -51,35 +51,39 @@ MUTATIONS = {
         PLAN, "(pid_u + 1) * BLOCK_U", "pid_u * BLOCK_U + 8", TEST_KERNELS
     ),
     "shrink: no scaling": Mutation(
-        SHRINK, "(strength * scaling[None, :])", "strength", TEST_KERNELS
+        SHRINK, "* scaling[None, :]", "+ 0.0 * scaling[None, :]", TEST_KERNELS
     ),
-    "shrink: no strength": Mutation(
-        SHRINK, "(strength * scaling[None, :])", "(scaling[None, :] + 0.0 * strength)", TEST_KERNELS
-    ),
+    "shrink: no strength": Mutation(SHRINK, "(strength.to(tl.float32) *", "(1.0 *", TEST_KERNELS),
     "blocks: a rank row too many": Mutation(
         RANK_BLOCKS, "> offs_b[None, :]", ">= offs_b[None, :]", TEST_KERNELS
     ),
     "shrink: a column of x too many": Mutation(SHRINK, "offs_k < K)", "offs_k <= K)", TEST_KERNELS),
     "shrink: each split sums everything": Mutation(
-        SHRINK, "range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT_K)", "range(0, K, BLOCK_K)", TEST_KERNELS
+        SHRINK,
+        "range(pid_k * BLOCK_K, end_k, BLOCK_K * SPLIT_K)",
+        "range(0, end_k, BLOCK_K)",
+        TEST_KERNELS,
     ),
     "shrink: the bias in every split": Mutation(
         SHRINK, "tl.where(pid_k == 0, 1.0, 0.0)", "1.0", TEST_KERNELS
     ),
     "shrink: every program does every group": Mutation(
-        SHRINK,
-        "range(first_group * GROUP, total, groups * GROUP)",
-        "range(0, total, GROUP)",
-        TEST_KERNELS,
+        SHRINK, "start += groups * GROUP", "start += GROUP", TEST_KERNELS
+    ),
+    "shrink: only the first group of a program": Mutation(
+        SHRINK, "left = window.total - start", "left = 0 * start", TEST_KERNELS
+    ),
+    "shrink: x for groups that do not exist": Mutation(
+        SHRINK, "tl.where(start < window.total, K, 0)", "K", TEST_KERNELS
     ),
     "shrink: only the first window": Mutation(
-        SHRINK, "total, union_tile + window", "total, union_tile", TEST_KERNELS
+        SHRINK, "range(BLOCK_U, asked.length, BLOCK_U)", "range(BLOCK_U, BLOCK_U)", TEST_KERNELS
     ),
     "shrink: h of rows that do not select": Mutation(
         SHRINK, "mask=selects[:, :, None])", "mask=(place >= -1)[:, :, None])", TEST_KERNELS
     ),
     "shrink: the next row's place": Mutation(
-        SHRINK, "tile_m[:, None] * J + place", "tile_m[:, None] * J", TEST_KERNELS
+        SHRINK, "at = tile_m[:, None] * J + place", "at = tile_m[:, None] * J", TEST_KERNELS
     ),
     "expand: h rounded to the type of B": Mutation(
         EXPAND, "if DOT_DTYPE != tl.float32:", "if DOT_DTYPE == tl.float64:", TEST_KERNELS
@@ -95,24 +99,30 @@ MUTATIONS = {
         EXPAND, "(offs_n < N)", "(offs_n <= N)", TEST_KERNELS
     ),
     "expand: the first split only": Mutation(
-        EXPAND, "static_range(SPLIT_K)", "static_range(1)", TEST_KERNELS
+        EXPAND, "tl.sum(h, axis=3)", "tl.max(tl.where(offs_s == 0, h, -1e30), axis=3)", TEST_KERNELS
     ),
     "expand: the first block of each adapter": Mutation(
-        EXPAND, "* R + blocks.first[None, :]", "* R", TEST_KERNELS
+        EXPAND, "* sizes.R + blocks.first[None, :]", "* sizes.R", TEST_KERNELS
     ),
     "expand: masked by multiplying": Mutation(
         EXPAND,
-        """mask=(place >= 0)[:, :, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )""",
-        "mask=(place >= -1)[:, :, None], other=0.0) * (place >= 0)[:, :, None]",
+        """mask=(place >= 0)[:, :, None, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )""",
+        "mask=(place >= -1)[:, :, None, None], other=0.0) * (place >= 0)[:, :, None, None]",
         TEST_KERNELS,
+    ),
+    "expand: only the first window": Mutation(
+        EXPAND, "range(BLOCK_U, asked.length, BLOCK_U)", "range(BLOCK_U, BLOCK_U)", TEST_KERNELS
+    ),
+    "expand: only the first group": Mutation(
+        EXPAND, "left = window.total - start", "left = 0 * start", TEST_KERNELS
     ),
     "expand: the delta rounded before the sum": Mutation(
         EXPAND,
-        "y += tl.trans(acc)",
-        "y += tl.trans(acc).to(y_ptr.dtype.element_ty).to(tl.float32)",
+        "+ tl.trans(acc)",
+        "+ tl.trans(acc).to(y_ptr.dtype.element_ty).to(tl.float32)",
         TEST_KERNELS,
     ),
     "blocks: one too few": Mutation(RANK_BLOCKS, "(rank + RANK_BLOCK - 1)", "(rank)", TEST_KERNELS),
@@ -120,7 +130,37 @@ MUTATIONS = {
         RANK_BLOCKS, "<= block[:, None]", "< block[:, None]", TEST_KERNELS
     ),
     "blocks: the first row of an adapter always": Mutation(
-        RANK_BLOCKS, "(block - start) * RANK_BLOCK", "(start - start)", TEST_KERNELS
+        RANK_BLOCKS, "first = (block - (packed", "first = 0 * (block - (packed", TEST_KERNELS
+    ),
+    "blocks: an adapter begins where it ends": Mutation(
+        RANK_BLOCKS, "(ends - blocks).to(tl.int64)", "ends.to(tl.int64)", TEST_KERNELS
+    ),
+    "blocks: slots past the union": Mutation(
+        RANK_BLOCKS,
+        "tl.arange(0, BLOCK_U) < asked.length",
+        "tl.arange(0, BLOCK_U) >= 0",
+        TEST_KERNELS,
+    ),
+    "blocks: rank rows of blocks that do not exist": Mutation(
+        RANK_BLOCKS, "left = tl.where(exists, ", "left = tl.where(exists | True, ", TEST_KERNELS
+    ),
+    "blocks: places of blocks that do not exist": Mutation(
+        RANK_BLOCKS, "tl.where(blocks.exists[None, :], place, -1)", "place", TEST_KERNELS
+    ),
+    "blocks: every window is the first": Mutation(
+        RANK_BLOCKS,
+        "plan.union + pid_m * sizes.U + window",
+        "plan.union + pid_m * sizes.U",
+        TEST_KERNELS,
+    ),
+    "blocks: the places of the first window": Mutation(
+        RANK_BLOCKS,
+        "(pid_m * sizes.U + window) * BLOCK_M",
+        "(pid_m * sizes.U) * BLOCK_M",
+        TEST_KERNELS,
+    ),
+    "launch: more slots than a program holds": Mutation(
+        LAUNCH, "max(16, _power(S)) if S <= WIDEST.value else 0", "16", TEST_KERNELS
     ),
     "launch: a tile too few": Mutation(
         LAUNCH,
@@ -134,9 +174,7 @@ MUTATIONS = {
     "plan: counters begin as they come": Mutation(
         PLAN, "tl.store(plan.counters +", "tl.load(plan.counters +", TEST_FUSED
     ),
-    "fused: nobody waits": Mutation(
-        FUSED, "if tl.load(plan.length + pid_m) > 0:", "if pid < 0:", TEST_FUSED
-    ),
+    "fused: nobody waits": Mutation(FUSED, "if asked.length > 0:", "if pid < 0:", TEST_FUSED),
     "fused: waits for one too few": Mutation(
         FUSED, "while done < programs", "while done < programs - 1", TEST_FUSED
     ),
@@ -166,6 +204,9 @@ MUTATIONS = {
     ),
     "ready: the arguments in another order": Mutation(
         READY, "in kernel.arg_names[len(tensors) :]", "in options", TEST_READY
+    ),
+    "ready: a pool of as many slots as before": Mutation(
+        "ops/tiled.py", "scaling.dtype, scaling.shape", "scaling.dtype", TEST_READY
     ),
     "ready: nobody is told of launches": Mutation(
         READY, "return bool(hooks or", "return bool(", TEST_READY

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from paths import SUPPORT
+from predict import CHAINS
 
 CODEGEN = SUPPORT / "codegen.py"
 # Bytes of shared memory that a program may have; the compiler does not always complain.
@@ -47,6 +48,18 @@ def reports(*arguments: str, python: str = sys.executable) -> list[dict[str, Any
     return [json.loads(line) for line in lines]
 
 
+def check_chains(found: dict[str, Any]) -> None:
+    """No more loads follow one another than bench/predict.py says."""
+    kernels = {found["kernel"]}
+    if found["kernel"] == "fused" and found["shrinks"]:
+        kernels.add("fused's shrink")
+    assert found["chains"].keys() == kernels
+    for kernel, one in found["chains"].items():
+        most = CHAINS[kernel, found["config"]["block_m"], found["window"]]
+        longer = [f for f in most._fields if one[f] > getattr(most, f)]
+        assert not longer, f"{kernel}: {one} where {most}"
+
+
 def check(found: dict[str, Any]) -> None:
     """No spills, within shared memory, on tensor cores, by wide loads, without atomics."""
     kernel, architecture, config = found["kernel"], found["architecture"], found["config"]
@@ -68,6 +81,8 @@ def check(found: dict[str, Any]) -> None:
         assert kernel == "expand" or found["loads_of_16_bytes"]
         return
     assert found["mma"] + found["wgmma"] + found["tcgen05"]
+    if architecture == "sm_90" and found["dtype"] == "bf16" and found["unit"] == 16:
+        check_chains(found)
     # triton #9433: ptxas before 13.3 miscompiles wgmma whose left operand is in registers.
     assert not found["wgmma_from_registers"]
     if kernel == "fused":
@@ -121,11 +136,18 @@ def test_the_oldest_and_the_newest_triton(version: str, tmp_path: Path) -> None:
     check_all(reports(python=python))
 
 
+SHORT = {"before": 1, "turn": 0.5, "after": 1, "polls": 0, "waits": []}
+# As it was while each table was asked for what the one before had said.
+LONGER = ({"before": 5}, {"turn": 1.0}, {"after": 4})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         *(("spills", 8), ("shared", 1 << 20), ("wgmma", 0), ("wgmma_from_registers", 1)),
         *(("loads", ["LDGSTS.E.64"]), ("float_atomics", ["RED.E.ADD.F32"])),
+        ("chains", {}),
+        *(("chains", {"shrink": SHORT | longer}) for longer in LONGER),
     ],
 )
 def test_the_check_can_fail(field: str, value: Any) -> None:
@@ -133,7 +155,8 @@ def test_the_check_can_fail(field: str, value: Any) -> None:
         **{"kernel": "shrink", "dtype": "bf16", "architecture": "sm_90", "spills": 0},
         **{"config": {"block_m": 64}, "shared": 4096, "mma": 0, "wgmma": 4, "tcgen05": 0},
         **{"wgmma_from_registers": 0, "loads": ["LDGSTS.E.BYPASS.128"]},
-        **{"compare_and_swap": [], "float_atomics": [], "unit": 16},
+        **{"compare_and_swap": [], "float_atomics": [], "unit": 16, "window": 16},
+        **{"chains": {"shrink": SHORT}, "shrinks": True},
     }
     check(good)
     with pytest.raises(AssertionError):

@@ -6,7 +6,14 @@ import itertools
 import pytest
 
 from lora_mux.kernels import config
-from lora_mux.kernels.config import Architecture, Config, choose, choose_fused, tile_rows
+from lora_mux.kernels.config import (
+    Architecture,
+    Config,
+    FusedConfig,
+    choose,
+    choose_fused,
+    tile_rows,
+)
 
 H200 = Architecture("wgmma", 132, 232448)
 CARDS = {
@@ -22,8 +29,12 @@ every_card = pytest.mark.parametrize("architecture", CARDS.values(), ids=CARDS)
 
 
 def chosen(rows: int = 32, K: int = 4096, N: int = 4096, **others: object) -> Config:
-    given = {"rank": 16, "selections": 1, "itemsize": 2, "architecture": H200, **others}
+    given = {"itemsize": 2, "architecture": H200, **others}
     return choose(rows, K, N, **given)  # type: ignore[arg-type]
+
+
+def fused(rows: int, N: int = 4096, architecture: Architecture = H200) -> FusedConfig:
+    return choose_fused(rows, N, architecture)
 
 
 @every_card
@@ -95,23 +106,29 @@ def test_gpus_that_are_too_old(capability: tuple[int, int], modern: bool, proble
 
 
 def test_an_h100_gets_what_was_measured_on_it() -> None:
-    """The tiles of docs/benchmarks.md, whatever other cards need."""
+    """The tiles of kernels/README.md, whatever other cards need."""
     common = {"registers": 168, "shrink_warps": 4, "shrink_stages": 3, "expand_warps": 4}
-    assert chosen(32, selections=8) == Config(
+    assert chosen(32) == Config(
         **{"block_m": 16, "block_n": 64, "block_k": 128, "split_k": 8, "shrink_group": 4},
-        **{"expand_group": 2, "expand_stages": 2, **common},
+        **{"expand_group": 4, "expand_stages": 2, **common},
     )
-    assert chosen(2048, selections=8) == Config(
-        **{"block_m": 64, "block_n": 64, "block_k": 64, "split_k": 4, "shrink_group": 2},
+    assert chosen(2048) == Config(
+        **{"block_m": 64, "block_n": 64, "block_k": 64, "split_k": 2, "shrink_group": 2},
         **{"expand_group": 2, "expand_stages": 2, **common, "registers": 192},
     )
-    found = [choose_fused(rows, 4096, H200) for rows in (1, 32, 64, 128, 2048)]
-    assert [
-        (c.block_m, c.block_n, c.block_k, c.stages, c.warps, c.shrink_group) for c in found
-    ] == [
-        *((16, 32, 128, 4, 4, 1), (32, 32, 128, 4, 4, 1), (64, 32, 64, 3, 4, 1)),
-        *((128, 32, 64, 3, 4, 1), (128, 128, 64, 3, 8, 1)),
+    few = [
+        ((c := fused(rows, N)).block_m, c.block_n, c.block_k, c.stages, c.warps)
+        for rows, N in itertools.product((1, 32), (4096, 6144, 28672))
     ]
+    assert few == [
+        *((16, 32, 128, 6, 4), (16, 64, 128, 6, 4), (16, 64, 128, 4, 4)),
+        *((32, 64, 128, 6, 4), (32, 64, 128, 6, 4), (32, 128, 128, 4, 8)),
+    ]
+    many = [
+        ((c := fused(rows)).block_m, c.block_n, c.block_k, c.stages, c.warps)
+        for rows in (64, 128, 2048)
+    ]
+    assert many == [(64, 32, 64, 3, 4), (128, 32, 64, 3, 4), (128, 128, 64, 3, 8)]
 
 
 def test_one_generation_gets_the_same_tiles() -> None:
@@ -129,11 +146,13 @@ def test_loads_of_the_fused_kernel_fit_the_shared_memory(card: str) -> None:
     """Triton keeps as many tiles as there are stages; one less with mma."""
     architecture = CARDS[card]
     for rows, N in itertools.product((1, 17, 33, 65, 185), (64, 4096, 28672)):
-        c = choose_fused(rows, N, architecture)
+        c = fused(rows, N, architecture=architecture)
         tiles = c.stages - (architecture.tensor_cores == "mma")
         assert 2 <= tiles
         assert tiles * 2 * (c.block_m + c.block_n) * c.block_k <= architecture.shared
-    stages = {c: choose_fused(32, 14336, CARDS[c]).stages for c in ("A100", "RTX 4090", "H200")}
+    stages = {
+        c: fused(32, 14336, architecture=CARDS[c]).stages for c in ("A100", "RTX 4090", "H200")
+    }
     assert stages == {"A100": 4, "RTX 4090": 3, "H200": 4}
 
 

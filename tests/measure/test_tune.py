@@ -20,7 +20,7 @@ from lora_mux.measure import tune
 from lora_mux.ops import tuned
 
 CASE = tuned.Case(32, 4096, 4096, 16, 1, 2)
-PLAIN = choose(32, 4096, 4096, 16, 1, 2, Architecture("wgmma", 132, 232448))
+PLAIN = choose(32, 4096, 4096, 2, Architecture("wgmma", 132, 232448))
 OTHER = replace(PLAIN, block_n=128)
 FUSED = choose_fused(32, 4096, Architecture("wgmma", 132, 232448))
 RECORD = {"device": "a GPU", "commit": "0" * 40}

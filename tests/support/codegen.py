@@ -29,6 +29,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from load_chain import chain, ways_through
+
 # The package without its __init__, whose launchers need torch.
 _package = types.ModuleType("kernels_src")
 _package.__path__ = [str(Path(__file__).parents[2] / "kernels" / "src")]
@@ -40,7 +42,7 @@ shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
 expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
 fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 # Bytes of shared memory that a program may have, from NVIDIA's and AMD's tables.
 SHARED = {
     **{"sm_70": 98304, "sm_75": 65536},
@@ -83,9 +85,9 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
     }
     ints = {
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
-        "shrink": "M K J R U stride_xm stride_ac",
-        "expand": "M N J R U stride_bc stride_ym",
-        "fused": "M K N J R U stream_number groups "
+        "shrink": "M K J R U S stride_xm stride_ac",
+        "expand": "M N J R U S stride_bc stride_ym",
+        "fused": "M K N J R U S stream_number groups "
         "stride_xm stride_wn stride_ac stride_bc stride_ym",
     }
     return {
@@ -118,7 +120,12 @@ def compile_kernel(
         constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16}
         warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
-        constants = {"BLOCK_U": window, "SPLIT_K": chosen.split_k, "DOT_DTYPE": DTYPES[dtype]}
+        constants = {
+            "BLOCK_U": window,
+            "SLOTS": window,
+            "SPLIT_K": chosen.split_k,
+            "DOT_DTYPE": DTYPES[dtype],
+        }
     if kernel == "shrink":
         constants |= {"WEIGHTED": True, "X_UNIT": unit}
         constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
@@ -127,7 +134,7 @@ def compile_kernel(
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
-        constants |= {"SHRINKS": shrinks, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"SHRINKS": shrinks, "PREFETCHES": True, "X_UNIT": unit, "Y_UNIT": unit}
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
         constants["SWIZZLE"] = chosen.swizzle
@@ -180,16 +187,31 @@ def report(
     }
     if architecture.startswith("gfx"):
         return found | _amd(compiled.asm["amdgcn"])
-    return found | _nvidia(compiled)
+    sass = cuobjdump("-sass", compiled.asm["cubin"])
+    found |= _nvidia(compiled, sass)
+    # A product by tcgen05 is waited for in a loop: there are more ways than can be walked.
+    return found | {"chains": {} if found["tcgen05"] else _chains(kernel, sass, shrinks)}
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
+    """Kernel -> the loads that follow one another in it; a fused one's programs of shrink apart.
+
+    Empty where no tensor core multiplies: the plan, fp32, and old cards.
+    """
+    ways = ways_through(sass)
+    if not ways:
+        return {}
+    if kernel != "fused":
+        return {kernel: dataclasses.asdict(chain(ways, 1, polls=False))}
+    found = {"fused": dataclasses.asdict(chain(ways, 2, polls=shrinks))}
+    if shrinks:
+        found["fused's shrink"] = dataclasses.asdict(chain(ways, 1, polls=False))
+    return found
+
+
+def _nvidia(compiled: Any, sass: str) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("cuobjdump", "-sass", file.name)
+    usage = cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass)
     wgmma = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
@@ -221,8 +243,12 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True)
+def cuobjdump(what: str, cubin: bytes) -> str:
+    """What NVIDIA's disassembler, of triton's wheel, prints of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
@@ -232,8 +258,6 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
         (1, 16, 17, 64, 65, 128, 512, 513, 1024, 4096, 16384, 65536),  # rows
         (64, 512, 1024, 4096, 14336),  # in_features
         (64, 1024, 4096, 28672),  # out_features
-        (8, 64),  # rank
-        (1, 4),  # selections
         (False, True),  # batch_invariant
     )
     return list(

@@ -57,8 +57,12 @@ class Launch:
 
     def replay(self) -> None:
         """Compute it again, on what its arguments hold now."""
+        names = self.source.fn.arg_names
+        arguments = dict(zip(names, self.arguments, strict=True))
+        if "PREFETCHES" in arguments:
+            arguments["PREFETCHES"] = False  # the interpreter runs no assembly
         with interpreted(self.source.fn) as function:
-            function[self.grid](*self.arguments)
+            function[self.grid](**arguments)
 
 
 LAUNCHES: list[Launch] = []

@@ -114,8 +114,6 @@ class Problem:
             rows=self.rows,
             in_features=self.K,
             out_features=self.N,
-            rank=self.max_rank,
-            selections=self.J,
             itemsize=launch.product_itemsize(self.x, self.y, self.A_rows),
             architecture=launch.architecture(self.x.device),
             block_m=block_m,
@@ -208,7 +206,8 @@ class FusedProblem(Problem):
         from lora_mux.kernels import config, launch
 
         device = self.x.device
-        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
+        machine = launch.architecture(device)
+        chosen = config.choose_fused(self.rows, self.N, machine)
         chosen = dataclasses.replace(chosen, **replaced)
         plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
         self.counters = plan.counters

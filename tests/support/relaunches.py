@@ -115,11 +115,13 @@ def cases() -> dict[str, Callable[[], tuple[Any, float]]]:
     }
 
     def after_growing() -> tuple[Any, float]:
-        grown.run(x_of(5, K))
-        if len(grown.adapters) == 3:
-            for _ in range(9):  # past the first capacity: other tables, and another union
+        # Past the first capacity: other tables, and another union. Past the second one: more slots
+        # for the union of a tile of 16 rows, which is as it was.
+        for adapters in (3, 12, 40):
+            while len(grown.adapters) < adapters:
                 grown.add(20)
-        return grown.run(x_of(5, K))
+            grown.run(x_of(5, K))
+        return grown.run(x_of(16, K))
 
     return {**runs, "after growing": after_growing}
 
