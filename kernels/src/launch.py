@@ -345,7 +345,8 @@ def _registers(config: TileSizes, unit: int) -> dict[str, int]:
 
 def _window(U: int) -> int:
     """How much of a union the kernels search at once."""
-    return min(WIDEST.value, max(16, _power(U)))
+    widest: int = WIDEST.value
+    return min(widest, max(16, _power(U)))
 
 
 def _slots(S: int) -> int:
