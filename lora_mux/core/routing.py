@@ -168,8 +168,9 @@ def value_of(routing: Routing) -> object:
     given = routing.index, routing.weight
     if not all(map(host_may_read, given)):
         return object()
-    flat = [tensor.detach().contiguous().view(torch.uint8) for tensor in given]
-    return [(t.shape, t.dtype, part.numpy().tobytes()) for t, part in zip(given, flat, strict=True)]
+    # Cloned: contiguous() leaves a column's strides as they are, and such a one has no view as bytes.
+    flat = [t.detach().clone(memory_format=torch.contiguous_format) for t in given]
+    return [(t.shape, t.dtype, t.view(torch.uint8).numpy().tobytes()) for t in flat]
 
 
 def host_may_read(tensor: Tensor) -> bool:
