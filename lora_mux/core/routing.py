@@ -168,7 +168,7 @@ def value_of(routing: Routing) -> object:
     given = routing.index, routing.weight
     if not all(map(host_may_read, given)):
         return object()
-    # Cloned: contiguous() leaves a column's strides as they are, and such a one has no view as bytes.
+    # Cloned: contiguous() leaves the strides of a column, which then has no view as bytes.
     flat = [t.detach().clone(memory_format=torch.contiguous_format) for t in given]
     return [(t.shape, t.dtype, t.view(torch.uint8).numpy().tobytes()) for t in flat]
 
