@@ -267,7 +267,7 @@ def linear_and_again(
         stride_bc=pool.B_rows.stride(0),
         stride_ym=y.stride(0) // y_unit,
         SHRINKS=before is None,
-        PREFETCHES=not INTERPRETED,
+        PREFETCHES=FUSES and not INTERPRETED,  # by NVIDIA's assembly
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

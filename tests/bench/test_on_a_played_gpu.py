@@ -113,8 +113,9 @@ def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.main([*sizes, "--device", "cuda", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["device"] == "a played GPU"
-    # A first look at the answer, then three rounds: our mixed and base forward, and PEFT's mixed.
-    assert cuda == (1 + 3 * 3) * ["synchronize"]
+    # A first look at the answer, then three rounds: two mixed forwards of ours and of PEFT's, and
+    # the base.
+    assert cuda == (1 + 3 * 5) * ["synchronize"]
 
 
 def test_residency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

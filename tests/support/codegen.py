@@ -134,7 +134,8 @@ def compile_kernel(
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
-        constants |= {"SHRINKS": shrinks, "PREFETCHES": True, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"SHRINKS": shrinks, "X_UNIT": unit, "Y_UNIT": unit}
+        constants["PREFETCHES"] = architecture.startswith("sm_")  # by NVIDIA's assembly
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
         constants["SWIZZLE"] = chosen.swizzle
