@@ -62,10 +62,10 @@ def test_odd_sizes_keep_the_pools_alignment(report: dict[str, Any]) -> None:
 
 
 def test_the_fused_launch(report: dict[str, Any]) -> None:
-    """Three base tiles of 32 columns; 2 slots of two blocks each, with K in four parts."""
+    """Three base tiles of 32 columns; 2 slots of two blocks each, with K in two parts."""
     few, many = report["fused"]["5 rows"], report["fused"]["200 rows"]
     assert [one["name"] for one in few] == ["plan_kernel", "fused_kernel"]
-    assert few[1]["grid"] == [4 * 4 + 3, 1, 1]
+    assert few[1]["grid"] == [4 * 2 + 3, 1, 1]
     assert [one["name"] for one in many] == ["plan_kernel", "shrink_kernel", "fused_kernel"]
     assert many[2]["grid"] == [2 * 3, 1, 1]
     names = "x_ptr W_ptr pool.A_rows pool.B_rows y_ptr h_ptr R stride_ac stride_bc X_UNIT Y_UNIT"
