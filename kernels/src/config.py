@@ -143,10 +143,7 @@ def choose(
     narrow = block_m == 16 and 2 * columns <= architecture.processors
     # With tcgen05 products of 32 columns miss the tensor memory, and spill.
     narrow = narrow and architecture.tensor_cores != "tcgen05"
-    # Each group waits for memory once more; how many blocks there are is not known here.
-    group = 1 if batch_invariant or not half or (mma and block_m > 16) else 2
-    if group > 1 and block_m == 16 and not mma:
-        group = 4
+    alone = batch_invariant or not half or (mma and block_m > 16)
     return Config(
         block_m=block_m,
         shrink_group=(4 if block_m == 16 else 2) if half else 1,
@@ -154,7 +151,8 @@ def choose(
         split_k=_splits(in_features, tiles, block_m, block_k, architecture),
         shrink_warps=4,
         shrink_stages=3 if half and not amd else 2,
-        expand_group=group,
+        # Each group waits for memory once more; how many blocks there are is not known here.
+        expand_group=1 if alone else 4 if block_m == 16 and not mma else 2,
         block_n=64 if half and not narrow else 32,
         expand_warps=8 if mma and block_m == 64 else 4,
         expand_stages=1 if mma and block_m == 32 else 2,
@@ -250,9 +248,9 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
 def _few_rows(block_m: int, out_features: int, processors: int) -> FusedConfig:
     """For up to 32 rows, where both operands of a product stay in shared memory.
 
-    What an H100 found to be the fastest of 365: kernels/README.md has its figures. Programs with a
-    multiprocessor of their own have six loads of W under way, others share its memory. As many
-    columns as leave no processor without work, until they are more than a program needs.
+    Columns and stages are near those that an H100 found fastest at each of four layers, for which
+    kernels/README.md has the figures. Programs with a multiprocessor of their own have six loads of
+    W under way, others share its memory.
     """
 
     def programs(columns: int) -> int:

@@ -308,6 +308,8 @@ def stream_number(device: torch.device) -> int | None:
 def h_shape(plan: Plan, max_rank: int, config: TileSizes) -> tuple[int, int, int, int]:
     """[M, J, R, split_k]; R is `max_rank`, at least every rank, rounded up to whole blocks."""
     blocks = max(1, _cdiv(max_rank, RANK_BLOCK.value))
+    # Where an adapter's blocks begin in a window, and its rank, are 16 bits of rank_blocks.search.
+    assert blocks * _window(plan.union.shape[1]) < 1 << 16, "ranks are too large"
     return *plan.slots.shape, blocks * RANK_BLOCK.value, config.split_k
 
 

@@ -164,7 +164,7 @@ class Cells(dict[int, "weakref.ref[Cell]"]):
         self.are_read = True
 
     def follow_sticky(self, route: Route | None, device: torch.device) -> None:
-        """The sticky rows have changed: only where there is one somebody has to tell the cells."""
+        """The sticky rows have changed. Before there is such a graph, nobody has to tell."""
         for cell in self._alive():
             if not cell.in_scope:
                 cell.follow(route, device, False)

@@ -206,8 +206,7 @@ class FusedProblem(Problem):
         from lora_mux.kernels import config, launch
 
         device = self.x.device
-        machine = launch.architecture(device)
-        chosen = config.choose_fused(self.rows, self.N, machine)
+        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
         # Two parts of K show what four do, and the interpreter takes a while for each program.
         chosen = dataclasses.replace(chosen, **{"split_k": 2, **replaced})
         plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
