@@ -4,8 +4,8 @@ Steps, in the order of what matters most; each is a process of its own, of ten m
 
     tests         python -m pytest tests -m gpu
     memcheck      some of them under compute-sanitizer, where that is installed; racecheck as well
-    launches      what a launch, a dependent launch, a fork and a join cost in a graph
     compile       the kernels of the next steps, in parallel, into Triton's cache
+    launches      what a launch, a dependent launch, a fork and a join cost in a graph
     headline      the questions of docs/benchmarks.md
     tune          tables for the layers of an 8B model on this GPU
     tuned         the questions again, with these tables
@@ -14,10 +14,10 @@ Steps, in the order of what matters most; each is a process of its own, of ten m
     smoke, grid   more workloads, as time allows
     plots         pictures of what was recorded, in each call again
 
-A step writes its records and its log at once, DIR/report.md says what passed and what lost, and a
-second call goes on with the steps that have not ended well. No network is needed, and no more than
-torch, triton, pytest, peft and transformers; pytest-xdist makes the tests faster, and matplotlib
-draws: `--steps plots` does so later, elsewhere.
+The first four time nothing, and run side by side. A step writes its records and its log at once,
+DIR/report.md says what passed and what lost, and a second call goes on with the steps that have not
+ended well. No network is needed, and no more than torch, triton, pytest, peft and transformers;
+pytest-xdist makes the tests faster, and matplotlib draws: `--steps plots` does so later, elsewhere.
 """
 
 import argparse
@@ -30,8 +30,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ class Step(NamedTuple):
     commands: Sequence[Sequence[str]]
     environment: Mapping[str, str] = {}
     needs: str = ""  # a program, or a package, without which there is nothing to run
+    times: bool = True  # so nothing else may run meanwhile
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,16 @@ def steps(out: Path) -> Iterator[Step]:
     def records(name: str) -> list[str]:
         return ["--out", str(out / f"{name}.jsonl")]
 
-    yield Step("tests", [[*pytest, *workers, "tests"]])
+    yield Step("tests", [[*pytest, *workers, "tests"]], times=False)
     small = ["tests/kernels/test_gpu.py", "-k", "test_named_cases and (bfloat16 or Fused)"]
     for tool in ("memcheck", "racecheck"):
         check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # an overrun would stay in a block
-        yield Step(tool, [[*check, *pytest, *small]], unpooled, needs=check[0])
-    yield Step("launches", [[python, "bench/launches.py", *records("launches")]])
+        yield Step(tool, [[*check, *pytest, *small]], unpooled, needs=check[0], times=False)
     sites = list(workloads.SITES)[:4]
     compile_only = [*run, "--headline", "--compile", "--sites"]
-    yield Step("compile", [[*compile_only, site] for site in sites])
+    yield Step("compile", [[*compile_only, site] for site in sites], times=False)
+    yield Step("launches", [[python, "bench/launches.py", *records("launches")]])
     yield Step("headline", [[*run, "--headline", *records("headline")]])
     table = str(out / "table.json")
     for K, N in (workloads.SITES[site] for site in sites):
@@ -199,6 +202,12 @@ def _lost(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _together(left: Sequence[Step]) -> Iterator[list[Step]]:
+    """What may run side by side: neighbours that time nothing; every other step is alone."""
+    for times, neighbours in groupby(left, key=lambda step: step.times):
+        yield from [[step] for step in neighbours] if times else [list(neighbours)]
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -212,24 +221,31 @@ def main(given: Sequence[str] | None = None) -> int:
     args = parser.parse_args(given)
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    done: list[Done] = []
+    done: dict[str, Done] = {}
+    left: list[Step] = []
+
+    def in_order() -> list[Done]:
+        return [done[name] for name in (*known, "plots") if name in done]
+
     for step in steps(out):
         kept = out / f"{step.name}.done"
-        earlier = Done(**json.loads(kept.read_text("utf-8"))) if kept.exists() else None
-        if earlier and (earlier.ended == "well" or step.name not in args.steps):
-            done.append(earlier)
-            continue
-        if step.name not in args.steps:
-            continue
-        print(f"{step.name} ...", flush=True)
-        done.append(run_step(step, out, args.seconds))
-        print(f"{step.name} ended {done[-1].ended}, {done[-1].seconds:.0f} s", flush=True)
-        kept.write_text(json.dumps(asdict(done[-1])), encoding="utf-8")
-        (out / "report.md").write_text(report(out, done), encoding="utf-8")
-    done.append(run_step(plots(out), out, args.seconds))
-    (out / "report.md").write_text(report(out, done), encoding="utf-8")
+        if kept.exists():
+            done[step.name] = Done(**json.loads(kept.read_text("utf-8")))
+        if step.name in args.steps and not (kept.exists() and done[step.name].ended == "well"):
+            left.append(step)
+    for together in _together(left):
+        print(f"{', '.join(step.name for step in together)} ...", flush=True)
+        with ThreadPoolExecutor(len(together)) as threads:
+            for now in threads.map(lambda step: run_step(step, out, args.seconds), together):
+                done[now.step] = now
+                print(f"{now.step} ended {now.ended}, {now.seconds:.0f} s", flush=True)
+                (out / f"{now.step}.done").write_text(json.dumps(asdict(now)), encoding="utf-8")
+        (out / "report.md").write_text(report(out, in_order()), encoding="utf-8")
+    done["plots"] = run_step(plots(out), out, args.seconds)
+    (out / "report.md").write_text(report(out, in_order()), encoding="utf-8")
     print((out / "report.md").read_text("utf-8"))
-    return 0 if all(one.ended == "well" or one.ended.startswith("left") for one in done) else 1
+    ends = [one.ended for one in done.values()]
+    return 0 if all(end == "well" or end.startswith("left") for end in ends) else 1
 
 
 if __name__ == "__main__":
