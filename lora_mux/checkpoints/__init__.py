@@ -16,7 +16,8 @@ from .diffusers_file import read_diffusers_file as read_diffusers_file
 from .hub import local_folder as local_folder
 from .peft_folder import read_peft_folder as read_peft_folder
 from .peft_model import read_peft_model as read_peft_model
-from .peft_model import unload_peft as unload_peft
+from .peft_model import retire_peft as retire_peft
+from .peft_model import without_peft as without_peft
 from .stored_adapter import Outline as Outline
 from .stored_adapter import PackedTensors as PackedTensors
 from .stored_adapter import StoredAdapter as StoredAdapter

@@ -1,29 +1,38 @@
 """PEFT's adapters in memory, read as strictly as a checkpoint.
 
 They are in a PeftModel, or in a model that transformers' `add_adapter` or diffusers'
-`load_lora_weights` has put them into.
+`load_lora_weights` has put them into. Everything is read from PEFT's layers: each of them has its
+own active adapters, its own switch and its own scales.
 """
 
 import importlib
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from ..core import LoraWeights, check_number
-from ..errors import ArgumentTypeError, CheckpointError
-from ..layers import Target, check_linear
-from .peft_config import parse_config
-from .peft_folder import peft_weights
+from torch import Tensor, nn
 
-# The tensors show which modules the config targets, so that its patterns need not be understood.
+from ..core import LoraWeights, check_number
+from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
+from ..layers import Target, check_linear, device_of
+from .peft_config import parse_config
+from .safetensors_file import check_finite
+
+# The layers show which modules the config targets, so that its patterns need not be understood.
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
 @dataclass(frozen=True)
 class PeftModelAdapters:
     """The adapters of a model with PEFT's layers in it."""
 
+    base: nn.Module
+    layers: dict[str, Any]  # PEFT's layers, by path in the base model
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
-    active: list[str]  # the names of those that are in force
+    active: dict[str, float]  # name -> weight, of those that are in force
     targets: dict[str, Target]  # the base layers that they touch, by path
 
 
@@ -32,65 +41,235 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged, or has a
-            scaling that is not finite in fp32.
+        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged, or has
+            values that are not finite, or none; or it is in force in a part of its layers only.
         TargetError: a layer cannot carry adapters here.
     """
-    if not hasattr(peft_model, "peft_config"):
-        raise ArgumentTypeError(
-            "`peft_model` must be a peft.PeftModel, or a model with PEFT's adapters in it, got "
-            f"{type(peft_model).__name__} without any"
-        )
     base = _base(peft_model)
-    layers: dict[str, Any] = {p: m for p, m in base.named_modules() if hasattr(m, "base_layer")}
-    if any(getattr(layer, "merged", False) for layer in layers.values()):
+    configs = peft_model.peft_config
+    for name, config in configs.items():
+        _check_plain(name, config, len(configs) > 1)
+    tuner = importlib.import_module("peft.tuners.tuners_utils")
+    layers: dict[str, Any] = {
+        path: module
+        for path, module in base.named_modules()
+        if isinstance(module, tuner.BaseTunerLayer)
+    }
+    if any(layer.merged for layer in layers.values()):
         raise CheckpointError(
             "`peft_model` must have its original base weights, got merged adapters; "
             "call unmerge_adapter() first"
         )
-    adapters = {name: _read_adapter(peft_model, name, layers) for name in peft_model.peft_config}
-    disabled = any(getattr(layer, "disable_adapters", False) for layer in layers.values())
-    touched = {path for weights in adapters.values() for path in weights}
+    held = {path: _held(path, layer) for path, layer in layers.items()}
     targets = {
-        path: check_linear(layer.base_layer, f"peft_model: {path}")
-        for path, layer in layers.items()
-        if path in touched
+        path: _target(path, layers[path].base_layer) for path, names in held.items() if names
     }
-    active: list[str] = next((layer.active_adapters for layer in layers.values()), [])
-    return PeftModelAdapters(adapters, [] if disabled else list(active), targets)
+    adapters = {
+        name: {p: _part(p, layers[p], name) for p, names in held.items() if name in names}
+        for name in configs
+    }
+    if not adapters or not all(adapters.values()):
+        raise CheckpointError(
+            "`peft_model` must hold at least one adapted layer for each adapter, got "
+            f"{len(adapters)} adapters in {len(layers)} layers; delete_adapter() those without"
+        )
+    active = {}
+    for name, parts in adapters.items():
+        weight = _weight(name, {path: layers[path] for path in parts}, parts)
+        if weight is not None:
+            active[name] = weight
+    return PeftModelAdapters(base, layers, adapters, active, targets)
 
 
-def unload_peft(peft_model: Any) -> Any:
-    """Take PEFT's layers out of the base model, and return it."""
-    if _base(peft_model) is not peft_model:
-        return peft_model.unload()
-    layers = {p: m for p, m in peft_model.named_modules() if hasattr(m, "base_layer")}
-    for path, layer in layers.items():
-        peft_model.set_submodule(path, layer.base_layer)
-    del peft_model.peft_config
-    if hasattr(peft_model, "_hf_peft_config_loaded"):  # transformers and diffusers set it
-        peft_model._hf_peft_config_loaded = False
-    return peft_model
+@contextmanager
+def without_peft(live: PeftModelAdapters) -> Iterator[None]:
+    """A block in which PEFT's layers are out of the base model; if it fails, they come back."""
+    for path, layer in live.layers.items():
+        live.base.set_submodule(path, layer.base_layer)
+    try:
+        yield
+    except BaseException:
+        for path, layer in live.layers.items():
+            live.base.set_submodule(path, layer)
+        raise
+
+
+def retire_peft(peft_model: Any, base: Any) -> None:
+    """After the take-over: nothing of PEFT's acts on the model without a word any more."""
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    if hasattr(base, "_hf_peft_config_loaded"):  # transformers and diffusers set it
+        base._hf_peft_config_loaded = False
+    own = vars(nn.Module()).keys()
+    outer = peft_model
+    while outer is not base:  # the PeftModel, and the LoraModel in it
+        inner = outer._modules["base_model" if outer is peft_model else "model"]
+        for name in vars(outer).keys() - own:
+            del vars(outer)[name]
+        outer.__class__ = TakenOver
+        outer = inner
+
+
+class TakenOver(nn.Module):
+    """A PeftModel whose adapters were taken over: it calls the model, and refuses the rest."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the attached model returns."""
+        return self._inner()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's own attributes, generate() among them.
+
+        Raises:
+            TargetError: it is one of PEFT's, which would change nothing.
+        """
+        peft = importlib.import_module("peft")
+        if name.startswith("__"):  # what Python's protocols look for is not passed on
+            return super().__getattr__(name)
+        if name != "generate" and any(hasattr(k, name) for k in (peft.PeftModel, peft.LoraModel)):
+            raise TargetError(
+                f"`{name}` must be asked of the Mux, got a PeftModel whose adapters attach_peft "
+                "has taken over; use `mux.model` and the methods of the Mux"
+            )
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._inner(), name)
+
+    def _inner(self) -> Any:
+        return next(iter(self._modules.values()))
+
+
+def _source(name: str) -> str:
+    return f"adapter {name!r} of `peft_model`"
 
 
 def _base(peft_model: Any) -> Any:
+    if isinstance(peft_model, TakenOver):
+        raise TargetError(
+            "`peft_model` must have PEFT's adapters in it, got one whose adapters attach_peft has "
+            "taken over already; use `mux.model` and the Mux"
+        )
+    if not isinstance(peft_model, nn.Module) or not hasattr(peft_model, "peft_config"):
+        raise ArgumentTypeError(
+            "`peft_model` must be a peft.PeftModel, or a model with PEFT's adapters in it, got "
+            f"{type(peft_model).__name__} without any"
+        )
+    if type(peft_model).__name__ == "PeftMixedModel":
+        raise CheckpointError(
+            "`peft_model` must be a PeftModel, got a PeftMixedModel, which may mix LoRA with other "
+            "methods; save its LoRA adapters, and load them into a PeftModel or by mux.load()"
+        )
     return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
 
 
-def _read_adapter(peft_model: Any, name: str, layers: dict[str, Any]) -> dict[str, LoraWeights]:
-    peft = importlib.import_module("peft")  # installed wherever there is a PeftModel
-    source = f"adapter {name!r} of `peft_model`"
-    fields = peft_model.peft_config[name].to_dict()
-    config = parse_config({k: v for k, v in fields.items() if k not in TARGETING}, source)
-    # Without embedding layers, because "auto" may ask the hub.
-    tensors = peft.get_peft_model_state_dict(
-        peft_model, adapter_name=name, save_embedding_layers=False
-    )
-    weights = peft_weights(source, config, tensors)
+def _check_plain(name: str, config: Any, beside_others: bool) -> None:
+    """Refuse an adapter that is more than LoRA, whatever the others are."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in TARGETING}
+    try:
+        parse_config(fields, _source(name))
+    except CheckpointError as error:
+        if not beside_others:
+            raise
+        way_out = f"delete_adapter({name!r}) first, to take over the others"
+        raise CheckpointError(f"{error}; {way_out}") from None
 
-    def scaling(path: str) -> float:
-        """The scaling as it is now: set_scale may have changed it."""
-        found = float(layers[path].scaling[name])
-        return check_number(found, f"peft_model: {path}.scaling[{name!r}]", CheckpointError)
 
-    return {path: replace(part, scaling=scaling(path)) for path, part in weights.items()}
+def _held(path: str, layer: Any) -> set[str]:
+    """The names of the adapters that one of PEFT's layers holds.
+
+    Raises:
+        CheckpointError: it is no layer that computes plain LoRA on a linear layer.
+    """
+    names: set[str] = layer._get_available_adapters()
+    if not type(layer).__module__.startswith("peft."):
+        raise CheckpointError(
+            f"`peft_model`: layer {path!r} must be one of PEFT's own classes, got "
+            f"{type(layer).__name__}, which may compute anything"
+        )
+    linear = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+    kinds = {type(factors[name]) for name in names for factors in linear if name in factors}
+    if not all(name in factors for name in names for factors in linear) or kinds - {nn.Linear}:
+        raise CheckpointError(
+            f"`peft_model`: layer {path!r} must hold LoRA on a linear layer, got PEFT's "
+            f"{type(layer).__name__} over {type(layer.base_layer).__name__}; leave such layers "
+            "out of the adapter's target_modules"
+        )
+    return names
+
+
+def _target(path: str, linear: nn.Module) -> Target:
+    if device_of(linear).type == "meta":
+        raise TargetError(
+            f"`peft_model`: layer {path!r} must have weights, got one on the meta device; "
+            "materialise the model first"
+        )
+    return check_linear(linear, f"peft_model: {path}")
+
+
+def _part(path: str, layer: Any, name: str) -> LoraWeights:
+    """What an adapter does to a layer, scaled as it was trained."""
+    factors = {
+        "lora_A.weight": layer.lora_A[name].weight,
+        "lora_B.weight": layer.lora_B[name].weight,
+        "lora_B.bias": layer.lora_B[name].bias,
+    }
+    for key, tensor in factors.items():
+        if tensor is not None:
+            _check_values(_source(name), f"{path}.{key}", tensor)
+    A, B, bias = factors.values()
+    return LoraWeights(A, B, _scalings(path, layer, name)[0], bias)
+
+
+def _check_values(source: str, key: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{source}: key {key!r} must hold values, got a tensor on the meta device; load the "
+            "adapter without low_cpu_mem_usage, or materialise it first"
+        )
+    check_finite(source, key, tensor)
+
+
+def _scalings(path: str, layer: Any, name: str) -> tuple[float, float]:
+    """The scaling that an adapter was trained with, alpha / r, and the one that it has now."""
+    rank = layer.r[name]
+    trained = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
+    now = float(layer.scaling[name])
+    what = f"peft_model: {path}.scaling[{name!r}]"
+    check_number(now, what, CheckpointError)
+    return check_number(trained, what, CheckpointError), now
+
+
+def _weight(name: str, layers: Mapping[str, Any], parts: dict[str, LoraWeights]) -> float | None:
+    """The weight that an adapter has in force; None if it is not.
+
+    Scales that differ from layer to layer are no weight. They go into the scalings of the parts.
+    """
+    times = {
+        path: 0 if layer.disable_adapters else layer.active_adapters.count(name)
+        for path, layer in layers.items()
+    }
+    if len(set(times.values())) > 1:
+        there = next(path for path, count in times.items() if count == max(times.values()))
+        other = next(path for path, count in times.items() if count != times[there])
+        raise CheckpointError(
+            f"`peft_model` must have the same adapters in force in all layers, got {name!r}, which "
+            f"is active in {there!r} and not in {other!r}; call set_adapter() or "
+            "enable_adapter_layers() first"
+        )
+    scalings = {path: _scalings(path, layer, name) for path, layer in layers.items()}
+    scales = [now / trained for trained, now in scalings.values() if trained]
+    uniform = all(math.isclose(scale, scales[0], rel_tol=SAME) for scale in scales)
+    if not uniform or any(now for trained, now in scalings.values() if not trained):
+        warn(
+            f"{_source(name)} has scales that differ from layer to layer; they stay part of it, "
+            "and a weight of 1 means all of them"
+        )
+        for path, (_, now) in scalings.items():
+            parts[path] = LoraWeights(parts[path].A, parts[path].B, now, parts[path].bias)
+        scales = []
+    scale = scales[0] if scales and not math.isclose(scales[0], 1, rel_tol=SAME) else 1.0
+    count = next(iter(times.values()), 0)
+    return count * scale if count else None

@@ -21,5 +21,6 @@ from .swapping import swap_out as swap_out
 from .targets import Target as Target
 from .targets import check_linear as check_linear
 from .targets import common_dtype as common_dtype
+from .targets import device_of as device_of
 from .targets import dtype_of as dtype_of
 from .targets import find_targets as find_targets

@@ -6,7 +6,7 @@ loaded               the part of a Mux that loads and keeps adapters
 given_rows           the part of a Mux that runs blocks and calls under rows
 call                 one call of any function under rows
 top                  hooks of the model, between which a pass has its rows
-generation           transformers' methods that run a model in batches of their own making
+generation           methods of the model that mean something else once it is attached
 continuous_batching  requests of transformers' continuous batching, each with its adapters
 """
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from .. import ops
 from ..adapters import parse_size
-from ..checkpoints import read_peft_model, unload_peft
+from ..checkpoints import read_peft_model, retire_peft, without_peft
 from ..errors import ArgumentTypeError, TargetError
 from ..layers import MuxLinear, find_targets
 from .mux import Mux
@@ -97,8 +97,9 @@ def attach_peft(
     They are in a PeftModel, or in a model that transformers' `model.load_adapter` or diffusers'
     `pipe.load_lora_weights` put them into (for diffusers, give `pipe.transformer` or `pipe.unet`).
     PEFT's layers are taken out of the base model, and nothing is merged. The base model is attached
-    where the adapters touch it, and the active adapters are in force. Use `mux.model` from now on,
-    and the PeftModel no longer.
+    where the adapters touch it. The active adapters are in force, with the scales that set_scale or
+    set_adapters gave them as weights. Use `mux.model` from now on: the PeftModel passes calls on to
+    it, and raises a TargetError for PEFT's own methods.
 
     Args:
         peft_model: a model whose adapters are LoRA on linear layers.
@@ -111,15 +112,23 @@ def attach_peft(
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than plain LoRA, or is merged.
-        TargetError: a layer cannot carry adapters.
+        CheckpointError: an adapter is more than plain LoRA, is merged, has no values, or is in
+            force in a part of its layers only.
+        TargetError: a layer cannot carry adapters, or the adapters were taken over already.
+        AdapterError: values are not finite in the layer's dtype.
         BackendError: the backend does not exist, or cannot run here.
     """
     settings = ops.Settings(backend, batch_invariant, fused)
     live = read_peft_model(peft_model)
-    mux = Mux(unload_peft(peft_model), live.targets, settings)
-    mux._add(live.adapters, "peft_model")
-    mux.set_adapter(live.active)
+    with without_peft(live):
+        mux = Mux(live.base, live.targets, settings)
+        try:
+            mux._add(live.adapters, "peft_model")
+            mux.set_adapter(live.active)
+        except BaseException:
+            mux.detach()
+            raise
+    retire_peft(peft_model, live.base)
     return mux
 
 

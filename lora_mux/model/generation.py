@@ -1,7 +1,8 @@
-"""transformers' generate() and continuous batching on an attached model.
+"""Methods of transformers' and diffusers' models that mean something else on an attached model.
 
-These methods of a model run it in batches of their own making. They are wrapped on the instance, by
-objects and not by closures, so that a copy of the model gets a copy of them.
+generate() and continuous batching run a model in batches of their own making; what diffusers does
+with PEFT's layers would do nothing. They are wrapped on the instance, by objects and not by
+closures, so that a copy of the model gets a copy of them.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RoutingError
+from ..errors import RoutingError, TargetError
 from .continuous_batching import follow_requests, requests_due, rows_of_requests
 from .given_rows import KEYWORD, GivenRows
 
+# Of diffusers' models: they look for PEFT's layers, and do nothing where there are none.
+PEFT_METHODS = (
+    "set_adapters",
+    "delete_adapters",
+    "enable_lora",
+    "disable_lora",
+    "fuse_lora",
+    "unfuse_lora",
+    "unload_lora",
+)
 REPETITIONS = ("num_beams", "num_return_sequences")
 
 
@@ -110,6 +121,20 @@ class InitContinuousBatching(Generate):
         return manager
 
 
+class PeftMethod(Generate):
+    """A method that would look for PEFT's layers in the model."""
+
+    def __init__(self, model: nn.Module, mux: GivenRows, name: str) -> None:
+        super().__init__(model, mux)
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TargetError(
+            f"`{self.name}` must be asked of the Mux, got an attached model, which holds no layers "
+            "of PEFT's; use Mux.of(model): set_adapter, disable_adapter, remove, detach"
+        )
+
+
 def inputs_of_generate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of generate() that a forward has, too, by the names that it has there."""
     named = {**dict(zip(("input_ids", "generation_config"), args, strict=False)), **kwargs}
@@ -123,14 +148,15 @@ WRAPPERS = (Generate, KeepRows, GenerateBatch, InitContinuousBatching)
 
 def follow_generation(model: nn.Module, mux: GivenRows) -> None:
     """Wrap those of the methods that the model has."""
-    for wrapper in WRAPPERS:
+    wrappers = [wrapper(model, mux) for wrapper in WRAPPERS]
+    for wrapper in (*wrappers, *(PeftMethod(model, mux, name) for name in PEFT_METHODS)):
         if hasattr(type(model), wrapper.name) and wrapper.name not in vars(model):
-            vars(model)[wrapper.name] = wrapper(model, mux)
+            vars(model)[wrapper.name] = wrapper
 
 
 def forget_generation(model: nn.Module, mux: GivenRows) -> None:
     """Take the wrappers off again, as many as there are."""
-    for wrapper in WRAPPERS:
-        found = vars(model).get(wrapper.name)
+    for name in (*(wrapper.name for wrapper in WRAPPERS), *PEFT_METHODS):
+        found = vars(model).get(name)
         if isinstance(found, Generate) and found.mux is mux:
-            del vars(model)[wrapper.name]
+            del vars(model)[name]

@@ -20,7 +20,22 @@ TEST_SAFETENSORS_FILE = ("checkpoints/test_safetensors_file.py",)
 TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
     "peft_model: any scaling": Mutation(
-        PEFT_MODEL, "return check_number(found,", "return (lambda n, *_: n)(found,", TEST_PEFT_MODEL
+        PEFT_MODEL, "    check_number(now, what, CheckpointError)\n", "", TEST_PEFT_MODEL
+    ),
+    "peft_model: the switch of no layer": Mutation(
+        PEFT_MODEL, "0 if layer.disable_adapters else", "", TEST_ATTACH_PEFT
+    ),
+    "peft_model: a scale is baked in": Mutation(
+        PEFT_MODEL,
+        "_scalings(path, layer, name)[0], bias)",
+        "float(layer.scaling[name]), bias)",
+        TEST_ATTACH_PEFT,
+    ),
+    "peft_model: layers of any class": Mutation(
+        PEFT_MODEL, 'startswith("peft.")', 'startswith("")', TEST_ATTACH_PEFT
+    ),
+    "peft_model: a failure leaves PEFT's layers out": Mutation(
+        PEFT_MODEL, "live.base.set_submodule(path, layer)\n", "pass\n", TEST_ATTACH_PEFT
     ),
     "peft_model: a model that believes to have adapters": Mutation(
         PEFT_MODEL, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lora_mux
 from diffusion import diffusers, flux, unet
-from lora_mux.errors import RoutingError
+from lora_mux.errors import RoutingError, TargetError
 from peft_oracle import peft, save_adapters, set_weights, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
@@ -181,6 +181,8 @@ def test_adapters_that_diffusers_loaded(style: str, tmp_path: Path) -> None:
     assert (want - base(**batch).sample).abs().max() > 1e-3
     mux = lora_mux.attach_peft(model)
     assert mux.active_adapters == ["ink", "twice"]
+    with pytest.raises(TargetError, match="`set_adapters` must be asked of the Mux"):
+        model.set_adapters(["ink"])
     got = model(**batch).sample
     torch.testing.assert_close(got, want, rtol=0, atol=5e-5 * float(want.abs().max()))
     mux.detach()
