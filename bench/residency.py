@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import lora_mux
-from lora_mux.checkpoints import read_peft_folder
+from lora_mux.checkpoints import BaseModel, read_peft_folder
 from lora_mux.measure.bench import device
 from lora_mux.measure.provenance import ROOT, provenance
 from lora_mux.measure.timing import wait
@@ -142,7 +142,7 @@ def registering(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     kept = []
 
     def read(i: int) -> None:
-        kept.append(read_peft_folder(folders[i % len(folders)], mux.targets))
+        kept.append(read_peft_folder(folders[i % len(folders)], BaseModel(mux.targets)))
 
     def load(i: int) -> None:
         mux.load(f"a{i}", folders[i % len(folders)])

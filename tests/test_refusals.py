@@ -399,11 +399,6 @@ REFUSALS = {
     "detach: plain": Refusal(
         lambda s: lora_mux.detach(s.plain), ("`model`", "attached", "plain Sequential"), ValueError
     ),
-    "attach: a wrapper": Refusal(
-        lambda s: lora_mux.attach(nn.DataParallel(s.plain)),
-        ("`model`", "DataParallel", "`model.module`"),
-        ValueError,
-    ),
     "set_adapter: unknown": Refusal(
         lambda s: s.mux.set_adapter("x"), ("unknown adapter 'x'", "loaded"), KeyError
     ),

@@ -46,7 +46,7 @@ class BoundedAdapters(Adapters):
     """
 
     def __init__(
-        self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router, memory: int
+        self, layers: dict[str, MuxLinear], slots: Slots, router: Router, memory: int
     ) -> None:
         super().__init__(layers, slots, router)
         self._streams: dict[torch.device, Stream] = {}

@@ -43,8 +43,8 @@ class Adapters:
     an interrupt leaves of a change, at whatever line it comes, is mended by `_mend`.
     """
 
-    def __init__(self, layers: Mapping[str, MuxLinear], slots: Slots, router: Router) -> None:
-        self._layers = layers
+    def __init__(self, layers: dict[str, MuxLinear], slots: Slots, router: Router) -> None:
+        self._layers = layers  # the Mux's own
         self._pools = {path: layer.mux_pool for path, layer in layers.items()}
         self._slots = slots
         self._router = router
@@ -65,6 +65,14 @@ class Adapters:
         """Before a copy is made: everything is in order, and the current stream waits for it."""
         self._change.recover()
         self._router.order.copied()
+
+    @synchronized
+    def include(self, path: str, layer: MuxLinear) -> None:
+        """Let one more layer carry adapters; those that are loaded leave it alone."""
+        self._change.recover()
+        layer.mux_pool.reserve(0, self._slots.capacity, 0)
+        self._pools[path] = layer.mux_pool
+        self._layers[path] = layer
 
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Read an adapter, and bring it to its place."""

@@ -5,15 +5,16 @@ peft_config       what the config in such a folder means
 patterns          the patterns of a config, which are strangers' programs
 peft_model        a PeftModel in memory
 diffusers_file    the LoRA file of a diffusers pipeline
-hub               repositories of the Hugging Face hub
-opened_folder     a folder that its owner may change while it is read
+base_model        the model that a checkpoint is for: its layers, by which names, and its weights
+opened_folder     a folder, here or on the hub, that its owner may change while it is read
 safetensors_file  one file of tensors: its header, and the values that are needed
 stored_adapter    an adapter that is not in the pools: in a file, or packed on the host
 """
 
+from .base_model import BaseModel as BaseModel
 from .diffusers_file import is_diffusers_folder as is_diffusers_folder
 from .diffusers_file import read_diffusers_file as read_diffusers_file
-from .hub import local_folder as local_folder
+from .opened_folder import local_folder as local_folder
 from .peft_folder import read_peft_folder as read_peft_folder
 from .peft_model import read_peft_model as read_peft_model
 from .peft_model import retire_peft as retire_peft

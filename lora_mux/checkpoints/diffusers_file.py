@@ -8,17 +8,16 @@ not, alpha = rank, as in diffusers itself, so that scaling = 1.
 """
 
 import os
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
-from .opened_folder import open_folder
+from .base_model import BaseModel
+from .opened_folder import CONFIG_FILE, DIFFUSERS_FILE, open_folder
 from .peft_config import PeftConfig, Strength, parse_config, parse_fields
-from .peft_folder import CONFIG_FILE, peft_outline
+from .peft_folder import peft_outline
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
@@ -26,10 +25,10 @@ from .safetensors_file import (
     adapter_in_file,
     parse_header,
     read_header,
+    shared_outline,
 )
 from .stored_adapter import StoredAdapter, TensorPlace
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 LOAD_WITH_DIFFUSERS = "load it with diffusers (pipe.load_lora_weights) and use attach_peft"
 
@@ -51,8 +50,14 @@ def is_diffusers_folder(folder: str | PathLike[str]) -> bool:
     )
 
 
-def read_diffusers_file(folder: str | PathLike[str], targets: Sequence[str]) -> StoredAdapter:
+def read_diffusers_file(
+    folder: str | PathLike[str], base: BaseModel, component: str | None = None
+) -> StoredAdapter:
     """Read the header, of which the component counts whose modules are targets.
+
+    Args:
+        base: the model that it is for.
+        component: the name of the component, where several fit.
 
     Raises:
         CheckpointError: names the file and the entry that is broken, belongs to another model, is
@@ -64,15 +69,20 @@ def read_diffusers_file(folder: str | PathLike[str], targets: Sequence[str]) -> 
         file = opened.open(DIFFUSERS_FILE)
         header = read_header(file)
 
-    def outline(fingerprint: Fingerprint) -> FileOutline:
+    def make(fingerprint: Fingerprint) -> FileOutline:
         parsed = parse_header(file.path, header, file.state.bytes)
-        return _outline(file.path, parsed, fingerprint, targets)
+        return _outline(file.path, parsed, fingerprint, base, component)
 
-    return adapter_in_file(opened, file, DIFFUSERS_FILE, header, tuple(targets), outline)
+    outline = shared_outline(file, header, (base.meaning, component), make)
+    return adapter_in_file(opened, file, DIFFUSERS_FILE, outline)
 
 
 def _outline(
-    source: str, header: Header, fingerprint: Fingerprint, targets: Sequence[str]
+    source: str,
+    header: Header,
+    fingerprint: Fingerprint,
+    base: BaseModel,
+    component: str | None,
 ) -> FileOutline:
     fields = _fields(source, header.metadata)
     other = next((k for k in header.places if ".lora_A." not in k and ".lora_B." not in k), None)
@@ -81,10 +91,10 @@ def _outline(
             f"{source}: key {other!r} must be of lora_A or lora_B, got another format; "
             f"{LOAD_WITH_DIFFUSERS}"
         )
-    prefix = _prefix(source, header.places, targets)
+    prefix = _prefix(source, header.places, base, component)
     places, own = _below(prefix, header.places), _below(prefix, fields)
-    config = parse_config(own, source) if own else _inferred_config(places)
-    return peft_outline(source, config, fingerprint, places)
+    config = parse_config(own, source) if own else _inferred_config(places, base)
+    return peft_outline(source, config, fingerprint, places, base)
 
 
 def _fields(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -97,32 +107,54 @@ def _below(prefix: str, entries: Mapping[str, Value]) -> dict[str, Value]:
     return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
 
 
-def _prefix(source: str, keys: Collection[str], targets: Collection[str]) -> str:
+def _prefix(
+    source: str, places: Mapping[str, TensorPlace], base: BaseModel, component: str | None
+) -> str:
     """What the keys of this model begin with: "", or a component and a dot."""
-    known = set(targets)
-    matches: Counter[str] = Counter(
-        prefix
-        for path in {re.split(r"\.lora_[AB]\.", key)[0] for key in keys}
-        for prefix in ("", path.partition(".")[0] + ".")
-        if path.startswith(prefix) and path.removeprefix(prefix) in known
-    )
-    if len(matches) == 1:
-        return next(iter(matches))
-    components = sorted(matches or {key.partition(".")[0] for key in keys})
-    some = ", ".join(f"{component:.40}" for component in components[:5])
+    components = sorted({key.partition(".")[0] for key in places})
+    if component is not None:
+        if component in components:
+            return f"{component}."
+        raise CheckpointError(
+            f"{source}: `component` must be one of the file's, got {component!r:.100}; it has "
+            f"{_some(components)}"
+        )
+    matches: set[str] = set()
+    fitting: dict[str, bool] = {}  # by prefix, of those that match
+    for key, place in places.items():
+        path, _, part = base.renamed(key).partition(".lora_")
+        for prefix in {"", path.partition(".")[0] + "."}:
+            target = base.path(path.removeprefix(prefix))
+            if path.startswith(prefix) and target in base.targets:
+                matches.add(prefix)
+                if part == "A.weight":
+                    fitting[prefix] = fitting.get(prefix, True) and base.fits(target, place.shape)
+    # Where several match by name, as SDXL's text encoders do, their sizes tell them apart.
+    found = matches if len(matches) < 2 else {p for p in matches if fitting.get(p)}
+    if len(found) == 1:
+        return found.pop()
+    if matches:
+        names = sorted(prefix.removesuffix(".") for prefix in matches)
+        raise CheckpointError(
+            f"{source} must hold one component whose modules are targets of this model, got "
+            f"several ({_some(names)}); say which one by component="
+        )
     raise CheckpointError(
-        f"{source} must hold one component whose modules are targets of this model, got "
-        f"{'several' if matches else 'others'} ({some}); "
-        f"{LOAD_WITH_DIFFUSERS if matches else 'attach with targets that cover it'}"
+        f"{source} must hold one component whose modules are targets of this model, got others "
+        f"({_some(components)}); attach with targets that cover it"
     )
 
 
-def _inferred_config(places: Mapping[str, TensorPlace]) -> PeftConfig:
+def _some(names: list[str]) -> str:
+    return ", ".join(f"{name:.40}" for name in names[:5])
+
+
+def _inferred_config(places: Mapping[str, TensorPlace], base: BaseModel) -> PeftConfig:
     """The config that the shapes tell: alpha = rank everywhere."""
     ranks = {
-        key.removesuffix(".lora_A.weight"): place.shape[0]
-        for key, place in places.items()
-        if key.endswith(".lora_A.weight") and place.shape
+        base.path(name.removesuffix(".lora_A.weight")): place.shape[0]
+        for name, place in ((base.renamed(key), place) for key, place in places.items())
+        if name.endswith(".lora_A.weight") and place.shape
     }
     bias = any(key.endswith(".lora_B.bias") for key in places)
     return _InferredConfig(lora_bias=bias, ranks=ranks)

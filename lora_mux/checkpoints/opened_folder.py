@@ -1,4 +1,4 @@
-"""A stranger's folder, whose owner may change it at any moment while it is read.
+"""A stranger's folder: found here or on the hub, and read although its owner may change it.
 
 The folder is opened first, and its files relative to it: without following links, and without
 waiting for the other end of a pipe. Type and size are those of the open file. It is read and never
@@ -6,22 +6,33 @@ mapped, because truncating a mapped file ends the process that reads it. In the 
 still be the one under its name, and unchanged. What follows works on the bytes alone.
 """
 
+import importlib
+import importlib.util
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import ArgumentTypeError, CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 
 # Not on Windows.
 SAFE = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW") and hasattr(os, "preadv")
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK if SAFE else 0
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK if SAFE else 0
-# The hub's cache links snapshots/<commit>/<file> to the content, which is named by its hash.
-HUB_LINK = re.compile(r"\.\./\.\./blobs/([^/]+)")
+# The hub's cache links snapshots/<commit>/<file> to the content, which is named by its hash. A file
+# in a subfolder is further down.
+HUB_LINK = re.compile(r"((?:\.\./){2,9})blobs/([^/]+)")
 # Nanoseconds. The clock that stamps files may stand still for 10 ms, on FAT for 2 s. A write in
 # that time leaves no trace beside the one before it, so that newer files are read twice.
 COARSE = 2_000_000_000
@@ -162,25 +173,78 @@ class OpenedFolder:
         except OSError:  # no link; or nothing, as opening it will show
             return self._descriptor, name
         blob = HUB_LINK.fullmatch(target)
-        if blob is None or not self._is_snapshot():
+        if blob is None or not self._is_snapshot(blob[1]):
             raise CheckpointError(
                 f"{path} must be a file of its folder, got a link to {target!r:.100}; copy the "
                 "file there"
             )
         flags = FOLDER | os.O_NOFOLLOW
         self._stack.callback(
-            os.close, blobs := os.open("../../blobs", flags, dir_fd=self._descriptor)
+            os.close, blobs := os.open(f"{blob[1]}blobs", flags, dir_fd=self._descriptor)
         )
-        return blobs, blob[1]
+        return blobs, blob[2]
 
-    def _is_snapshot(self) -> bool:
-        """Whether the folder is a commit in the hub's cache: the one above is named snapshots."""
+    def _is_snapshot(self, up: str) -> bool:
+        """Whether the folder is in a commit in the hub's cache, which lies in one named snapshots.
+
+        Args:
+            up: the way from the folder to the one that holds snapshots and blobs.
+        """
         try:
-            above = os.stat("..", dir_fd=self._descriptor)
-            named = os.stat("../../snapshots", dir_fd=self._descriptor, follow_symlinks=False)
+            above = os.stat(up.removesuffix("../"), dir_fd=self._descriptor)
+            named = os.stat(f"{up}snapshots", dir_fd=self._descriptor, follow_symlinks=False)
         except OSError:
             return False
         return os.path.samestat(above, named)
+
+
+def local_folder(
+    folder: str | PathLike[str], revision: str | None = None, subfolder: str | None = None
+) -> Path:
+    """The local folder of a checkpoint, downloaded first if it is on the hub.
+
+    Args:
+        folder: a path, or user/name of a repository. Only its config and its safetensors are
+            downloaded, into the hub's cache.
+        revision: a branch, a tag or a commit of the repository.
+        subfolder: where the checkpoint is in it.
+
+    Raises:
+        ArgumentTypeError: folder is not a path.
+        CheckpointError: the repository or its revision cannot be had, or subfolder leads out of it.
+    """
+    if not isinstance(folder, str | PathLike) or isinstance(os.fspath(folder), bytes):
+        raise ArgumentTypeError(
+            f"`folder` must be the path of a PEFT checkpoint or a repository of the hub, "
+            f"got {type(folder).__name__}"
+        )
+    path, below = Path(folder), PurePosixPath(subfolder or "")
+    if below.is_absolute() or ".." in below.parts:
+        raise CheckpointError(
+            f"`subfolder` must be a path inside the folder, got {subfolder!r:.200}"
+        )
+    is_repository = isinstance(folder, str) and REPOSITORY.fullmatch(folder)
+    # If there is a folder adapters, then adapters/sql is a misspelt path, and no server hears of
+    # it.
+    if not is_repository or os.path.exists(path.parent):
+        if revision is not None:
+            raise CheckpointError(f"`revision` must be None for a local folder, got {revision!r}")
+        return path / below
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise CheckpointError(
+            f"`folder` must be an existing folder, got {folder!r:.200}; to load it from the hub: "
+            "pip install 'lora-mux[hub]'"
+        )
+    hub: Any = importlib.import_module("huggingface_hub")
+    files = [str(below / name) for name in (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE)]
+    try:
+        downloaded: str = hub.snapshot_download(folder, revision=revision, allow_patterns=files)
+    except Exception as error:  # of the hub's library, and of whatever it sends requests with
+        raise CheckpointError(
+            f"`folder` must be an existing folder or a repository of the hub, got {folder!r:.200}: "
+            f"{str(error)[:300]}"
+        ) from error
+    return Path(downloaded) / below
 
 
 @contextmanager

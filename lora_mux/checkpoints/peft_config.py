@@ -2,7 +2,8 @@
 
 A field is honoured, or ignored because it does not matter to the forward pass of a trained adapter,
 or refused because it means another formula. An unknown field that is set is refused as well,
-because it may be a variant that this version does not know.
+because it may be a variant that this version does not know, unless its name says that it is about
+training or about the file.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py and utils/other.py (get_pattern_key).
 """
@@ -43,6 +44,12 @@ REFUSED = {
     "layer_replication": "it changes the layers of the base model",
     "megatron_config": "Megatron layers are not supported",
 }
+# Fields of trainers (ms-swift, unsloth) and of PEFT's first versions, and others that by their name
+# are about training or about the file. No variant of the formula would be named like that.
+HARMLESS = re.compile(
+    r"lora_dtype|merge_weights|unsloth_\w+|(?:swift|trl|torch|transformers|axolotl|python)_version"
+    r"|\w*(?:learning_rate|_lr|_lr_ratio|_dropout|optimizer|scheduler|_epochs?|dataset|_author|_license)"
+)
 # Initialisations that shift the base model, which PEFT repeats on load. Once converted, an adapter
 # says true instead.
 SHIFTED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -266,7 +273,8 @@ def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
     known = HONOURED | IGNORED | REFUSED.keys()
     unknown = [name for name in values if name not in known]
     for name in unknown:
-        if values[name]:
+        harmless = HARMLESS.fullmatch(name) and not isinstance(values[name], dict | list)
+        if values[name] and not harmless:
             raise CheckpointError(
                 f"{source}: `{short(name)}` must be a field of LoraConfig that lora_mux knows, "
                 f"got {short(values[name])}"
@@ -274,7 +282,8 @@ def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
     if unknown:
         names = ", ".join(map(short, unknown[:MAX_NAMES_IN_WARNING]))
         more = ", ..." if len(unknown) > MAX_NAMES_IN_WARNING else ""
-        warn(f"{source}: ignored {len(unknown)} unknown fields that say nothing: {names}{more}")
+        count = f"ignored {len(unknown)} unknown fields that change nothing here"
+        warn(f"{source}: {count}: {names}{more}")
 
 
 class _Checker:

@@ -7,59 +7,72 @@ compared with the config before a value is read.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..core import LoraWeights
 from ..errors import CheckpointError
-from .opened_folder import OpenedFolder, open_folder
+from .base_model import BaseModel
+from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
 from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
     adapter_in_file,
-    check_finite,
     file_outline,
     parse_header,
     read_header,
+    read_tensor,
+    shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace, lora_weights
+from .stored_adapter import StoredAdapter, TensorPlace
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-PREFIX = "base_model.model."
 SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+# Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
+NAMED = (".lora_A.default.", ".lora_B.default.")
 # The endings of keys that PEFT writes for other things than LoRA on a linear layer.
 OTHER_SUFFIXES = {
     ".lora_embedding_A": "LoRA on an embedding is not supported",
     ".lora_embedding_B": "LoRA on an embedding is not supported",
     ".lora_magnitude_vector": "DoRA rescales the base's own output",
     ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
-    ".base_layer.weight": "it is a weight of the base model, which all adapters share",
-    ".base_layer.bias": "it is a bias of the base model, which all adapters share",
+    ".base_layer.weight": "it is no weight of this model, which all adapters share",
+    ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
 DIMENSIONS = {"A": 2, "B": 2, "bias": 1}  # of the factors of a linear layer
 # Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
 MAX_RANK_OF_SMALL_LAYERS = 8192
 MAX_PATHS_IN_WARNING = 3
+COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the base
 
 
-def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -> StoredAdapter:
+class Keys(NamedTuple):
+    """What the keys of a file mean."""
+
+    modules: dict[str, dict[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+    copies: dict[str, str]  # parameter of the base model -> the key of a copy
+
+
+def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None) -> StoredAdapter:
     """Read the config and the header of a PEFT checkpoint folder.
 
+    PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
+    are compared with the base model.
+
     Args:
-        targets: the paths of all linear layers that can carry adapters.
+        base: the model that it is for; None = one without targets or weights.
 
     Raises:
         CheckpointError: names the file, and the field or key that is missing, broken, unsafe, or
             more than plain LoRA on linear layers. Reading the values later raises it if they are
             not finite, or if the file has changed.
     """
+    model = base or BaseModel()
     with open_folder(fspath(folder)) as opened:
         _refuse_pickle(opened)
         config_file, file = opened.open(CONFIG_FILE), opened.open(WEIGHTS_FILE)
@@ -68,12 +81,14 @@ def read_peft_folder(folder: str | PathLike[str], targets: Sequence[str] = ()) -
     fields = parse_fields(content, config_file.path)
     config = parse_config(fields, config_file.path)
 
-    def outline(fingerprint: Fingerprint) -> FileOutline:
+    def make(fingerprint: Fingerprint) -> FileOutline:
         places = parse_header(file.path, header, file.state.bytes).places
-        return peft_outline(file.path, config, fingerprint, places, targets)
+        return peft_outline(file.path, config, fingerprint, places, model)
 
-    meaning = (_digest(fields), *targets)
-    return adapter_in_file(opened, file, WEIGHTS_FILE, header, meaning, outline)
+    outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
+    if outline.copies:
+        _check_copies(opened, file, outline.copies, model)
+    return adapter_in_file(opened, file, WEIGHTS_FILE, outline)
 
 
 def peft_outline(
@@ -81,11 +96,53 @@ def peft_outline(
     config: PeftConfig,
     fingerprint: Fingerprint,
     places: Mapping[str, TensorPlace],
-    targets: Sequence[str] = (),
+    base: BaseModel,
 ) -> FileOutline:
     """The outline of the adapter that has these tensors, whose keys are PEFT's."""
-    keys, scaling = _checked_keys(source, config, places)
-    return file_outline(fingerprint, keys, scaling, places, _remarks(config, keys.keys(), targets))
+    keys = _keys(source, places, base)
+    strengths = config.strengths(keys.modules)
+    for path, parts in keys.modules.items():
+        shapes = {part: list(places[key].shape) for part, key in parts.items()}
+        _check_shapes(source, path, parts, strengths[path].rank, shapes)
+        _check_bias(source, path, "bias" in parts, config.lora_bias)
+    scaling = {path: strength.scaling for path, strength in strengths.items()}
+    remarks = _remarks(config, keys.modules.keys(), base.targets)
+    return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
+
+
+def _check_copies(
+    folder: OpenedFolder, looked_at: OpenedFile, copies: Mapping[str, TensorPlace], base: BaseModel
+) -> None:
+    """Refuse copies of the base's parameters that are not equal to them."""
+    with open_folder(folder.absolute) as opened:
+        file = opened.open(WEIGHTS_FILE)
+        if file.state != looked_at.state:
+            raise CheckpointError(f"{file.path} must stay as it is while it is read, load it again")
+        for name, place in copies.items():
+            own = base.value(name)
+            if own is None:
+                raise CheckpointError(
+                    f"{file.path}: the copy of {name!r} must be equal to the base's, got a base "
+                    "that is quantised, split or offloaded, with which nothing compares; save the "
+                    "adapter with save_embedding_layers=False"
+                )
+            if own.shape != place.shape or not _equal(read_tensor(file, place), own):
+                raise CheckpointError(
+                    f"{file.path}: the copy of {name!r} must be equal to the base's, which all "
+                    f"adapters share, got another of shape {list(place.shape)}; load the base "
+                    "model that the adapter was trained on"
+                )
+
+
+def _equal(copy: Tensor, own: Tensor) -> bool:
+    there, here = copy.flatten(), own.flatten()
+    parts = (slice(i, i + COMPARED_AT_ONCE) for i in range(0, len(here), COMPARED_AT_ONCE))
+    return all(_same(there[part].to(own.device), here[part]) for part in parts)
+
+
+def _same(copy: Tensor, own: Tensor) -> bool:
+    """Whether values are equal, or those of one dtype are what the others are rounded to."""
+    return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
 
 
 def _digest(fields: Mapping[str, Any]) -> bytes:
@@ -98,7 +155,7 @@ def _digest(fields: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(known | sets).encode()).digest()
 
 
-def _remarks(config: PeftConfig, held: Set[str], targets: Sequence[str]) -> Iterator[str]:
+def _remarks(config: PeftConfig, held: Set[str], targets: Iterable[str]) -> Iterator[str]:
     """In what the file differs from what its config targets."""
     targeted = config.targeted({*targets, *held})
     wanted = targeted.intersection(targets)
@@ -116,23 +173,6 @@ def _remarks(config: PeftConfig, held: Set[str], targets: Sequence[str]) -> Iter
             yield f"{what}: {', '.join(some)}{more}"
 
 
-def peft_weights(
-    source: str, config: PeftConfig, tensors: Mapping[str, Tensor]
-) -> dict[str, LoraWeights]:
-    """Path -> factors, from tensors whose keys are PEFT's.
-
-    Raises:
-        CheckpointError: begins with `source`, and names the key that does not agree with the
-            config.
-    """
-    keys, scaling = _checked_keys(source, config, tensors)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
-        check_finite(source, key, tensor)
-    return lora_weights(keys, scaling, tensors.__getitem__)
-
-
 def _refuse_pickle(folder: OpenedFolder) -> None:
     """Say why a folder that holds a pickle instead of safetensors is refused."""
     if folder.holds(PICKLE_FILE) and not folder.holds(WEIGHTS_FILE):
@@ -143,28 +183,22 @@ def _refuse_pickle(folder: OpenedFolder) -> None:
         )
 
 
-def _checked_keys(
-    source: str, config: PeftConfig, tensors: Mapping[str, Tensor | TensorPlace]
-) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-    """Path -> {"A": key, "B": key, "bias": key}, by shapes that agree with the config; scalings."""
-    modules = _keys_by_module(source, tensors)
-    strengths = config.strengths(modules)
-    for path, parts in modules.items():
-        shapes = {part: list(tensors[key].shape) for part, key in parts.items()}
-        _check_shapes(source, path, parts, strengths[path].rank, shapes)
-        _check_bias(source, path, "bias" in parts, config.lora_bias)
-    return modules, {path: strength.scaling for path, strength in strengths.items()}
-
-
-def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Path -> {"A": key, "B": key, "bias": key}; every key is understood, every pair is whole."""
+def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
+    """Every key is understood, and every pair is whole."""
     modules: dict[str, dict[str, str]] = {}
+    copies: dict[str, str] = {}
     for key in sorted(keys):
-        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
+        name = base.renamed(key)
+        for named in NAMED:
+            name = name.replace(named, named.replace("default.", ""))
+        suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            raise _unknown_key(source, key)
-        path = key.removesuffix(suffix).removeprefix(PREFIX)
-        parts = modules.setdefault(path, {})
+            own = base.parameter(name.replace(".base_layer.", "."))
+            if own is None or own in copies:
+                raise _unknown_key(source, key)
+            copies[own] = key
+            continue
+        parts = modules.setdefault(base.path(name.removesuffix(suffix)), {})
         part = SUFFIXES[suffix]
         if part in parts:
             raise CheckpointError(
@@ -181,7 +215,7 @@ def _keys_by_module(source: str, keys: Iterable[str]) -> dict[str, dict[str, str
                 )
     if not modules:
         raise CheckpointError(f"{source} must hold at least one adapted module, got none")
-    return modules
+    return Keys(modules, copies)
 
 
 def _unknown_key(source: str, key: str) -> CheckpointError:

@@ -160,7 +160,8 @@ def _base(peft_model: Any) -> Any:
             "`peft_model` must be a PeftModel, got a PeftMixedModel, which may mix LoRA with other "
             "methods; save its LoRA adapters, and load them into a PeftModel or by mux.load()"
         )
-    return peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
+    get_base: Any = getattr(peft_model, "get_base_model", lambda: peft_model)
+    return get_base()
 
 
 def _check_plain(name: str, config: Any, beside_others: bool) -> None:

@@ -62,6 +62,8 @@ class FileOutline(Outline):
     fingerprint: Fingerprint = field(kw_only=True)
     # The first byte and the one after the last of each stretch that is needed.
     runs: tuple[tuple[int, int], ...] = field(kw_only=True)
+    # Parameters of the base model that the file has a copy of, and where in it.
+    copies: Mapping[str, TensorPlace] = field(kw_only=True)
 
 
 # Outlines in use, by what they were made from, so that adapters of one shape share one.
@@ -106,6 +108,7 @@ def file_outline(
     keys: Mapping[str, Mapping[str, str]],
     scaling: Mapping[str, float],
     places: Mapping[str, TensorPlace],
+    copies: Mapping[str, str],
     remarks: Iterable[str] = (),
 ) -> FileOutline:
     """The outline of an adapter in a file.
@@ -114,6 +117,7 @@ def file_outline(
         keys: path -> {"A": key, ...}.
         scaling: by path.
         places: the tensors of all these keys, where they are in the file.
+        copies: parameter of the base model -> the key of its copy.
     """
     packed: dict[str, TensorPlace] = {}
     runs: list[tuple[int, int]] = []
@@ -126,33 +130,50 @@ def file_outline(
         start = runs.pop()[0] if runs and runs[-1][1] == place.start else place.start
         runs.append((start, place.end))
     return FileOutline(
-        keys, scaling, packed, tuple(remarks), fingerprint=fingerprint, runs=tuple(runs)
+        keys,
+        scaling,
+        packed,
+        tuple(remarks),
+        fingerprint=fingerprint,
+        runs=tuple(runs),
+        copies={name: places[key] for name, key in copies.items()},
     )
 
 
-def adapter_in_file(
-    folder: OpenedFolder,
+def shared_outline(
     file: OpenedFile,
-    name: str,
     header: bytes,
     meaning: Hashable,
-    outline: Callable[[Fingerprint], FileOutline],
-) -> StoredAdapter:
-    """An adapter in a file, whose values are read when they are needed.
+    make: Callable[[Fingerprint], FileOutline],
+) -> FileOutline:
+    """The outline of an adapter in a file, which adapters of one shape share.
 
     Args:
-        name: the file's, in the folder.
         header: what `read_header` returned.
         meaning: what the outline depends on beside the header.
-        outline: makes the outline, if no other adapter has the same.
+        make: makes the outline, if no other adapter has the same.
     """
     digest = hashlib.sha256(header).digest()
     fingerprint = Fingerprint(digest, len(header), file.state.bytes)
     shared = _OUTLINES.get((fingerprint, meaning))
     if shared is None:
-        shared = _OUTLINES.setdefault((fingerprint, meaning), outline(fingerprint))
-    read = partial(_read_values, folder.absolute, name, file.state, shared)
-    return StoredAdapter(folder.path, shared, read)
+        shared = _OUTLINES.setdefault((fingerprint, meaning), make(fingerprint))
+    return shared
+
+
+def adapter_in_file(
+    folder: OpenedFolder, file: OpenedFile, name: str, outline: FileOutline
+) -> StoredAdapter:
+    """An adapter in a file of this name, whose values are read when they are needed."""
+    read = partial(_read_values, folder.absolute, name, file.state, outline)
+    return StoredAdapter(folder.path, outline, read)
+
+
+def read_tensor(file: OpenedFile, place: TensorPlace) -> Tensor:
+    """The values of one tensor of an open file."""
+    data = _allocate(file.path, place.end - place.start, False)
+    file.read_into(place.start, data.numpy().data)
+    return PackedTensors(data, {"it": place._replace(start=0)})["it"]
 
 
 def _read_values(

@@ -10,6 +10,7 @@ sharding   layers that tensor parallelism has split
 
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
+from .sharding import is_dtensor as is_dtensor
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room
 from .storing import cut_and_check as cut_and_check
@@ -19,8 +20,11 @@ from .storing import write as write
 from .swapping import swap_in as swap_in
 from .swapping import swap_out as swap_out
 from .targets import Target as Target
+from .targets import as_targets as as_targets
 from .targets import check_linear as check_linear
 from .targets import common_dtype as common_dtype
 from .targets import device_of as device_of
 from .targets import dtype_of as dtype_of
+from .targets import features as features
+from .targets import find_heads as find_heads
 from .targets import find_targets as find_targets

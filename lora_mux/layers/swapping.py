@@ -11,10 +11,18 @@ from .targets import Target
 def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) -> MuxLinear:
     """Make a target a MuxLinear in place, by its class: names, keys and hooks stay."""
     linear = target.linear
-    linear.__class__ = mux_class(type(linear))  # type: ignore[arg-type]
+    made: MuxLinear = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
+    # Another thread may be calling the layer: it is equipped as a twin with the same attributes,
+    # before it changes. transformers' closure around a shard holds the layer itself.
+    if target.shard is None:
+        object.__setattr__(made, "__dict__", vars(linear))
+    else:
+        linear.__class__ = type(made)
+        made = linear  # type: ignore[assignment]
+    made.mux_equip(target.shard, router.slots, router, router.settings, dtype)
+    made.mux_place = place
+    linear.__class__ = type(made)
     assert isinstance(linear, MuxLinear)
-    linear.mux_equip(target.shard, router.slots, router, router.settings, dtype)
-    linear.mux_place = place
     return linear
 
 

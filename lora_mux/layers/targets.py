@@ -1,7 +1,7 @@
 """Targets: which layers of a model can carry adapters, and which of them the user means."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,7 +107,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
     """
     modules = {path: module for path, module in model.named_modules() if path}
     skipped = _bypassed(modules)
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    if _is_all_linear(targets):
         skipped |= _heads(model, modules)
         found = {p: m for p, m in modules.items() if p not in skipped and is_linear(m)}
     else:
@@ -125,12 +125,37 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
             f"`targets` must match at least one linear layer of the model, got {targets!r}; "
             f"its linear layers: {', '.join(examples) or 'none'}{', ...' if examples else ''}"
         )
-    gathering = [p for p, m in [("", model), *modules.items()] if _is_fsdp(m)]
+    return as_targets(model, found)
+
+
+def find_heads(model: nn.Module, targets: object) -> dict[str, nn.Module]:
+    """The layers that "all-linear" does not mean, but that an adapter may touch all the same.
+
+    They are the output heads. Other `targets` say all that may carry adapters.
+    """
+    if not _is_all_linear(targets):
+        return {}
+    modules = {path: module for path, module in model.named_modules() if path}
+    heads = _heads(model, modules) - _bypassed(modules)
+    return {path: modules[path] for path in sorted(heads) if is_linear(modules[path])}
+
+
+def as_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Target]:
+    """Path -> layer, checked.
+
+    Raises:
+        TargetError: a layer cannot carry adapters.
+    """
+    gathering = [path for path, module in model.named_modules() if _is_fsdp(module)]
 
     def gathered(path: str) -> bool:
         return any(not p or f"{path}.".startswith(f"{p}.") for p in gathering)
 
-    return {p: check_linear(m, f"targets: {p}", gathered(p)) for p, m in found.items()}
+    return {p: check_linear(m, f"targets: {p}", gathered(p)) for p, m in layers.items()}
+
+
+def _is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def _matcher(targets: object) -> Callable[[str], bool]:

@@ -8,9 +8,9 @@ from .. import ops
 from ..adapters import parse_size
 from ..checkpoints import read_peft_model, retire_peft, without_peft
 from ..errors import ArgumentTypeError, TargetError
-from ..layers import MuxLinear, find_targets
+from ..layers import MuxLinear, as_targets, find_heads, find_targets
 from .mux import Mux
-from .top import mux_of, refuse_wrapper
+from .top import mux_of, unwrapped
 
 
 def attach(
@@ -29,9 +29,11 @@ def attach(
     model back. Attach last, after quantising, sharding or moving the model.
 
     Args:
-        model: any nn.Module.
-        targets: "all-linear" (every linear layer except the output head, as in PEFT), a list of
-            path suffixes (["q_proj", "v_proj"]), or a regular expression that matches whole paths.
+        model: any nn.Module. Of one in a wrapper of torch.compile or data parallelism, the model
+            inside.
+        targets: "all-linear" (every linear layer except the output head, as in PEFT; the head
+            joins when an adapter touches it, or at once with `memory`), a list of path suffixes
+            (["q_proj", "v_proj"]), or a regular expression that matches whole paths.
         backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
             elsewhere), "triton" or "reference".
         batch_invariant: with Triton, compute what the adapters add to a row with the same bits,
@@ -47,7 +49,7 @@ def attach(
     Raises:
         ArgumentTypeError: an argument has the wrong type.
         TargetError: nothing matches, or a match cannot carry adapters. Or the model is attached
-            already, as a copy of an attached one is; or is a wrapper around the model.
+            already, as a copy of an attached one is.
         BackendError: the backend does not exist, or cannot run here.
         AdapterError: memory is not a size.
         PoolCapacityError: memory is less than one rank row in each target.
@@ -67,9 +69,13 @@ def attach(
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
     settings = ops.Settings(backend, batch_invariant, fused)
+    model = unwrapped(model)
     _check_plain(model)
     size = None if memory is None else parse_size(memory)
-    return Mux(model, find_targets(model, targets), settings, size)
+    found, heads = find_targets(model, targets), find_heads(model, targets)
+    if size is not None:  # pools of a fixed size share it from the beginning
+        found, heads = found | as_targets(model, heads), {}
+    return Mux(model, found, settings, size, heads)
 
 
 def detach(model: nn.Module) -> None:
@@ -133,7 +139,6 @@ def attach_peft(
 
 
 def _check_plain(model: nn.Module) -> None:
-    refuse_wrapper(model)
     if mux_of(model) is not None:
         raise TargetError(
             "`model` must be plain, got one that is attached already, as copies of an attached "

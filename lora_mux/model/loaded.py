@@ -1,19 +1,34 @@
 """The adapters of an attached model, as users load and keep them."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..adapters import Adapters, MemoryReport, Prepared
-from ..checkpoints import is_diffusers_folder, local_folder, read_diffusers_file, read_peft_folder
+from ..checkpoints import (
+    BaseModel,
+    is_diffusers_folder,
+    local_folder,
+    read_diffusers_file,
+    read_peft_folder,
+)
 from ..core import LoraWeights, Slots, check_names
-from ..errors import ArgumentTypeError, warn
-from ..layers import MuxLinear, weights_from_pairs
+from ..errors import ArgumentTypeError, CheckpointError, PoolCapacityError, warn
+from ..layers import (
+    MuxLinear,
+    as_targets,
+    common_dtype,
+    dtype_of,
+    swap_in,
+    swap_out,
+    weights_from_pairs,
+)
 from ..progress import progress_bar
-from ..routes import Router
+from ..routes import Place, Router
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +41,8 @@ class LoadedAdapters:
     _layers: dict[str, MuxLinear]
     _adapters: Adapters
     _router: Router
+    _linears: list[nn.Module]  # all that a detach changes back
+    _heads: dict[str, tuple[nn.Module, Place]]  # layers that join when an adapter touches them
 
     @property
     def targets(self) -> list[str]:
@@ -43,6 +60,9 @@ class LoadedAdapters:
         folder: str | PathLike[str],
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
+        component: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         replace: bool = False,
     ) -> int:
         """Load a checkpoint of PEFT or diffusers.
@@ -56,6 +76,12 @@ class LoadedAdapters:
                 diffusers' pytorch_lora_weights.safetensors, of which this model's part is read.
                 Or user/name, a repository of the Hugging Face hub, if huggingface_hub is installed.
             revision: a branch, a tag or a commit of the repository.
+            subfolder: where the checkpoint is in the folder or in the repository.
+            component: of a file of diffusers for several models, the part for this one
+                ("text_encoder_2"), if more than one would fit.
+            key_mapping: for modules that had other names when the adapter was saved: patterns of
+                keys without the prefix "base_model.model." -> replacements, of which the first
+                that matches counts. Names that transformers has changed need none.
             replace: let a name that is loaded already mean the new adapter from now on. Routes
                 that set_adapter and set_route made from names follow at the next forward pass of
                 the model; `with` blocks that are open keep the old adapter until they end.
@@ -66,16 +92,28 @@ class LoadedAdapters:
         Raises:
             CheckpointError: the folder is missing, broken or unsafe, or holds more than plain LoRA.
             AdapterError: the name is taken, or a module of the checkpoint is not a target here.
+            ArgumentTypeError: key_mapping is no mapping of patterns.
             PoolCapacityError: there is no room for the adapter, alone or beside those in use.
         """
-        self._check_attached()
+        model = self._check_attached()
         self._slots.check_new(name, replace)
-        return self._publish({name: partial(self._prepared, folder, revision)}, replace)[name]
+        base = BaseModel([*self._layers, *self._heads], model, key_mapping)
 
-    def _prepared(self, folder: str | PathLike[str], revision: str | None = None) -> Prepared:
-        root = local_folder(folder, revision)
-        read = read_diffusers_file if is_diffusers_folder(root) else read_peft_folder
-        stored = read(root, self.targets)
+        def prepared() -> Prepared:
+            return self._prepared(local_folder(folder, revision, subfolder), base, component)
+
+        return self._publish({name: prepared}, replace)[name]
+
+    def _prepared(self, folder: Path, base: BaseModel, component: str | None = None) -> Prepared:
+        if is_diffusers_folder(folder):
+            stored = read_diffusers_file(folder, base, component)
+        elif component is None:
+            stored = read_peft_folder(folder, base)
+        else:
+            raise CheckpointError(
+                f"`component` must be None for a PEFT checkpoint, got {component!r:.100}"
+            )
+        self._include_heads(stored.outline.keys)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
@@ -109,14 +147,18 @@ class LoadedAdapters:
         Raises:
             LoraMuxError: a folder cannot be loaded; see `load`. Then none is.
         """
-        self._check_attached()
+        model = self._check_attached()
         if not isinstance(folders, Mapping):
             raise ArgumentTypeError(
                 f"`folders` must map names to folders, got {type(folders).__name__}"
             )
         for name in folders:
             self._slots.check_new(name)
-        prepare = {n: partial(self._prepared, folder) for n, folder in folders.items()}
+        base = BaseModel([*self._layers, *self._heads], model)
+        prepare = {
+            name: lambda folder=folder: self._prepared(local_folder(folder), base)
+            for name, folder in folders.items()
+        }
         return self._publish(prepare)
 
     def add_adapter(
@@ -153,11 +195,33 @@ class LoadedAdapters:
         self, adapters: Mapping[str, Mapping[str, LoraWeights]], source: str
     ) -> dict[str, int]:
         """Load adapters from their factors, all or none."""
+        self._include_heads(path for parts in adapters.values() for path in parts)
         prepare = {
             name: partial(self._adapters.prepare_weights, parts, source)
             for name, parts in adapters.items()
         }
         return self._publish(prepare)
+
+    def _include_heads(self, touched: Iterable[str]) -> None:
+        """Let output heads carry adapters, of which one touches them now."""
+        for path in set(touched) & self._heads.keys():
+            with self._router.changes:
+                head, place = self._heads.get(path, (None, None))
+                if head is None or place is None:  # another thread was first
+                    continue
+                if self._slots.captured:
+                    raise PoolCapacityError(
+                        f"{path!r} must carry adapters, which a captured CUDA graph of the model "
+                        "does not know; load such an adapter before capturing, or attach with "
+                        "targets that name the layer"
+                    )
+                model = self._check_attached()
+                target = as_targets(model, {path: head})[path]
+                swap_out(head)  # what an interrupt has left of another time
+                self._linears.append(head)
+                dtype = dtype_of(head, common_dtype(model))
+                self._adapters.include(path, swap_in(target, place, self._router, dtype))
+                del self._heads[path]
 
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room in every layer, so that loading adapters later moves no buffer.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from .call import Call
 from .generation import follow_generation, forget_generation
 from .given_rows import GivenRows
 from .layout import find_layout
-from .top import BeginPass, EndPass, mux_of, refuse_wrapper, remove_hooks
+from .top import BeginPass, EndPass, mux_of, remove_hooks, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Mux(GivenRows):
         targets: Mapping[str, Target],
         settings: ops.Settings,
         memory: int | None = None,
+        heads: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         self._model: nn.Module | None = model
         self._linears = [target.linear for target in targets.values()]
@@ -45,7 +47,8 @@ class Mux(GivenRows):
         self._uniform_routes = UniformRoutes(self._slots)
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
-        self._router.layout, places = find_layout(model, targets)
+        self._router.layout, places = find_layout(model, [*targets, *heads])
+        self._heads = {path: (head, places[path]) for path, head in heads.items()}
         try:
             self._layers = {
                 path: swap_in(target, places[path], self._router, dtype_of(target.linear, dtype))
@@ -81,9 +84,8 @@ class Mux(GivenRows):
         """
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-        mux = mux_of(model)
+        mux = mux_of(unwrapped(model))
         if not isinstance(mux, cls):
-            refuse_wrapper(model)
             raise TargetError(
                 f"`model` must be attached, got a plain {type(model).__name__}; call attach(model)"
             )
@@ -91,7 +93,7 @@ class Mux(GivenRows):
 
     @property
     def model(self) -> nn.Module:
-        """The attached model: the very object that was given to attach."""
+        """The attached model: the one that was given to attach, or that was inside its wrapper."""
         return self._check_attached()
 
     @property

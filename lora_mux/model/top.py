@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RoutingError, TargetError
+from ..errors import RoutingError
 from ..routes import Router
 from .given_rows import KEYWORD, GivenRows
 
@@ -96,16 +96,9 @@ def remove_hooks(model: nn.Module, mux: GivenRows) -> None:
                 model._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def refuse_wrapper(model: nn.Module) -> None:
-    """Refuse what torch.compile and data parallelism put around a model.
-
-    Raises:
-        TargetError: names the model inside, which must be attached first.
-    """
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile and data parallelism put around it."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inside = "module" if isinstance(model, parallel) else "_orig_mod"  # of torch.compile
-    if inside in model._modules:
-        raise TargetError(
-            f"`model` must be the model itself, got a {type(model).__name__} around it; attach "
-            f"the one inside (`model.{inside}`), and wrap that one afterwards"
-        )
+    inner = model._modules.get(inside)
+    return model if inner is None else unwrapped(inner)

@@ -2,6 +2,7 @@
 
 from mutation import Mutation
 
+BASE_MODEL = "checkpoints/base_model.py"
 DIFFUSERS_FILE = "checkpoints/diffusers_file.py"
 OPENED_FOLDER = "checkpoints/opened_folder.py"
 PATTERNS = "checkpoints/patterns.py"
@@ -9,6 +10,7 @@ PEFT_CONFIG = "checkpoints/peft_config.py"
 PEFT_FOLDER = "checkpoints/peft_folder.py"
 PEFT_MODEL = "checkpoints/peft_model.py"
 SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
+TEST_BASE_MODEL = ("checkpoints/test_base_model.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
 TEST_OPENED_FOLDER = ("checkpoints/test_opened_folder.py",)
@@ -39,6 +41,24 @@ MUTATIONS = {
     ),
     "peft_model: a model that believes to have adapters": Mutation(
         PEFT_MODEL, "_hf_peft_config_loaded = False", "_x = 0", TEST_ATTACH_PEFT
+    ),
+    "base model: a name of the model's own is changed": Mutation(
+        BASE_MODEL, "if plain in known or not known", "if not known", TEST_BASE_MODEL
+    ),
+    "base model: transformers' tables are not asked": Mutation(
+        BASE_MODEL, "        if renamings:\n", "        if False:\n", TEST_BASE_MODEL
+    ),
+    "base model: all patterns count": Mutation(
+        BASE_MODEL,
+        "            if count:\n                return prefix + changed",
+        "            rest = changed",
+        TEST_BASE_MODEL,
+    ),
+    "peft folder: any copy of the base": Mutation(
+        PEFT_FOLDER, "not _equal(read_tensor(file, place), own)", "False", TEST_BASE_MODEL
+    ),
+    "diffusers file: sizes tell nothing": Mutation(
+        DIFFUSERS_FILE, "if fitting.get(p)}", "}", TEST_DIFFUSERS_FILE
     ),
     "diffusers file: a rank for all": Mutation(
         DIFFUSERS_FILE,
@@ -111,7 +131,7 @@ MUTATIONS = {
         TEST_OPENED_FOLDER,
     ),
     "opened_folder: links lead anywhere": Mutation(
-        OPENED_FOLDER, "or not self._is_snapshot()", "", TEST_PEFT_FOLDER
+        OPENED_FOLDER, "or not self._is_snapshot(blob[1])", "", TEST_PEFT_FOLDER
     ),
     "opened_folder: blobs are a link": Mutation(
         OPENED_FOLDER, "FOLDER | os.O_NOFOLLOW", "FOLDER", TEST_PEFT_FOLDER
@@ -136,8 +156,8 @@ MUTATIONS = {
     ),
     "safetensors_file: no outline is shared": Mutation(
         SAFETENSORS_FILE,
-        "shared = _OUTLINES.setdefault((fingerprint, meaning), outline(fingerprint))",
-        "shared = outline(fingerprint)",
+        "shared = _OUTLINES.setdefault((fingerprint, meaning), make(fingerprint))",
+        "shared = make(fingerprint)",
         TEST_OPENED_FOLDER,
     ),
     "peft_folder: another order is another config": Mutation(

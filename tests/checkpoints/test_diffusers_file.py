@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from diffusion import diffusers, flux
-from lora_mux.checkpoints import read_diffusers_file
+from lora_mux.checkpoints import BaseModel, read_diffusers_file
 from peft_oracle import peft, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "two that fit": (
         tensors(*PAIR, *(key.replace("former.", "former_2.") for key in PAIR)),
-        r"several \(transformer., transformer_2.\); load it with diffusers",
+        r"several \(transformer, transformer_2\); say which one by component=",
     ),
     "half a pair": (tensors(PAIR[0]), "lora_B.weight is missing"),
     "not finite": ({PAIR[0]: torch.full((2, 8), torch.nan), **tensors(PAIR[1])}, "finite"),
@@ -188,7 +188,7 @@ def test_values_of_other_components_are_not_read(memory: str | None, tmp_path: P
         state[f"{component}.x.lora_A.weight"] = torch.full((5, 5), torch.nan)
         state[f"{component}.x.lora_B.weight"] = torch.full((5, 5), torch.nan, dtype=torch.float16)
     save_file(state, tmp_path / FILE)
-    values = read_diffusers_file(tmp_path, ["0"]).read(False)
+    values = read_diffusers_file(tmp_path, BaseModel(["0"])).read(False)
     assert values.data.numel() == A.nbytes + B.nbytes
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     weight = model[0].weight.clone()
@@ -216,7 +216,7 @@ def test_a_rank_of_its_own_for_each_of_thousands(tmp_path: Path) -> None:
     with (tmp_path / FILE).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + begin)
-    outline = read_diffusers_file(tmp_path, ["0"]).outline
+    outline = read_diffusers_file(tmp_path, BaseModel(["0"])).outline
     assert outline.rank_rows == {str(i): 1 + i for i in range(5000)}
     assert set(outline.scaling.values()) == {1.0}
 
@@ -253,3 +253,42 @@ def test_paths_are_no_patterns(tmp_path: Path) -> None:
     mux = lora_mux.attach(nn.Sequential(nn.Linear(8, 8)))
     with pytest.raises(lora_mux.LoraMuxError, match=r"'\[' must be a target"):
         mux.load("ink", tmp_path)
+
+
+def clip(kind: Any, width: int) -> Any:
+    torch.manual_seed(width)
+    sizes = {"hidden_size": width, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return kind(transformers.CLIPTextConfig(**sizes, vocab_size=64, projection_dim=16)).eval()
+
+
+@pytest.mark.parametrize("widths", [(32, 32), (32, 48)])
+@torch.no_grad()
+def test_the_text_encoders_of_sdxl(widths: tuple[int, int], tmp_path: Path) -> None:
+    """Sizes tell components apart, else component= does; names of transformers 4 are known."""
+    kinds = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+    parts, file = dict(zip(("text_encoder", "text_encoder_2"), kinds, strict=True)), {}
+    for component, width in zip(parts, widths, strict=True):
+        for layer in range(2):
+            path = f"{component}.text_model.encoder.layers.{layer}.self_attn.q_proj"
+            file[f"{path}.lora_A.weight"] = torch.randn(4, width) * 0.3
+            file[f"{path}.lora_B.weight"] = torch.randn(width, 4) * 0.3
+    save_file(file, tmp_path / FILE)
+    ids = torch.tensor([[0, 5, 6, 2]])
+    for (component, kind), width in zip(parts.items(), widths, strict=True):
+        theirs, model = clip(kind, width), clip(kind, width)
+        diffusers.StableDiffusionXLPipeline.load_lora_into_text_encoder(
+            dict(file), None, theirs, prefix=component
+        )
+        mux = lora_mux.attach(model)
+        if widths[0] == widths[1]:
+            with pytest.raises(lora_mux.errors.CheckpointError, match="several .*component="):
+                mux.load("x", tmp_path)
+            with pytest.raises(lora_mux.errors.CheckpointError, match="it has text_encoder, text"):
+                mux.load("x", tmp_path, component="unet")
+            mux.load("x", tmp_path, component=component)
+        else:
+            mux.load("x", tmp_path)
+        mux.set_adapter("x")
+        want = theirs(ids).last_hidden_state
+        assert (want - clip(kind, width)(ids).last_hidden_state).abs().max() > 1e-2
+        torch.testing.assert_close(model(ids).last_hidden_state, want)

@@ -72,6 +72,27 @@ def test_only_known_files_are_asked_for(cached: Any, monkeypatch: pytest.MonkeyP
     assert asked == {"repository": "user/sql", "revision": "v1", "allow_patterns": files}
 
 
+@torch.no_grad()
+def test_a_subfolder_whose_files_are_links_as_in_the_cache(cached: Any, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--user--sql"
+    (repository / "blobs").mkdir()
+    below = repository / "snapshots" / COMMIT / "runs" / "last"
+    below.mkdir(parents=True)
+    for file in (tmp_path / "saved" / "sql").glob("adapter_*"):
+        shutil.copy(file, repository / "blobs" / f"hash of {file.name}")
+        (below / file.name).symlink_to(f"../../../../blobs/hash of {file.name}")
+    model, mux = fresh(cached)
+    mux.load("here", tmp_path / "saved", subfolder="sql")
+    mux.load("there", "user/sql", subfolder="runs/last")
+    x = torch.randn(3, 8)
+    for name in ("here", "there"):
+        mux.set_adapter(name)
+        torch.testing.assert_close(model(x), cached(x))
+    for subfolder in ("../sql", "/sql"):
+        with pytest.raises(lora_mux.errors.CheckpointError, match="`subfolder` must be a path in"):
+            mux.load("out", "user/sql", subfolder=subfolder)
+
+
 def raising(error: Exception) -> Any:
     def download(*arguments: Any, **how: Any) -> str:
         raise error

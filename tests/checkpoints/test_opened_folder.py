@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import lora_mux
-from lora_mux.checkpoints import StoredAdapter, opened_folder
+from lora_mux.checkpoints import BaseModel, StoredAdapter, opened_folder
 from lora_mux.checkpoints.peft_folder import read_peft_folder
 from lora_mux.errors import CheckpointError
 from tenants import CONFIG, WEIGHTS, Model, tenant
@@ -340,18 +340,18 @@ class TestRegistered:
 
     def test_one_shape_is_one_outline(self, owner: Owner) -> None:
         """Whatever the order in which PEFT writes its sets of modules."""
-        first = read_peft_folder(owner.folder, ["first"])
+        first = read_peft_folder(owner.folder, BaseModel(["first"]))
         config = (owner.folder / CONFIG).read_bytes()
         mixed = config.replace(b'["first", "second"]', b'["second", "first"]')
         assert mixed != config
         owner.replace(owner.folder / WEIGHTS)
         (owner.folder / CONFIG).write_bytes(mixed)
-        second = read_peft_folder(owner.folder, ["first"])
+        second = read_peft_folder(owner.folder, BaseModel(["first"]))
         assert first.outline is second.outline and owner.state_of(second) == (0, 1)
         assert second.outline.rank_rows == RANKS
         (owner.folder / CONFIG).write_bytes(config.replace(b": 4", b": 5", 1))
-        assert read_peft_folder(owner.folder, ["first"]).outline is not first.outline
-        assert read_peft_folder(owner.folder, ["second"]).outline is not first.outline
+        assert read_peft_folder(owner.folder, BaseModel(["first"])).outline is not first.outline
+        assert read_peft_folder(owner.folder, BaseModel(["second"])).outline is not first.outline
 
     def test_thousands(self, owner: Owner) -> None:
         """What each adds is its path and the numbers of its file: 0.7 KB."""

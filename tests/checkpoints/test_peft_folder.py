@@ -218,6 +218,24 @@ def test_an_unknown_field_that_says_nothing_only_warns(tmp_path: Path) -> None:
         read_peft_folder(write(tmp_path, {"use_tomorrow": False}))
 
 
+OF_TRAINERS = {
+    "lora_dtype": "float32",
+    "lorap_lr_ratio": 16.0,
+    "unsloth_fixed": True,
+    "merge_weights": True,
+    "transformers_version": "5.0",
+    "rank_dropout": 0.1,
+}
+
+
+def test_fields_of_trainers_are_named_and_ignored(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ignored 6 unknown fields .*lora_dtype.*, \\.\\.\\."):
+        read_peft_folder(write(tmp_path, OF_TRAINERS))
+    for name, value in (("enable_lora", [True]), ("dora_version", 2), ("a_dataset", {"r": 1})):
+        with pytest.raises(lora_mux.errors.CheckpointError, match=f"`'{name}'` must be a field"):
+            read_peft_folder(write(tmp_path, {name: value}))
+
+
 KEY = "base_model.model.layers.0.q"
 
 
@@ -236,7 +254,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "embedding": ({**tensors(), "emb.lora_embedding_A": torch.ones(4, 8)}, "embedding"),
     "magnitude": ({**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "DoRA"),
-    "base bias": ({**tensors(), f"{KEY}.base_layer.bias": torch.ones(8)}, "base_layer.bias"),
+    "base bias": ({**tensors(), f"{KEY}.base_layer.bias": torch.ones(8)}, "copy of .*bias"),
     "unasked bias": ({**tensors(), f"{KEY}.lora_B.bias": torch.ones(8)}, "lora_bias"),
     "rank of A": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(5, 8)}, "rank 4"),
     "rank of B": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(8, 3)}, "rank 4"),

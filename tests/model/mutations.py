@@ -92,7 +92,7 @@ MUTATIONS = {
         TEST_CALL,
     ),
     "attach: a wrapper is attached": Mutation(
-        ATTACH, "    refuse_wrapper(model)\n", "", TEST_WRAPPERS
+        ATTACH, "    model = unwrapped(model)\n", "", TEST_WRAPPERS
     ),
     "attach: the outer model is attached as well": Mutation(
         ATTACH, "if mux_of(module) is not None:", "if False:", TEST_WRAPPERS

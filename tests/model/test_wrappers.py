@@ -49,16 +49,19 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapper_is_refused_and_the_way_out_works(name: str, made: Tenant, group: Any) -> None:
+def test_the_model_inside_a_wrapper_is_attached(
+    name: str, ran: bool, made: Tenant, group: Any
+) -> None:
     torch._dynamo.reset()
     wrap, inside = WRAPPERS[name]
     model, x = Model(), torch.randn(2, 12)
     wrapper = wrap(model)
-    for act in (lora_mux.attach, lora_mux.Mux.of, lora_mux.detach):
-        with pytest.raises(TargetError, match=rf"the model itself, .*`model\.{inside}`"):
-            act(wrapper)
-    mux = lora_mux.attach(getattr(wrapper, inside))
+    if ran:  # a graph without adapters is there already
+        torch.testing.assert_close(wrapper(x), model(x))
+    mux = lora_mux.attach(wrapper)
+    assert mux.model is model is getattr(wrapper, inside)
     mux.load("a", made.folder)
     for run in (wrap(model), wrapper):  # wrapped afterwards, or before
         with torch.no_grad(), mux.route(["a", None]):
@@ -67,8 +70,10 @@ def test_a_wrapper_is_refused_and_the_way_out_works(name: str, made: Tenant, gro
             torch.testing.assert_close(got, model(x))
         with torch.no_grad():
             torch.testing.assert_close(run(x, adapter_names=["a", None]), got)
-    assert lora_mux.Mux.of(getattr(wrapper, inside)) is mux
-    lora_mux.detach(model)
+    assert lora_mux.Mux.of(wrapper) is mux is lora_mux.Mux.of(model)
+    with pytest.raises(TargetError, match="attached already"):
+        lora_mux.attach(wrapper)
+    lora_mux.detach(wrapper)
     check(model, x, [[], []])
 
 

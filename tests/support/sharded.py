@@ -49,7 +49,8 @@ def attach(model: Any, **how: Any) -> lora_mux.Mux:
     mux = lora_mux.attach(model, **how)
     for rank, name in ((2, "a"), (5, "b")):
         weights = {}
-        for i, path in enumerate(mux.targets):
+        # With memory the output head is a target, too.
+        for i, path in enumerate(t for t in mux.targets if t != "lm_head"):
             random = torch.Generator().manual_seed(10 * rank + i)
             layer = model.get_submodule(path)
             A = torch.randn(rank, layer.in_features, generator=random) / layer.in_features**0.5

@@ -1,0 +1,232 @@
+"""Keys of other times and of wrappers, and copies of the base's weights, against PEFT itself."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora_mux
+from lora_mux.errors import ArgumentTypeError, CheckpointError, LoraMuxError
+from peft_oracle import llama, peft, qwen2, save_adapters, transformers
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
+
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+IDS = torch.tensor([[20, 21, 22], [7, 8, 9]])
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Give each key of a saved adapter another name."""
+    tensors = load_file(folder / FILE)
+    save_file({change(key): tensor.clone() for key, tensor in tensors.items()}, folder / FILE)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def saved(folder: Path) -> Any:
+    config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    return save_adapters(small(), {"a": config}, folder)
+
+
+NAMES = {
+    "plain": lambda key: key,
+    "no prefix": lambda key: key.removeprefix(PREFIX),
+    "compiled": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "compiled inside": lambda key: key.replace(".lora", "._orig_mod.lora", 1),
+    "parallel": lambda key: f"module.{key}",
+    "parallel inside": lambda key: key.replace(PREFIX, f"{PREFIX}module."),
+    "both": lambda key: f"_orig_mod.module.{key}",
+    "a live model's": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_prefixes_that_wrappers_leave(name: str, tmp_path: Path) -> None:
+    theirs, x = saved(tmp_path), torch.randn(3, 8)
+    rewrite(tmp_path / "a", NAMES[name])
+    mux = lora_mux.attach(model := small())
+    mux.load("a", tmp_path / "a")
+    mux.set_adapter("a")
+    close(model(x), theirs(x))
+
+
+def test_names_that_are_the_model_s_own_are_kept(tmp_path: Path) -> None:
+    """A module that is named like a wrapper's prefix is meant as it is."""
+    model = nn.ModuleDict({"module": nn.ModuleDict({"q": nn.Linear(8, 8)}), "q": nn.Linear(8, 8)})
+    config = peft.LoraConfig(r=2, target_modules=["module.q"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    mux = lora_mux.attach(model)
+    mux.load("a", tmp_path)
+    assert [len(mux._layers[path].mux_pool.spans) for path in ("module.q", "q")] == [1, 0]
+
+
+def test_two_names_for_one_module_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "a" / FILE)
+    more = {f"module.{key}": tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors | more, tmp_path / "a" / FILE)
+    with pytest.raises(CheckpointError, match="must be the only one for its tensor"):
+        lora_mux.attach(small()).load("a", tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore:.*modules that its config")
+@torch.no_grad()
+def test_a_mapping_of_the_user_s(tmp_path: Path) -> None:
+    """As PEFT's load_adapter(key_mapping=): the first pattern that matches counts."""
+    saved(tmp_path)
+    rewrite(tmp_path / "a", lambda key: key.replace(f"{PREFIX}0.", f"{PREFIX}old.first."))
+    mapping = {r"^old\.(first|0)\.": "0.", r"^old\.": "2."}
+    theirs = peft.PeftModel.from_pretrained(small(), tmp_path / "a", key_mapping=mapping)
+    mux, x = lora_mux.attach(model := small()), torch.randn(3, 8)
+    with pytest.raises(LoraMuxError, match=r"'old\.first' must be a target"):
+        mux.load("a", tmp_path / "a")
+    mux.load("a", tmp_path / "a", key_mapping=mapping)
+    mux.set_adapter("a")
+    close(model(x), theirs.eval()(x))
+    for wrong in (3, {"(": ""}, {"a": 3}, {"a": r"\1"}):
+        with pytest.raises(ArgumentTypeError, match="`key_mapping` must map patterns"):
+            mux.load("b", tmp_path / "a", key_mapping=wrong)  # type: ignore[arg-type]
+
+
+def llava() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(
+        **sizes, intermediate_size=48, image_size=16, patch_size=8, projection_dim=32
+    )
+    text = transformers.LlamaConfig(
+        **sizes, vocab_size=128, intermediate_size=64, pad_token_id=0, eos_token_id=None
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=5, image_seq_length=4
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_names_that_transformers_has_changed(tmp_path: Path) -> None:
+    """language_model.model.layers became model.language_model.layers, which PEFT knows, too."""
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for layer in range(2):
+        path = f"{PREFIX}language_model.model.layers.{layer}.self_attn.q_proj"
+        for part, shape in (("A", (4, 32)), ("B", (32, 4))):
+            tensors[f"{path}.lora_{part}.weight"] = torch.randn(shape, generator=generator) * 0.2
+    save_file(tensors, tmp_path / FILE)
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ".*lang.*q_proj"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    theirs = peft.PeftModel.from_pretrained(llava(), tmp_path).eval()
+    want = theirs(input_ids=IDS).logits
+    model = llava()
+    base = model(input_ids=IDS).logits
+    assert (want - base).abs().max() > 1e-3
+    mux = lora_mux.attach(model)
+    mux.load("old", tmp_path)
+    with mux.route(["old", None]):
+        got = model(input_ids=IDS).logits
+    close(got[0], want[0])
+    assert torch.equal(got[1], base[1])
+
+
+def with_head(base: Any, folder: Path, **fields: Any) -> Any:
+    """PEFT's model with LoRA on the output head, of which it saves the base's weight as well."""
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, **fields
+    )
+    theirs = save_adapters(base, {"a": config}, folder)
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(folder / "a" / FILE)
+    return theirs
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("memory", [None, "1MiB"])
+@pytest.mark.parametrize("make", [llama, qwen2])  # qwen2 has one weight for input and output
+@torch.no_grad()
+def test_an_adapter_of_the_head(make: Any, memory: Any, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = make()
+    theirs = with_head(base, tmp_path)
+    model = copy.deepcopy(base)
+    mux = lora_mux.attach(model, memory=memory)
+    before = mux.targets
+    mux.load("a", tmp_path / "a")
+    assert set(mux.targets) - {"lm_head"} == set(before) - {"lm_head"}
+    with mux.route(["a", None]):
+        got = model(IDS).logits
+    close(got[0], theirs(IDS).logits[0])
+    assert torch.equal(got[1], base(IDS).logits[1])
+    mux.detach()
+    assert type(model.lm_head) is nn.Linear and torch.equal(model(IDS).logits, base(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@torch.no_grad()
+def test_copies_that_are_not_the_base_s_are_refused(tmp_path: Path) -> None:
+    base = llama()
+    with_head(base, tmp_path)
+    for dtype in (torch.bfloat16, torch.float64):  # as they were saved from another dtype
+        other = copy.deepcopy(base).to(dtype)
+        lora_mux.attach(other).load("a", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / FILE)
+    key = f"{PREFIX}lm_head.base_layer.weight"
+    last = tensors[key].clone()
+    last[-1, -1] += 0.5
+    for wrong in (last, tensors[key][:-1].clone()):
+        save_file(tensors | {key: wrong}, tmp_path / "a" / FILE)
+        mux = lora_mux.attach(copy.deepcopy(base))
+        targets = mux.targets
+        with pytest.raises(CheckpointError, match=r"copy of 'lm_head\.weight' must be equal"):
+            mux.load("a", tmp_path / "a")
+        assert mux.targets == targets and not mux.adapters
+
+
+@torch.no_grad()
+def test_copies_of_embeddings_that_were_saved_on_demand(tmp_path: Path) -> None:
+    """save_embedding_layers=True: the whole embedding and head, beside LoRA on other layers."""
+    base = llama()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert f"{PREFIX}model.embed_tokens.weight" in load_file(tmp_path / FILE)
+    model = copy.deepcopy(base)
+    mux = lora_mux.attach(model)
+    mux.load("a", tmp_path)
+    mux.set_adapter("a")
+    close(model(IDS).logits, theirs(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_head_that_joins_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model = llama()
+    mux = lora_mux.attach(model)
+    A, B = torch.randn(2, 64), torch.randn(64, 2)
+    mux.add_adapter("q", {"model.layers.0.self_attn.q_proj": (A, B)}, alpha=1)
+    run = torch.compile(model, backend="eager")
+    with mux.route(["q", None]):
+        close(run(IDS).logits, model(IDS).logits)
+    mux.add_adapter("head", {"lm_head": (A, torch.randn(256, 2))}, alpha=1)
+    base = model(IDS).logits
+    with mux.route(["head", "q"]):
+        got = run(IDS).logits
+        close(got, model(IDS).logits)
+    assert (got[0] - base[0]).abs().max() > 0.1
+
+
+def test_other_targets_than_all_linear_are_all_that_is_meant() -> None:
+    mux = lora_mux.attach(llama(), ["q_proj"])
+    with pytest.raises(LoraMuxError, match="'lm_head' must be a target"):
+        mux.add_adapter("a", {"lm_head": (torch.ones(1, 64), torch.ones(256, 1))}, alpha=1)
