@@ -17,10 +17,15 @@ from lora_mux.checkpoints import patterns
 from lora_mux.checkpoints.peft_config import (
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
+    REFUSED,
+    SHIFTED_BASE,
     PeftConfig,
     parse_config,
     parse_fields,
 )
+from lora_mux.checkpoints.peft_folder import OTHER_SUFFIXES, PICKLE_FILE
+from lora_mux.errors import CheckpointError
+from paths import ROOT
 from peft_oracle import peft
 
 PATHS = [
@@ -249,3 +254,19 @@ def test_repeated_hostile_configs_leave_no_memory() -> None:
         grown = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
     assert grown < 50_000  # 400 texts of 605 characters would be 240 kB
+
+
+def test_the_docs_name_all_that_is_refused() -> None:
+    page = (ROOT / "docs" / "from_peft.md").read_text("utf-8")
+    table = page.split("## What is refused")[1].split("|---|---|---|\n")[1].split("\n\n")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines()]
+    assert all(len(row) == 3 and row[2].strip() for row in rows)  # each has a way out
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    fields = {*REFUSED, "bias", "peft_type"}
+    assert named == fields | {*SHIFTED_BASE, PICKLE_FILE} | {key[1:] for key in OTHER_SUFFIXES}
+    for name in fields:
+        with pytest.raises(CheckpointError, match=f"`{name}` must be"):
+            parse_config({"peft_type": "LORA"} | {name: "all"}, "config")
+    for init in SHIFTED_BASE:
+        with pytest.raises(CheckpointError, match="relative to a changed base"):
+            parse_config({"peft_type": "LORA", "init_lora_weights": init}, "config")
