@@ -103,7 +103,7 @@ def retire_peft(peft_model: Any, base: Any) -> None:
     own = vars(nn.Module()).keys()
     outer = peft_model
     while outer is not base:  # the PeftModel, and the LoraModel in it
-        inner = outer._modules["base_model" if outer is peft_model else "model"]
+        inner = _inside(outer)
         for name in vars(outer).keys() - own:
             del vars(outer)[name]
         outer.__class__ = TakenOver
@@ -115,7 +115,7 @@ class TakenOver(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attached model returns."""
-        return self._inner()(*args, **kwargs)
+        return _inside(self)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attributes, generate() among them.
@@ -134,10 +134,12 @@ class TakenOver(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._inner(), name)
+            return getattr(_inside(self), name)
 
-    def _inner(self) -> Any:
-        return next(iter(self._modules.values()))
+
+def _inside(outer: nn.Module) -> Any:
+    """The LoraModel in a PeftModel, or the base model in a LoraModel."""
+    return outer._modules.get("base_model", outer._modules.get("model"))
 
 
 def _source(name: str) -> str:
@@ -160,8 +162,11 @@ def _base(peft_model: Any) -> Any:
             "`peft_model` must be a PeftModel, got a PeftMixedModel, which may mix LoRA with other "
             "methods; save its LoRA adapters, and load them into a PeftModel or by mux.load()"
         )
-    get_base: Any = getattr(peft_model, "get_base_model", lambda: peft_model)
-    return get_base()
+    peft = importlib.import_module("peft")
+    base: Any = peft_model
+    while isinstance(base, peft.PeftModel | peft.LoraModel):
+        base = _inside(base)
+    return base
 
 
 def _check_plain(name: str, config: Any, beside_others: bool) -> None:

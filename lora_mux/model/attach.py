@@ -125,6 +125,8 @@ def attach_peft(
         BackendError: the backend does not exist, or cannot run here.
     """
     settings = ops.Settings(backend, batch_invariant, fused)
+    if isinstance(peft_model, nn.Module):
+        peft_model = unwrapped(peft_model)
     live = read_peft_model(peft_model)
     with without_peft(live):
         mux = Mux(live.base, live.targets, settings)

@@ -213,6 +213,23 @@ def test_a_peft_model_that_was_taken_over_answers_or_raises() -> None:
     assert not hasattr(model, "no_such_thing")
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, nn.DataParallel, lambda m: m.base_model],
+    ids=["nothing", "parallel", "LoraModel"],
+)
+@torch.no_grad()
+def test_what_may_be_around_the_model(wrap: Any) -> None:
+    model, x = two(), torch.randn(3, 8)
+    base, want = model.get_base_model(), model(x)
+    outer = wrap(model)
+    mux = lora_mux.attach_peft(outer)
+    assert mux.model is base
+    close(outer(x), want)
+    with mux.disable_adapter():
+        assert not torch.equal(outer(x), want)
+
+
 class Doubled(peft.tuners.lora.Linear):
     """A layer of PEFT's that somebody has changed."""
 
