@@ -110,7 +110,12 @@ class BaseModel:
         """Whether an A of this shape [r, in_features] could be of a target."""
         if self._model is None:
             return True
-        return shape[1:] == (features(self._model.get_submodule(path))[0],)
+        return shape[1:] == (self.in_features(path),)
+
+    def in_features(self, path: str) -> int:
+        """The size of a target's input."""
+        assert self._model is not None
+        return features(self._model.get_submodule(path))[0]
 
     @computed_once
     def _parameters(self) -> Mapping[str, nn.Parameter]:

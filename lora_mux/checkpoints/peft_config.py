@@ -84,6 +84,7 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_bias: bool = False
+    bias: str = "none"  # else biases of the base were trained along
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     target_modules: str | frozenset[str] | None = None
@@ -176,8 +177,15 @@ class _Layers:
         return False
 
 
-def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
+def parse_config(
+    values: Mapping[str, Any], source: str, biases: Collection[str] = ("none",)
+) -> PeftConfig:
     """The config in the fields of a LoraConfig.
+
+    Args:
+        values: the fields.
+        source: what error messages call it.
+        biases: what `bias` may be.
 
     Raises:
         CheckpointError: begins with `source`, and names a field that has a wrong value or means
@@ -187,7 +195,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         raise CheckpointError(
             f'{source}: `peft_type` must be "LORA", got {short(values.get("peft_type"))}'
         )
-    _refuse_other_formulas(source, values)
+    _refuse_other_formulas(source, values, biases)
     _refuse_unknown_fields(source, values)
     check = _Checker(source, values)
     return PeftConfig(
@@ -195,6 +203,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         lora_alpha=check.alpha("lora_alpha", values.get("lora_alpha", 8)),
         use_rslora=check.flag("use_rslora"),
         lora_bias=check.flag("lora_bias"),
+        bias=values.get("bias") or "none",
         rank_pattern=check.patterns("rank_pattern", check.rank),
         alpha_pattern=check.patterns("alpha_pattern", check.alpha),
         target_modules=check.modules("target_modules"),
@@ -249,16 +258,17 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _refuse_other_formulas(source: str, values: Mapping[str, Any]) -> None:
+def _refuse_other_formulas(source: str, values: Mapping[str, Any], biases: Collection[str]) -> None:
     for name, reason in REFUSED.items():
         if values.get(name):
             raise CheckpointError(
                 f"{source}: `{name}` must be unset, got {short(values[name])}: {reason}"
             )
-    if values.get("bias", "none") != "none":
+    bias = values.get("bias") or "none"
+    if not isinstance(bias, str) or bias not in biases:
         raise CheckpointError(
-            f'{source}: `bias` must be "none", got {short(values["bias"])}: it changes the biases '
-            "of the base model, which all adapters share"
+            f"{source}: `bias` must be {' or '.join(map(repr, biases))}, got {short(bias)}: it "
+            "changes the biases of the base model, which all adapters share"
         )
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init not in PLAIN_INITS:

@@ -8,12 +8,14 @@ compared with the config before a value is read.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core import LoraWeights
 from ..errors import CheckpointError
 from .base_model import BaseModel
 from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
@@ -22,13 +24,14 @@ from .safetensors_file import (
     FileOutline,
     Fingerprint,
     adapter_in_file,
+    check_finite,
     file_outline,
     parse_header,
     read_header,
     read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace
+from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -47,6 +50,7 @@ OTHER_SUFFIXES = {
 DIMENSIONS = {"A": 2, "B": 2, "bias": 1}  # of the factors of a linear layer
 # Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
 MAX_RANK_OF_SMALL_LAYERS = 8192
+BIASES = ("none", "lora_only", "all")
 MAX_PATHS_IN_WARNING = 3
 COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the base
 
@@ -62,7 +66,8 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
     """Read the config and the header of a PEFT checkpoint folder.
 
     PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
-    are compared with the base model.
+    are compared with the base model. Biases that were trained along are what they differ by from
+    the base's: constants that the adapter adds, as those of lora_bias.
 
     Args:
         base: the model that it is for; None = one without targets or weights.
@@ -79,16 +84,16 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
         size = min(config_file.state.bytes, MAX_CONFIG_BYTES + 1)
         content, header = config_file.read(0, size), read_header(file)
     fields = parse_fields(content, config_file.path)
-    config = parse_config(fields, config_file.path)
+    config = parse_config(fields, config_file.path, BIASES)
 
     def make(fingerprint: Fingerprint) -> FileOutline:
         places = parse_header(file.path, header, file.state.bytes).places
         return peft_outline(file.path, config, fingerprint, places, model)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
-    if outline.copies:
-        _check_copies(opened, file, outline.copies, model)
-    return adapter_in_file(opened, file, WEIGHTS_FILE, outline)
+    stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
+    shifts = _check_copies(opened, file, outline.copies, model, config.bias != "none")
+    return _shifted(stored, shifts, model) if shifts else stored
 
 
 def peft_outline(
@@ -111,9 +116,23 @@ def peft_outline(
 
 
 def _check_copies(
-    folder: OpenedFolder, looked_at: OpenedFile, copies: Mapping[str, TensorPlace], base: BaseModel
-) -> None:
-    """Refuse copies of the base's parameters that are not equal to them."""
+    folder: OpenedFolder,
+    looked_at: OpenedFile,
+    copies: Mapping[str, TensorPlace],
+    base: BaseModel,
+    shifting: bool,
+) -> dict[str, Tensor]:
+    """Refuse copies of the base's parameters that are not equal to them.
+
+    Args:
+        shifting: biases of targets may differ.
+
+    Returns:
+        Target -> how much its bias is more than the base's, where it differs.
+    """
+    shifts: dict[str, Tensor] = {}
+    if not copies:
+        return shifts
     with open_folder(folder.absolute) as opened:
         file = opened.open(WEIGHTS_FILE)
         if file.state != looked_at.state:
@@ -126,12 +145,35 @@ def _check_copies(
                     "that is quantised, split or offloaded, with which nothing compares; save the "
                     "adapter with save_embedding_layers=False"
                 )
-            if own.shape != place.shape or not _equal(read_tensor(file, place), own):
+            copy = read_tensor(file, place) if own.shape == place.shape else None
+            if copy is not None and _equal(copy, own):
+                continue
+            path = name.removesuffix(".bias")
+            if not (shifting and name.endswith(".bias") and path in base.targets) or copy is None:
                 raise CheckpointError(
                     f"{file.path}: the copy of {name!r} must be equal to the base's, which all "
                     f"adapters share, got another of shape {list(place.shape)}; load the base "
                     "model that the adapter was trained on"
                 )
+            check_finite(file.path, name, copy)
+            shifts[path] = copy.float() - own.float().cpu()
+    return shifts
+
+
+def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseModel) -> StoredAdapter:
+    """An adapter with what it adds to the base's biases, on the host."""
+    weights = stored.weights(stored.read(False))
+    for path, shift in shifts.items():
+        part = weights.get(path)
+        if part is None:  # nothing but the bias is trained here
+            A, B = torch.zeros(1, base.in_features(path)), torch.zeros(len(shift), 1)
+            part = LoraWeights(A, B, 1.0)
+        elif not part.scaling:  # it adds nothing else, and no constant times zero is the shift
+            part = LoraWeights(part.A, torch.zeros_like(part.B), 1.0)
+        constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
+        weights[path] = replace(part, bias=constant)
+    held = copy_to_host(stored.source, weights, False)
+    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
 
 
 def _equal(copy: Tensor, own: Tensor) -> bool:

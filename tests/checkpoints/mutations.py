@@ -55,7 +55,10 @@ MUTATIONS = {
         TEST_BASE_MODEL,
     ),
     "peft folder: any copy of the base": Mutation(
-        PEFT_FOLDER, "not _equal(read_tensor(file, place), own)", "False", TEST_BASE_MODEL
+        PEFT_FOLDER, "_equal(copy, own)", "True", TEST_BASE_MODEL
+    ),
+    "peft folder: a shift is scaled": Mutation(
+        PEFT_FOLDER, "shift / part.scaling", "shift", TEST_BASE_MODEL
     ),
     "diffusers file: sizes tell nothing": Mutation(
         DIFFUSERS_FILE, "if fitting.get(p)}", "}", TEST_DIFFUSERS_FILE

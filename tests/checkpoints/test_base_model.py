@@ -193,6 +193,54 @@ def test_copies_that_are_not_the_base_s_are_refused(tmp_path: Path) -> None:
         assert mux.targets == targets and not mux.adapters
 
 
+BIASED: dict[str, dict[str, Any]] = {
+    "those of LoRA's layers": {"bias": "lora_only"},
+    "all": {"bias": "all"},
+    "beside lora_bias": {"bias": "all", "lora_bias": True, "use_rslora": True},
+    "nothing else": {"bias": "lora_only", "lora_alpha": 0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*not produce the same output")
+@pytest.mark.parametrize("memory", [None, "1MiB"])
+@pytest.mark.parametrize("name", BIASED)
+@torch.no_grad()
+def test_biases_that_were_trained_along(name: str, memory: Any, tmp_path: Path) -> None:
+    base = qwen2()  # with biases on q, k and v
+    for key, parameter in base.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(parameter)
+    wanted = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=wanted, init_lora_weights=False, **BIASED[name])
+    trained = peft.get_peft_model(copy.deepcopy(base), config)
+    for key, parameter in trained.named_parameters():
+        if key.endswith("bias") and (BIASED[name]["bias"] == "all" or "q_proj" in key):
+            parameter += torch.randn_like(parameter) / 2
+    trained.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    model = copy.deepcopy(base)
+    mux = lora_mux.attach(model, memory=memory)
+    mux.load("a", tmp_path)
+    with mux.route(["a", None]):
+        got = model(IDS).logits
+    close(got[0], theirs(IDS).logits[0])
+    assert torch.equal(got[1], base(IDS).logits[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not produce the same output")
+@torch.no_grad()
+def test_biases_that_no_adapter_can_hold(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    config = peft.LoraConfig(target_modules=["0"], bias="all", init_lora_weights=False)
+    trained = peft.get_peft_model(copy.deepcopy(model), config)
+    trained.save_pretrained(tmp_path)
+    lora_mux.attach(copy.deepcopy(model)).load("a", tmp_path)  # that of the norm has not changed
+    trained.base_model.model[1].bias += 1
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"copy of '1\.bias' must be equal"):
+        lora_mux.attach(copy.deepcopy(model)).load("a", tmp_path)
+
+
 @torch.no_grad()
 def test_copies_of_embeddings_that_were_saved_on_demand(tmp_path: Path) -> None:
     """save_embedding_layers=True: the whole embedding and head, beside LoRA on other layers."""

@@ -169,7 +169,7 @@ REFUSED_FIELDS: dict[str, Any] = {
     "target_modules": 3,
     "layers_to_transform": "0",
     "init_lora_weights": "pissa_niter_4",
-    "bias": "all",
+    "bias": "some",
     "modules_to_save": ["score"],
     "trainable_token_indices": [1],
     "use_dora": True,
