@@ -1,7 +1,7 @@
 """The adapters of an attached model, as users load and keep them."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,13 +16,15 @@ from ..checkpoints import (
     read_diffusers_file,
     read_peft_folder,
 )
-from ..core import LoraWeights, Slots, check_names
+from ..core import LoraWeights, Pool, Slots, check_names
 from ..errors import ArgumentTypeError, CheckpointError, PoolCapacityError, warn
 from ..layers import (
     MuxLinear,
     as_targets,
     common_dtype,
+    device_of,
     dtype_of,
+    features,
     swap_in,
     swap_out,
     weights_from_pairs,
@@ -113,7 +115,7 @@ class LoadedAdapters:
             raise CheckpointError(
                 f"`component` must be None for a PEFT checkpoint, got {component!r:.100}"
             )
-        self._include_heads(stored.outline.keys)
+        self._include_heads(stored.shapes(), stored.source)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
@@ -195,16 +197,20 @@ class LoadedAdapters:
         self, adapters: Mapping[str, Mapping[str, LoraWeights]], source: str
     ) -> dict[str, int]:
         """Load adapters from their factors, all or none."""
-        self._include_heads(path for parts in adapters.values() for path in parts)
+        for parts in adapters.values():
+            self._include_heads(parts, source)
         prepare = {
             name: partial(self._adapters.prepare_weights, parts, source)
             for name, parts in adapters.items()
         }
         return self._publish(prepare)
 
-    def _include_heads(self, touched: Iterable[str]) -> None:
-        """Let output heads carry adapters, of which one touches them now."""
-        for path in set(touched) & self._heads.keys():
+    def _include_heads(self, weights: Mapping[str, LoraWeights], source: str) -> None:
+        """Let output heads carry adapters, if this one touches them and fits."""
+        joining = weights.keys() & self._heads.keys()
+        if weights.keys() - self._layers.keys() - joining:
+            return  # it will be refused
+        for path in joining:
             with self._router.changes:
                 head, place = self._heads.get(path, (None, None))
                 if head is None or place is None:  # another thread was first
@@ -217,9 +223,12 @@ class LoadedAdapters:
                     )
                 model = self._check_attached()
                 target = as_targets(model, {path: head})[path]
+                dtype = dtype_of(head, common_dtype(model))
+                if target.shard is None:
+                    empty = Pool(*features(head), dtype, device_of(head))
+                    empty.check_fit(weights[path], f"{source}[{path!r}]")
                 swap_out(head)  # what an interrupt has left of another time
                 self._linears.append(head)
-                dtype = dtype_of(head, common_dtype(model))
                 self._adapters.include(path, swap_in(target, place, self._router, dtype))
                 del self._heads[path]
 

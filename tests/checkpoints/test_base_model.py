@@ -278,3 +278,15 @@ def test_other_targets_than_all_linear_are_all_that_is_meant() -> None:
     mux = lora_mux.attach(llama(), ["q_proj"])
     with pytest.raises(LoraMuxError, match="'lm_head' must be a target"):
         mux.add_adapter("a", {"lm_head": (torch.ones(1, 64), torch.ones(256, 1))}, alpha=1)
+
+
+def test_a_head_that_an_adapter_does_not_fit_does_not_join() -> None:
+    mux = lora_mux.attach(llama())
+    targets, q = mux.targets, "model.layers.0.self_attn.q_proj"
+    A, B = torch.ones(1, 64), torch.ones(256, 1)
+    for weights in ({"lm_head": (A, B[1:])}, {"lm_head": (A, B), "nowhere": (A, B)}):
+        with pytest.raises(lora_mux.errors.AdapterError, match="lm_head.*must have|must be a targ"):
+            mux.add_adapter("a", weights, alpha=1)
+        assert mux.targets == targets
+    mux.add_adapter("a", {"lm_head": (A, B), q: (A, torch.ones(64, 1))}, alpha=1)
+    assert mux.targets == [*targets, "lm_head"]
