@@ -206,8 +206,8 @@ def _lost(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def _together(left: Sequence[Step]) -> Iterator[list[Step]]:
     """What may run side by side: neighbours that time nothing; every other step is alone."""
-    for times, neighbours in groupby(left, key=lambda step: step.times):
-        yield from [[step] for step in neighbours] if times else [list(neighbours)]
+    for _, together in groupby(left, key=lambda step: step.name if step.times else ""):
+        yield list(together)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
     python bench/run.py --headline    the questions of docs/benchmarks.md
-    python bench/run.py --subsets     two and four adapters a row, FlashInfer's kernel among the others
+    python bench/run.py --subsets     two and four adapters a row, FlashInfer's kernel among others
     python bench/run.py --grid        everything, about an hour
     --sites "8B o"                    only these layers; --compile: each call once, no times, which
                                       fills Triton's cache (several processes may do so at once)

@@ -245,9 +245,7 @@ def _in_shared_memory(block_m: int, out_features: int, processors: int) -> Fused
     tile = {"block_m": 32, "block_n": 128 if wide else 64, "block_k": 128}
     stages = 4 if wide or programs(64) > processors else 6
     warps = 8 if wide else 4
-    return FusedConfig(
-        shrink_group=2, expand_group=8, warps=warps, stages=stages, **tile, **common
-    )
+    return FusedConfig(shrink_group=2, expand_group=8, warps=warps, stages=stages, **tile, **common)
 
 
 def _columns(block_m: int, out_features: int, processors: int) -> int:
@@ -258,7 +256,8 @@ def _columns(block_m: int, out_features: int, processors: int) -> int:
     """
 
     def time(block_n: int) -> float:
-        waves = -(-(-(-out_features // block_n)) // processors)
+        programs = -(-out_features // block_n)
+        waves = -(-programs // processors)
         return waves * (block_n + block_m / 3)
 
     return min((128, 64, 32, 16), key=time)

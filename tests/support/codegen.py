@@ -287,9 +287,7 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
     for kernel in ("shrink", "expand"):
         yield report(kernel, dtype, architecture, widest, 64)
     if dtype == "bf16" and SHARED[architecture] < SHARED["sm_80"]:
-        chosen = max(
-            shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k
-        )
+        chosen = max(shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k)
         yield report("fused", dtype, architecture, chosen, 16)
 
 

@@ -109,7 +109,8 @@ def cases() -> dict[str, Callable[[], tuple[Any, float]]]:
         "fp32": lambda: stages["fp32"].run(x_of(5, K, dtype=torch.float32)),
         "rank 24": lambda: stages["rank 24"].run(x_of(5, K)),
         "fused": lambda: stages["fused"].run(x_of(5, K)),
-        "fused, many rows": lambda: stages["fused"].run(x_of(190, K)),
+        "fused, two rows of 16": lambda: stages["fused"].run(x_of(20, K)),
+        "fused, too many rows": lambda: stages["fused"].run(x_of(40, K)),
         "fused, tokens": lambda: stages["fused"].run(x_of(2, 3, K)),
         "fused, at an odd address": lambda: stages["fused"].run(x_of(5, K, begins=1)),
     }
