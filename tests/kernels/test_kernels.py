@@ -39,6 +39,16 @@ def test_every_tile_size_and_split(block_m: int, split_k: int, dtype: torch.dtyp
     problem.check(problem.run(block_m, split_k=split_k, block_k=16))
 
 
+def test_programs_that_take_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of two processors four programs share ten rank blocks."""
+    from lora_mux.kernels import launch
+    from lora_mux.kernels.config import Architecture
+
+    monkeypatch.setattr(launch, "architecture", lambda _: Architecture("wgmma", 2, 232448))
+    problem = Problem(rows=3, ranks=(100, 40), select=each([[0, 1], [1, -1], [-1, -1]]))
+    problem.check(problem.run(split_k=1))
+
+
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_drawn(data: st.DataObject) -> None:
