@@ -1,8 +1,9 @@
 """Compile the kernels ahead of time, without a GPU and without torch, and read what came out.
 
-    python tests/support/codegen.py sm_90 gfx942        the ordinary sweep, a line for each kernel;
-                                                        a few of them where it is no SWEPT one
-    python tests/support/codegen.py --all sm_90 gfx942  every config of `choose`, all dtypes
+    python tests/support/codegen.py sm_90 gfx942         a line for each kernel: both ends of each
+                                                         tile size on sm_90, elsewhere the widest
+    python tests/support/codegen.py --ends sm_90 gfx942  both ends on every SWEPT one
+    python tests/support/codegen.py --all sm_90 gfx942   every config of `choose`, all dtypes
 
 Without a name, for all architectures. Uses only triton and the tools in its wheel, so that it also
 runs in an environment that holds nothing but the version of triton that a GPU machine has.
@@ -281,14 +282,23 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
 
     A compile of the fused kernel takes as long as five of the others.
     """
-    dtype = half_dtypes(architecture)[-1]
-    configs = shipped(architecture, 2)
-    widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
-    for kernel in ("shrink", "expand"):
-        yield report(kernel, dtype, architecture, widest, 64)
-    if dtype == "bf16" and SHARED[architecture] < SHARED["sm_80"]:
+    for dtype in ("fp32", half_dtypes(architecture)[-1]):
+        if dtype == "fp32" and architecture not in SWEPT:
+            continue
+        configs = shipped(architecture, ITEMSIZE[dtype])
+        widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
+        for kernel in ("shrink", "expand"):
+            yield report(kernel, dtype, architecture, widest, 64)
+    if dtype == "bf16" and (architecture in SWEPT or SHARED[architecture] < SHARED["sm_80"]):
         chosen = max(shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k)
         yield report("fused", dtype, architecture, chosen, 16)
+    if architecture in SWEPT:
+        yield plan_report(architecture, 64, 8)
+
+
+def plan_report(architecture: str, block_m: int, places: int) -> dict[str, Any]:
+    chosen = dataclasses.replace(shipped(architecture, 4)[0], block_m=block_m)
+    return report("plan", "fp32", architecture, chosen, places)
 
 
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
@@ -303,13 +313,16 @@ def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]
         yield report("fused", "bf16", architecture, chosen, 16)
 
 
-def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]]:
+def sweep(
+    architectures: list[str], everything: bool, ends_of: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """The reports: of every config, or of the two ends (K splits, window) of each tile size.
 
-    And, of one end, with rows of sizes that are not multiples of 16.
+    Of the latter for `ends_of`, and a few for the others. And, of one end, with rows of sizes that
+    are not multiples of 16.
     """
     for architecture in architectures or ARCHITECTURES:
-        if not everything and architecture not in SWEPT:
+        if not everything and architecture not in ends_of:
             yield from few(architecture)
             continue
         halves = half_dtypes(architecture)
@@ -331,19 +344,20 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
                         if key not in seen:
                             seen.add(key)
                             yield report(kernel, dtype, architecture, chosen, window)
-                    if dtype == halves[-1] and (everything or architecture == "sm_90"):
+                    if dtype == halves[-1] and (everything or block_m == 64):
                         yield report(kernel, dtype, architecture, ends[-1], 64, 8)
                         sizes = block_m, 4095, 4095, ITEMSIZE[dtype]
                         odd = config.choose(*sizes, ARCHITECTURES[architecture], block_m)
                         yield report(kernel, dtype, architecture, odd, 64, 1)
         if "bf16" in halves:
             yield from sweep_fused(architecture, everything)
-        for block_m, places in ((16, 1), (64, 8), (64, 32)):
-            chosen = dataclasses.replace(configs[0], block_m=block_m)
-            yield report("plan", "fp32", architecture, chosen, places)
+        for block_m, places in ((16, 1), (64, 8), (64, 32))[: 3 if everything else 2]:
+            yield plan_report(architecture, block_m, places)
 
 
 if __name__ == "__main__":
-    everything = "--all" in sys.argv
-    for line in sweep([name for name in sys.argv[1:] if name != "--all"], everything):
+    options = {word for word in sys.argv[1:] if word.startswith("--")}
+    names = [word for word in sys.argv[1:] if word not in options]
+    ends_of = SWEPT if "--ends" in options else ("sm_90",)
+    for line in sweep(names, "--all" in options, ends_of):
         print(json.dumps(line), flush=True)

@@ -35,6 +35,7 @@ from lora_mux.kernels.tensors import Pool
 from lora_mux.ops import operators, tiled
 from oracle import Adapter, forward
 from problem import FusedProblem, Problem
+from quick_interpreter import without_repetitions
 
 KERNELS = "plan", "shrink", "expand", "fused"
 
@@ -224,7 +225,7 @@ def devices() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    with mend_bf16():
+    with mend_bf16(), without_repetitions():
         report = {
             "values": values(),
             "fused": fused(),

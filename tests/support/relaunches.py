@@ -30,6 +30,7 @@ from launches import described, on
 from lora_mux import Routing, ops
 from lora_mux.ops import tiled
 from oracle import Adapter, forward
+from quick_interpreter import without_repetitions
 
 K, N = 32, 48
 HALF = torch.bfloat16
@@ -254,7 +255,7 @@ def devices() -> list[int]:
 if __name__ == "__main__":
     on("sm_90")
     ops.dispatch._interpreted = lambda: True  # on the CPU, please
-    with mend_bf16():
+    with mend_bf16(), without_repetitions():
         report: dict[str, Any] = {"again": again()}
         for part in (watched, dispatched, devices):
             tiled._AGAIN.clear()
