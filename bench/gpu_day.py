@@ -7,6 +7,7 @@ Steps, in the order of what matters most; each is a process of its own, of ten m
     compile       the kernels of the next steps, in parallel, into Triton's cache
     launches      what a launch, a dependent launch, a fork and a join cost in a graph
     headline      the questions of docs/benchmarks.md
+    subsets       several adapters a row, FlashInfer's kernel among the others
     tune          tables for the layers of an 8B model on this GPU
     tuned         the questions again, with these tables
     model         switching adapters in a whole model, against PEFT
@@ -42,7 +43,7 @@ import workloads
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 600  # of a step, at most
-TIMED = ("headline", "tuned", "smoke", "grid")  # the records that are drawn
+TIMED = ("headline", "subsets", "tuned", "smoke", "grid")  # the records that are drawn
 
 
 class Step(NamedTuple):
@@ -85,7 +86,8 @@ def steps(out: Path) -> Iterator[Step]:
     compile_only = [*run, "--headline", "--compile", "--sites"]
     yield Step("compile", [[*compile_only, site] for site in sites], times=False)
     yield Step("launches", [[python, "bench/launches.py", *records("launches")]])
-    yield Step("headline", [[*run, "--headline", *records("headline")]])
+    for grid in ("headline", "subsets"):
+        yield Step(grid, [[*run, f"--{grid}", *records(grid)]])
     table = str(out / "table.json")
     for K, N in (workloads.SITES[site] for site in sites):
         tune = [python, "-m", "lora_mux", "tune", "--rows", "1", "32", "--rounds", "1"]
@@ -204,8 +206,8 @@ def _lost(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def _together(left: Sequence[Step]) -> Iterator[list[Step]]:
     """What may run side by side: neighbours that time nothing; every other step is alone."""
-    for times, neighbours in groupby(left, key=lambda step: step.times):
-        yield from [[step] for step in neighbours] if times else [list(neighbours)]
+    for _, together in groupby(left, key=lambda step: step.name if step.times else ""):
+        yield list(together)
 
 
 def main(given: Sequence[str] | None = None) -> int:

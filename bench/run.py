@@ -2,6 +2,7 @@
 
     python bench/run.py --smoke       the sites of an 8B model, in a few minutes on a GPU
     python bench/run.py --headline    the questions of docs/benchmarks.md
+    python bench/run.py --subsets     two and four adapters a row, FlashInfer's kernel among others
     python bench/run.py --grid        everything, about an hour
     --sites "8B o"                    only these layers; --compile: each call once, no times, which
                                       fills Triton's cache (several processes may do so at once)
@@ -41,6 +42,7 @@ LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRIDS: dict[str, Callable[[], Iterator[Workload]]] = {
     "smoke": workloads.smoke,
     "headline": workloads.headline,
+    "subsets": workloads.subsets,
     "grid": workloads.grid,
     "cpu": workloads.cpu,
     "tiny": workloads.tiny,

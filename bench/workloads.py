@@ -182,6 +182,12 @@ def headline() -> Iterator[Workload]:
     yield Workload("8B o", 4096, 4096, 4, 2, (64,))
 
 
+def subsets() -> Iterator[Workload]:
+    """Several weighted adapters a row, where FlashInfer can be asked too: N = K, one rank."""
+    for selections, rows in itertools.product((2, 4), (1, 4, 16, 64, 256)):
+        yield Workload("8B o", 4096, 4096, rows, 8, selections=selections)
+
+
 def cpu(quick: bool = False) -> Iterator[Workload]:
     """The cells of docs/benchmarks.md: widths, rows, distinct adapters, dtypes, selections."""
     for dtype, width, tokens, adapters, J in itertools.product(

@@ -54,6 +54,20 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter in a third of the time."""
+    from lora_mux.kernels.installed import PROBLEM
+
+    if not INTERPRETED or PROBLEM:
+        yield
+        return
+    from quick_interpreter import without_repetitions
+
+    with without_repetitions():
+        yield
+
+
 @pytest.fixture
 def no_old_graphs() -> Iterator[None]:
     """torch.compile knows nothing of earlier tests, nor have they been counted."""

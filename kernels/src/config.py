@@ -3,7 +3,7 @@
 The choices are reasoned; kernels/README.md gives the reasons, and what an H100 said of them.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -85,13 +85,13 @@ class Config(TileSizes):
     shrink_stages: int = _limits(1, 16, power=False)
     expand_warps: int = _limits(1, 16)
     expand_stages: int = _limits(1, 16, power=False)
+    walk: int = _limits(1, 16, power=False)  # blocks of columns that expand takes in turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedConfig(TileSizes):
-    """For the fused kernel; `choose_fused` makes one."""
+    """For the fused kernel, whose rows are one tile; `choose_fused` makes one."""
 
-    swizzle: int = _limits(1, 16)  # row tiles that take a block of W together
     warps: int = _limits(1, 16)
     stages: int = _limits(1, 16, power=False)
 
@@ -99,14 +99,14 @@ class FusedConfig(TileSizes):
 def tile_rows(rows: int, itemsize: int, batch_invariant: bool = False) -> int:
     """BLOCK_M for a batch of `rows`; all layers that share a plan share it.
 
-    While the base layer is bound by memory (up to about 184 rows on an H200), small tiles have
-    small unions and fill the machine. With many rows, 64 of them share each load of an adapter.
-    Not in fp32: its products use no tensor cores, and triton before 3.8 computes those of 64 rows
-    in TF32 on sm_100, whatever is asked (triton #10176).
+    Small tiles have small unions: 256 rows of 256 adapters take an H100 67 us in tiles of 16 and
+    109 us in tiles of 32, those of 8 adapters no longer. With many rows, 64 of them share each load
+    of an adapter. Not in fp32: its products use no tensor cores, and triton before 3.8 computes
+    those of 64 rows in TF32 on sm_100, whatever is asked (triton #10176).
     """
-    if batch_invariant or rows <= 64:
+    if batch_invariant or rows <= 256:
         return 16
-    return 32 if rows <= 512 or itemsize > 2 else 64
+    return 32 if itemsize > 2 else 64
 
 
 @lru_cache(maxsize=4096)
@@ -133,18 +133,18 @@ def choose(
     """
     block_m = block_m or tile_rows(rows, itemsize, batch_invariant)
     tiles = 1 if batch_invariant else max(1, -(-rows // block_m))
+    cores = architecture.tensor_cores
     # Without tensor cores fp16 is multiplied as fp32 is, and larger tiles spill.
-    half = itemsize <= 2 and architecture.tensor_cores != "none"
+    half = itemsize <= 2 and cores != "none"
     block_k = (128 if block_m == 16 else 64) if half else (32 if block_m == 16 else 16)
-    amd = architecture.tensor_cores == "mfma"
-    mma = architecture.tensor_cores == "mma"
+    amd, mma = cores == "mfma", cores == "mma"
     # A narrow layer (k and v of an 8B model: N = 1024) leaves most processors without columns.
     columns = tiles * -(-out_features // 64)
     narrow = block_m == 16 and 2 * columns <= architecture.processors
     # With tcgen05 products of 32 columns miss the tensor memory, and spill.
-    narrow = narrow and architecture.tensor_cores != "tcgen05"
+    narrow = narrow and cores != "tcgen05"
     alone = batch_invariant or not half or (mma and block_m > 16)
-    return Config(
+    found = Config(
         block_m=block_m,
         shrink_group=(4 if block_m == 16 else 2) if half else 1,
         block_k=block_k,
@@ -156,20 +156,19 @@ def choose(
         block_n=64 if half and not narrow else 32,
         expand_warps=8 if mma and block_m == 64 else 4,
         expand_stages=1 if mma and block_m == 32 else 2,
-        registers=None if amd else _registers(block_m, half, architecture.tensor_cores),
+        walk=1,
+        # Left alone, ptxas spills one to four registers to fit another warp.
+        registers=None if amd else 255,
     )
-
-
-def _registers(block_m: int, half: bool, tensor_cores: TensorCores) -> int:
-    """The most that a thread may have, with which no shipped config spills.
-
-    Left alone, ptxas spills one to four to fit another warp. With 168 three programs of four warps
-    fit on a multiprocessor, with 192 and with 255 two. All but sm_90 need more than 168 somewhere:
-    shrink of 16 rows takes 189 on sm_120, and spills with 168 on sm_100 (Triton 3.6).
-    """
-    if not half or tensor_cores != "wgmma":
-        return 255
-    return 168 if block_m == 16 else 192
+    odd = in_features % 8 or out_features % 8  # rows that are read by the element would spill
+    if cores != "wgmma" or not half or batch_invariant or narrow or odd:
+        return found
+    # What an H100 found fastest: kernels/README.md has the figures.
+    if block_m == 16:
+        return replace(found, expand_group=8, expand_warps=8, block_n=128)
+    walk = 4 if tiles * -(-out_features // 512) >= architecture.processors else 1
+    measured = {"block_k": 128, "shrink_stages": 4, "split_k": 1, "expand_group": 1, "block_n": 128}
+    return replace(found, walk=walk, **measured)
 
 
 def _splits(
@@ -177,11 +176,12 @@ def _splits(
 ) -> int:
     """How many programs share the K loop of one tile and group of rank blocks.
 
-    As many as let a batch with a single adapter fill the processors. But each has at least two
-    steps of BLOCK_K (one would wait for its loads with nothing to overlap them), and there are no
-    more parts of h than expand can have under way at once: 8 of up to 32 rows, 2 of 64.
+    As many as let a batch with a single adapter fill half the processors: with 256 rows of 256
+    adapters, two take an H100 58 us and eight 67. But each has at least two steps of BLOCK_K (one
+    would wait for its loads with nothing to overlap them), and there are no more parts of h than
+    expand can have under way at once: 8 of up to 32 rows, 2 of 64.
     """
-    most = min(8 if block_m < 64 else 2, architecture.processors // tiles)
+    most = min(8 if block_m < 64 else 2, architecture.processors // (2 * tiles))
     steps = -(-in_features // block_k)
     splits = 1
     while 2 * splits <= most and 4 * splits <= steps:
@@ -189,100 +189,75 @@ def _splits(
     return splits
 
 
-# While the layer is bound by memory, up to about 184 rows on an H200, the programs of shrink hide
-# behind those of W. With more rows they would only stand in front of them.
-SHRINKS_WITHIN = 184
+# With more rows one launch is slower than three on an H100: 2.2 times the base against 1.8 with 64
+# rows of a 4096 x 4096 layer, 3.6 against 2.2 with 256, and 2.1 against 1.3 in prefill.
+FUSED_ROWS = 32
 
 
 def fused_tile_rows(rows: int) -> int:
-    """BLOCK_M of the fused kernel: all rows in one tile up to 128, so that W is read once."""
-    for block_m in (16, 32, 64):
-        if rows <= block_m:
-            return block_m
-    return 128
+    """BLOCK_M of the fused kernel, whose rows are one tile, so that W is read once."""
+    return 16 if rows <= 16 else 32
 
 
 @lru_cache(maxsize=4096)
 def choose_fused(rows: int, out_features: int, architecture: Architecture) -> FusedConfig:
-    """The FusedConfig for y [rows, out_features] in 16-bit types."""
+    """The FusedConfig for y [rows, out_features] in 16-bit types, of up to FUSED_ROWS rows."""
     block_m = fused_tile_rows(rows)
     amd = architecture.tensor_cores == "mfma"
     mma = architecture.tensor_cores == "mma"
-    if rows > SHRINKS_WITHIN:
-        # As many products for each byte that comes from the L2 cache as fit the registers.
-        return FusedConfig(
-            block_m=128,
-            block_n=64 if mma else 128,
-            block_k=64,
-            shrink_group=1,
-            split_k=1,
-            expand_group=1 if architecture.tensor_cores == "tcgen05" else 2,  # two spill
-            swizzle=8,
-            warps=8,
-            stages=2 if amd else 3,
-            registers=None if amd else 255,
-        )
-    if block_m <= 32 and not (amd or mma):
-        return _few_rows(block_m, out_features, architecture.processors)
-    block_n = _columns(rows, block_m, out_features, architecture.processors)
-    block_k = 128 if block_m <= 32 else 64
+    if not (amd or mma):
+        return _in_shared_memory(block_m, out_features, architecture.processors)
+    block_n = _columns(block_m, out_features, architecture.processors)
     # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
-    most = architecture.shared // (2 * (block_m + block_n) * block_k) + mma
+    most = architecture.shared // (2 * (block_m + block_n) * 128) + mma
     return FusedConfig(
         block_m=block_m,
         block_n=block_n,
-        block_k=block_k,
+        block_k=128,
         # Half as many rows of A as a base tile has of W, so that h is there when it is wanted;
         # a tile of 16 columns has no half, and K is split instead.
         shrink_group=min(2, max(1, block_n // 32)),
         split_k=2 if block_n == 16 else 1,
-        expand_group=1 if mma and block_m == 64 else 2,  # two spill
-        swizzle=2,
+        expand_group=2,
         warps=4 if block_m * block_n <= (2048 if mma else 4096) else 8,
-        stages=2 if amd else min(4 if block_m <= 32 else 3, most),
-        # Left alone, ptxas spills one to eight registers to fit another warp.
+        stages=2 if amd else min(4, most),
         registers=None if amd else 255,
     )
 
 
-def _few_rows(block_m: int, out_features: int, processors: int) -> FusedConfig:
-    """For up to 32 rows, where both operands of a product stay in shared memory.
+def _in_shared_memory(block_m: int, out_features: int, processors: int) -> FusedConfig:
+    """Where both operands of a product stay in shared memory.
 
-    Columns and stages are near those that an H100 found fastest at each of four layers, for which
-    kernels/README.md has the figures. Programs with a multiprocessor of their own have six loads of
-    W under way, others share its memory.
+    An H100 found these fastest at each of four layers, for which kernels/README.md has the figures.
+    Programs with a multiprocessor of their own have six loads of W under way, others share its
+    memory.
     """
 
     def programs(columns: int) -> int:
         return -(-out_features // columns)
 
-    narrow = block_m == 16 and programs(32) <= processors
-    wide = block_m == 32 and programs(64) > 2 * processors
-    block_n = 32 if narrow else 128 if wide else 64
-    return FusedConfig(
-        block_m=block_m,
-        block_n=block_n,
-        block_k=128,
-        shrink_group=1 if block_m == 16 else 2,
-        split_k=4,
-        expand_group=4,
-        swizzle=2,
-        warps=8 if wide else 4,
-        stages=6 if programs(block_n) <= processors else 4,
-        registers=255,
-    )
+    common = {"split_k": 2, "registers": 255}
+    if block_m == 16:
+        block_n = 32 if programs(32) <= processors else 64
+        tile = {"block_m": 16, "block_n": block_n, "block_k": 256, "warps": 4, "stages": 4}
+        return FusedConfig(shrink_group=1, expand_group=4, **tile, **common)
+    wide = programs(64) > 2 * processors
+    tile = {"block_m": 32, "block_n": 128 if wide else 64, "block_k": 128}
+    stages = 4 if wide or programs(64) > processors else 6
+    warps = 8 if wide else 4
+    return FusedConfig(shrink_group=2, expand_group=8, warps=warps, stages=stages, **tile, **common)
 
 
-def _columns(rows: int, block_m: int, out_features: int, processors: int) -> int:
+def _columns(block_m: int, out_features: int, processors: int) -> int:
     """BLOCK_N: the least time for whole waves of programs.
 
     A program reads block_n rows of W from memory, and all of x from the L2 cache, which is about
     three times as fast.
     """
-    tiles = -(-rows // block_m)
 
     def time(block_n: int) -> float:
-        waves = -(-tiles * -(-out_features // block_n) // processors)
+        programs = -(-out_features // block_n)
+        waves = -(-programs // processors)
         return waves * (block_n + block_m / 3)
 
-    return min((128, 64, 32, 16) if block_m < 128 else (64, 32, 16), key=time)
+    return min((128, 64, 32, 16), key=time)

@@ -36,7 +36,8 @@ def product(acc, B, h, DOT_DTYPE: tl.constexpr):
 def expand_window(
     acc,
     changes,
-    asked,  # the window
+    asked,
+    window,  # of what was asked
     h_tile,
     B_ptr,
     sizes,
@@ -44,7 +45,6 @@ def expand_window(
     stride_bc,
     BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr,
-    SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -52,7 +52,6 @@ def expand_window(
     """(acc, changes) after one window of the union; see expand_tile."""
     tile_m = tl.arange(0, BLOCK_M)
     offs_b, offs_s = tl.arange(0, RANK_BLOCK), tl.arange(0, SPLIT_K)
-    window = search(asked, BLOCK_U, SLOTS)
     # The first turn is not asked whether it exists: see shrink.
     start, left = tl.cast(0, tl.int32), tl.cast(1, tl.int32)
     while left > 0:
@@ -89,6 +88,7 @@ def expand_window(
 def expand_tile(
     acc,  # [BLOCK_N, BLOCK_M] fp32
     asked,  # the first window of the tile's union
+    window,  # and what was found in it
     h_ptr,
     plan,
     pool,
@@ -107,15 +107,15 @@ def expand_tile(
     h_tile = h_ptr + pid_m * BLOCK_M * sizes.J * sizes.R * SPLIT_K
     changes = tl.arange(0, BLOCK_M) < 0
     acc, changes = expand_window(
-        *(acc, changes, asked, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
-        *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
+        *(acc, changes, asked, window, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
+        *(BLOCK_M, BLOCK_U, GROUP, SPLIT_K, DOT_DTYPE),
     )
     if BLOCK_U == WIDEST:
         for at in range(BLOCK_U, asked.length, BLOCK_U):
             further = ask(plan, pool, sizes, pid_m, at, BLOCK_M, BLOCK_U, SLOTS)
             acc, changes = expand_window(
-                *(acc, changes, further, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
-                *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
+                *(acc, changes, further, search(further, BLOCK_U, SLOTS), h_tile, pool.B_rows),
+                *(sizes, offs_n, stride_bc, BLOCK_M, BLOCK_U, GROUP, SPLIT_K, DOT_DTYPE),
             )
     return acc, changes
 
@@ -139,28 +139,31 @@ def expand_kernel(
     SLOTS: tl.constexpr,  # a power of two, at least S; 0: too many to hold
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WALK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     Y_UNIT: tl.constexpr,  # divides N and stride_ym: tells the compiler how wide it may load
     DOT_DTYPE: tl.constexpr,
 ):
-    """One tile x BLOCK_N columns: one read and one write of y, one rounding."""
+    """One tile x WALK blocks of BLOCK_N columns: one read and one write of y, one rounding."""
     N *= Y_UNIT
     stride_ym *= Y_UNIT
     pid_m = tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     sizes = Sizes(M, J, R, U, S)
     state = tl.load(plan.state + offs_m, mask=offs_m < M, other=BASE)
     asked = ask(plan, pool, sizes, pid_m, 0, BLOCK_M, BLOCK_U, SLOTS)
-    # [BLOCK_M, BLOCK_N]; asked for before the loop, which hides the wait, and converted after it
-    y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
-    mask_n = (offs_n < N)[None, :]
-    y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0)
-    acc, changes = expand_tile(
-        tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-        *(asked, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
-        *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
-    )
-    y = tl.where((state == DEAD)[:, None], float("nan"), y.to(tl.float32)) + tl.trans(acc)
-    mask_m = (changes | (state == DEAD))[:, None]
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+    window = search(asked, BLOCK_U, SLOTS)
+    for w in tl.range(0, WALK, num_stages=1):
+        offs_n = (tl.program_id(1) * WALK + w) * BLOCK_N + tl.arange(0, BLOCK_N)
+        # [BLOCK_M, BLOCK_N]; asked for before the loop, which hides the wait, and converted after
+        y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+        mask_n = (offs_n < N)[None, :]
+        y = tl.load(y_tile, mask=(state != BASE)[:, None] & mask_n, other=0.0)
+        acc, changes = expand_tile(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
+            *(asked, window, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
+            *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
+        )
+        y = tl.where((state == DEAD)[:, None], float("nan"), y.to(tl.float32)) + tl.trans(acc)
+        mask_m = (changes | (state == DEAD))[:, None]
+        tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)

@@ -178,7 +178,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
     unit = _unit(y)
     return launched(
         expand_kernel,
-        (_cdiv(M, config.block_m), _cdiv(N, config.block_n)),
+        (_cdiv(M, config.block_m), _cdiv(N, config.block_n * config.walk)),
         h,
         y,
         plan,
@@ -196,6 +196,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         SLOTS=_slots(S),
         GROUP=config.expand_group,
         BLOCK_N=config.block_n,
+        WALK=config.walk,
         SPLIT_K=config.split_k,
         Y_UNIT=unit,
         DOT_DTYPE=_dot_dtype(y, pool.B_rows),
@@ -220,31 +221,28 @@ def linear_and_again(
     max_rank: int,
     stream: int,
     config: FusedConfig,
-    before: Config | None,
 ) -> tuple[Tensor, LinearAgain | None]:
     """A new y [M, N] = x W^T + bias and the adapters of each row, by the fused kernel.
 
     And what computes the next one.
 
     Args:
-        x: [M, K].
+        x: [M, K], of at most config.block_m rows, which are one tile of the plan.
         W: [N, K].
         max_rank: at least every rank of the pool.
         stream: `stream_number` of the current stream.
-        before: of a `shrink` that goes before; None: the fused launch shrinks as well.
     """
-    h = x.new_empty(h_shape(plan, max_rank, before or config), dtype=torch.float32)
-    first = None if before is None else shrink(x, h, plan, pool, before)
+    assert len(x) <= config.block_m, "more than one tile"
+    h = x.new_empty(h_shape(plan, max_rank, config), dtype=torch.float32)
     y = x.new_empty(x.shape[0], W.shape[0])
     (M, K), N, (_, J, R, splits) = x.shape, W.shape[0], h.shape
     U, S = plan.union.shape[1], len(pool.rank)
     x_unit, y_unit = gcd(_unit(x), W.stride(0)), _unit(y)
-    tiles, columns = _cdiv(M, config.block_m), _cdiv(N, config.block_n)
     # Until each processor has a program.
-    groups = _groups(U, R, config, architecture(x.device).processors // (tiles * splits))
+    groups = _groups(U, R, config, architecture(x.device).processors // splits)
     ready = launched(
         fused_kernel,
-        (tiles * (groups * splits * (before is None) + columns),),
+        (groups * splits + _cdiv(N, config.block_n),),
         x,
         W,
         bias,
@@ -266,7 +264,6 @@ def linear_and_again(
         stride_ac=pool.A_rows.stride(0),
         stride_bc=pool.B_rows.stride(0),
         stride_ym=y.stride(0) // y_unit,
-        SHRINKS=before is None,
         PREFETCHES=FUSES and not INTERPRETED,  # by NVIDIA's assembly
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -276,7 +273,6 @@ def linear_and_again(
         SHRINK_GROUP=config.shrink_group,
         EXPAND_GROUP=config.expand_group,
         SPLIT_K=splits,
-        SWIZZLE=config.swizzle,
         X_UNIT=x_unit,
         Y_UNIT=y_unit,
         DOT_DTYPE=_dot_dtype(x, W, pool.A_rows, pool.B_rows, y),
@@ -284,7 +280,7 @@ def linear_and_again(
         num_stages=config.stages,
         **_registers(config, min(x_unit, y_unit)),
     )
-    return y, ready and LinearAgain(tuple(h.shape), tuple(y.shape), first, ready)
+    return y, ready and LinearAgain(tuple(h.shape), tuple(y.shape), ready)
 
 
 # Fused launches of one stream follow one another, so they can share a pair of counters; those of

@@ -187,19 +187,14 @@ class LinearAgain(NamedTuple):
 
     h_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
-    shrink: Ready | None  # that goes before
     fused: Ready
 
     def __call__(
         self, x: Tensor, W: Tensor, bias: Tensor | None, plan: PlanNow, pool: Pointers
     ) -> Tensor:
-        device, with_plan = x.device, (plan.pointers, pool)
-        h = torch.empty(self.h_shape, dtype=torch.float32, device=device)
-        y = torch.empty(self.y_shape, dtype=x.dtype, device=device)
+        h = torch.empty(self.h_shape, dtype=torch.float32, device=x.device)
+        y = torch.empty(self.y_shape, dtype=x.dtype, device=x.device)
         inputs = x.data_ptr(), W.data_ptr(), None if bias is None else bias.data_ptr()
-        fused = self.fused, (*inputs, h.data_ptr(), y.data_ptr(), *with_plan)
-        if self.shrink is None:
-            in_order(plan.device, fused)
-        else:
-            in_order(plan.device, (self.shrink, (inputs[0], h.data_ptr(), *with_plan)), fused)
+        given = (*inputs, h.data_ptr(), y.data_ptr(), plan.pointers, pool)
+        in_order(plan.device, (self.fused, given))
         return y

@@ -70,13 +70,10 @@ class Problem:
 
     def chosen(self) -> "Config":
         """The Config in use as long as nothing was measured."""
-        return self._choose(None)
-
-    def _choose(self, block_m: int | None) -> "Config":
         from ..kernels import config
 
         rows, K, N, _, _, itemsize = self.case
-        return config.choose(rows, K, N, itemsize, self.architecture, block_m)
+        return config.choose(rows, K, N, itemsize, self.architecture)
 
     def chosen_fused(self) -> "FusedConfig":
         """The same for the fused kernel."""
@@ -101,12 +98,11 @@ class Problem:
         launch.expand(h, y, plan, pool, config)
 
     def fused(self, fused: "FusedConfig", n: int) -> None:
-        """The same in one launch; shrink before it for many rows, as the operator does."""
-        from ..kernels import config, launch
+        """The same in one launch, for a few rows."""
+        from ..kernels import launch
 
         x, _, W, pool, _, plan = self.buffers[n]
-        before = None if len(x) <= config.SHRINKS_WITHIN else self._choose(fused.block_m)
-        launch.linear(x, W, None, plan, pool, self.case.rank, 0, fused, before)
+        launch.linear(x, W, None, plan, pool, self.case.rank, 0, fused)
 
     def microseconds(
         self, calls: Mapping[str, Callable[[int], None]], runs: int

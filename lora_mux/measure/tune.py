@@ -30,8 +30,9 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "split_k": (1, 2, 4, 8, 16),
     "shrink_warps": (2, 4, 8),
     "shrink_stages": (2, 3, 4),
-    "expand_group": (1, 2, 4),
+    "expand_group": (1, 2, 4, 8),
     "block_n": (32, 64, 128),
+    "walk": (1, 2, 4),
     "expand_warps": (2, 4, 8),
     "expand_stages": (1, 2, 3),
     "registers": (128, 168, 192, 255),
@@ -41,10 +42,9 @@ FUSED_CHOICES: dict[str, tuple[int, ...]] = {
     "block_k": (32, 64, 128, 256),
     "shrink_group": (1, 2, 4),
     "split_k": (1, 2, 4),
-    "expand_group": (1, 2, 4),
-    "swizzle": (1, 4, 8),
+    "expand_group": (1, 2, 4, 8),
     "warps": (4, 8),
-    "stages": (2, 3, 4, 5),
+    "stages": (2, 3, 4, 5, 6),
     "registers": (128, 168, 255),
 }
 # Bytes of shared memory, about as much as a program may have: ptxas refuses more, after seconds.
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         entries.append((problem.case, best, times))
         gain = times["chosen"] / times["tuned"]
         print(f"{rows:6} rows: {times['tuned']:.1f} us, {gain:.2f} times as fast as unmeasured")
-        if problem.case.itemsize == 2 and fuses:
+        if problem.case.itemsize == 2 and fuses and rows <= config.FUSED_ROWS:
             case, best_fused, times = tune_fused(problem, best, args.rounds)
             fused.append((case, best_fused, times))
             separate, one = times["separate"], times["fused"]

@@ -220,9 +220,11 @@ def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
 
 
 def _fuses(settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor) -> bool:
-    """Whether one launch is asked for, or was measured to be faster."""
+    """Whether one launch is asked for, or was measured to be faster, and the rows are few."""
+    from ..kernels.config import FUSED_ROWS
+
     N, K = weight.shape
-    if weight.dtype != x.dtype:
+    if rows > FUSED_ROWS or weight.dtype != x.dtype:
         return False
     if N % 8 or K % 8 or weight.stride(0) % 8:
         return False  # rows that are not loaded by 16 bytes: slow, and its registers spill

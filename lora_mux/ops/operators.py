@@ -252,21 +252,18 @@ def triton_linear(
     """The fused launch, and what makes it again where x needs no copy; None = there is none."""
     from ..kernels import config, launch
 
-    stream = launch.stream_number(x.device)
-    if stream is None or not (x.numel() and weight.numel() and plan.slots.shape[1]):
+    (M, K), N, stream = x.shape, weight.shape[0], launch.stream_number(x.device)
+    one_tile = M <= config.FUSED_ROWS and plan.block_m == config.fused_tile_rows(M)
+    if stream is None or not one_tile or not (x.numel() and N and plan.slots.shape[1]):
         return None
     pool, W, inputs = _pool(rows), computable(weight), _row_major(computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
         inputs = inputs.contiguous()
-    (M, K), N = x.shape, W.shape[0]
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
     chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
     if chosen is None:
         chosen = config.choose_fused(M, N, launch.architecture(x.device))
-    before = None
-    if M > config.SHRINKS_WITHIN:
-        before = _config(inputs, W.T, pool.A_rows, plan, how)
-    arguments = inputs, W, bias, plan, pool, how.max_rank, stream, chosen, before
+    arguments = inputs, W, bias, plan, pool, how.max_rank, stream, chosen
     y, again = launch.linear_and_again(*arguments)
     return y.to(x.dtype), again if inputs is x else None
 

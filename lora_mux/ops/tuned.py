@@ -10,13 +10,14 @@ A table is a file of JSON, made by `lora-mux tune` for one GPU:
 The package's own tables are read first, then the file that the environment variable LORA_MUX_TUNED
 names, or ~/.cache/lora-mux/tuned.json. Later entries win. An entry serves layers of its own sizes,
 with rows and ranks within a factor of two. The entries of "fused" also decide which layers become
-one launch; a layer without an entry does not.
+one launch; a layer without an entry does not. An entry whose config has other fields than ours was
+measured with other kernels, and is passed over.
 """
 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from math import log2
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from ..errors import BackendError
 
 if TYPE_CHECKING:
-    from ..kernels.config import Config, FusedConfig
+    from ..kernels.config import Config, FusedConfig, TileSizes
 
 C = TypeVar("C")
 
@@ -114,10 +115,13 @@ def _read(path: Path, device: str) -> Tables:
         if table["record"]["device"] != device:
             return Tables((), ())
         return Tables(
-            tuple((_case(entry), Config(**entry["config"])) for entry in table["entries"]),
+            tuple(
+                (_case(entry), Config(**entry["config"]))
+                for entry in _of_these_kernels(table["entries"], Config)
+            ),
             tuple(
                 (_case(entry), FusedConfig(**entry["config"]) if _faster(entry) else None)
-                for entry in table.get("fused", ())
+                for entry in _of_these_kernels(table.get("fused", ()), FusedConfig)
             ),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -125,6 +129,13 @@ def _read(path: Path, device: str) -> Tables:
             f"{path} must be a table that `lora-mux tune` wrote, got {type(error).__name__}: "
             f"{error}; delete it, or name another one in LORA_MUX_TUNED"
         ) from error
+
+
+def _of_these_kernels(
+    entries: "Iterable[dict[str, Any]]", kind: "type[TileSizes]"
+) -> list[dict[str, Any]]:
+    known = {field.name for field in fields(kind)}
+    return [entry for entry in entries if entry["config"].keys() == known]
 
 
 def _case(entry: dict[str, Any]) -> Case:

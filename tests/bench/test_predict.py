@@ -9,7 +9,6 @@ import pytest
 
 import predict
 from paths import ROOT
-from predict import NOW, TIMED
 from workloads import Workload, headline
 
 HEADLINE = [w for w in headline() if w.weighted]
@@ -30,9 +29,7 @@ def test_constants_are_the_records() -> None:
     fitted = HEADLINE[0]
     real = predict.measured()[fitted]["pair"]
     assert real is not None
-    assert predict.shrink(TIMED, fitted) + predict.expand(TIMED, fitted) == pytest.approx(
-        real, 0.01
-    )
+    assert predict.shrink(fitted) + predict.expand(fitted) == pytest.approx(real, 0.01)
 
 
 @pytest.mark.parametrize("rows", [1, 32, 8192])
@@ -49,42 +46,44 @@ def test_the_base_is_as_measured() -> None:
     assert statistics.median(map(abs, off)) < 0.03 and max(map(abs, off)) < 0.2
 
 
-@pytest.mark.parametrize("form", [NOW, TIMED])
-def test_a_launch_costs_at_least_the_launch(form: predict.Form) -> None:
+def test_a_launch_costs_at_least_the_launch() -> None:
     for w in HEADLINE:
-        assert min(predict.shrink(form, w), predict.expand(form, w)) > predict.LAUNCH
-        one = predict.fused(form, w)
+        assert min(predict.shrink(w), predict.expand(w)) > predict.LAUNCH
+        one = predict.fused(w)
         assert one is None or one > predict.START + 2 * w.K * w.N / predict.BANDWIDTH
-        times = predict.layer(form, w)
+        times = predict.layer(w)
         assert times["separate"] == pytest.approx(predict.base(w) + (times["pair"] or 0))
 
 
-@pytest.mark.parametrize("form", [NOW, TIMED])
 @pytest.mark.parametrize("rows", [1, 16, 32])
-def test_more_never_cost_less(form: predict.Form, rows: int) -> None:
+def test_more_never_cost_less(rows: int) -> None:
     """More adapters, and wider layers."""
     w = Workload("8B o", 4096, 4096, rows, 1)
     for variants in (
         [replace(w, adapters=n) for n in range(1, 65)],
-        [replace(w, N=n, adapters=8) for n in range(4096, 32768, 4096)],
+        [replace(w, N=n, adapters=8) for n in range(8192, 32768, 4096)],
     ):
         for name in ("pair", "separate", "fused"):
-            times = [predict.layer(form, one)[name] or 0 for one in variants]
+            times = [predict.layer(one)[name] or 0 for one in variants]
             assert times[0] > 0 and times == sorted(times)
 
 
-def test_shorter_chains_never_cost_more() -> None:
-    for w in HEADLINE:
-        now, timed = predict.layer(NOW, w), predict.layer(TIMED, w)
-        assert all((now[name] or 0) <= (timed[name] or 0) for name in now)
+def test_longer_chains_never_cost_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [predict.layer(w) for w in HEADLINE]
+    for key, chain in predict.CHAINS.items():
+        monkeypatch.setitem(predict.CHAINS, key, chain._replace(before=chain.before + 3))
+    longer = [predict.layer(w) for w in HEADLINE]
+    for one, other in zip(now, longer, strict=True):
+        assert all((one[name] or 0) <= (other[name] or 0) for name in one)
+    assert now != longer
 
 
 def test_one_adapter_by_hand() -> None:
-    """One row: 5 loads, 4 steps of which two are under way, 4 loads; then 7, B and h, and 3."""
+    """One row: a load, 4 steps of which two are under way, a load; then 2, and B and h."""
     w = Workload("8B o", 4096, 4096, 1, 1)
-    loads = predict.LATENCY * (5 + 1 + 3 / 2 + 4), predict.LATENCY * (7 + 1 + 3)
-    assert predict.shrink(TIMED, w) == pytest.approx(predict.LAUNCH + loads[0])
-    assert predict.expand(TIMED, w) == pytest.approx(predict.LAUNCH + loads[1])
+    loads = predict.LATENCY * (1 + 1 + 3 / 2 + 1), predict.LATENCY * (2 + 1)
+    assert predict.shrink(w) == pytest.approx(predict.LAUNCH + predict.WORK + loads[0])
+    assert predict.expand(w) == pytest.approx(predict.LAUNCH + predict.WORK + loads[1])
 
 
 def test_it_says_that_it_predicts_and_the_page_has_what_it_prints(

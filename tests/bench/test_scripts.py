@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import engines
+import model
 import providers
+import residency
 import run
 import workloads
 from lora_mux.cli import main as command_line
@@ -130,8 +132,7 @@ def test_what_a_provider_can_not_do_is_said() -> None:
 @pytest.mark.interpreter
 def test_tiny_writes_records_that_plot_refuses(tmp_path: Path) -> None:
     out = tmp_path / "tiny.jsonl"
-    done = script("bench/run.py", "--tiny", "--out", str(out), TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
+    assert run.main(["--tiny", "--out", str(out)]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     gates = {(r["provider"], r["what"]): r["gate"] for r in records}
     assert gates["lora_mux", "layer"] == gates["lora_mux", "adapters"] == "passed"
@@ -300,11 +301,10 @@ batch in 2
         assert other["vLLM"] == [("8 / 1", pytest.approx(1.5))]
 
 
-def test_model_compares_switching_with_peft(tmp_path: Path) -> None:
+def test_model_compares_switching_with_peft(tmp_path: Path, no_old_graphs: None) -> None:
     out = tmp_path / "model.jsonl"
     sizes = ["--layers", "3", "--adapters", "4"]
-    done = script("bench/model.py", *sizes, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert model.main([*sizes, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["milliseconds"]["lora_mux"].keys() >= record["milliseconds"]["PEFT"].keys()
     assert record["graphs"]["lora_mux"] == 1 < record["graphs"]["PEFT"]
@@ -315,8 +315,7 @@ def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--width", "16", "--adapters", "9", "--resident", "2"]
     files = ["--folders", "2", "--peft", "3", "--targets", "3", "--registered", "20"]
     crowds = ["--crowd", "20", "--big", "4"]
-    done = script("bench/residency.py", *sizes, *files, *crowds, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert residency.main([*sizes, *files, *crowds, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["milliseconds"]["lora_mux"]["bytes of an adapter"] == 16 * 2 * (2 * 16 * 4 + 1)
     assert record["milliseconds"]["PEFT"]["load_adapter"]["min"] > 0
@@ -331,7 +330,8 @@ def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
 
 def test_dispatch_times_getting_into_an_operator(tmp_path: Path) -> None:
     out = tmp_path / "dispatch.jsonl"
-    done = script("bench/dispatch.py", "--calls", "2", "--out", str(out))
+    few = ["--calls", "2", "--runs", "20", "--seconds", "1"]
+    done = script("bench/dispatch.py", *few, "--out", str(out))
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert records and all(r.keys() >= {"commit", "dirty", "command", "torch"} for r in records)

@@ -125,7 +125,10 @@ class Fuzz:
         return self.draw.choice(HOSTILE)
 
 
-@pytest.mark.parametrize(("bounded", "inputs"), [(True, 4000), (False, 1500)])
+@pytest.mark.parametrize(
+    ("bounded", "inputs"),
+    [(True, 1500), (False, 1000), pytest.param(True, 20_000, marks=pytest.mark.slow)],
+)
 def test_fuzz(tmp_path: Path, bounded: bool, inputs: int) -> None:
     there = tenant(tmp_path / "there", {"first": 2, "second": 2}, 1)
     if bounded:

@@ -169,7 +169,13 @@ MUTATIONS = {
         TEST_KERNELS,
     ),
     "launch: columns too few": Mutation(
-        LAUNCH, "_cdiv(N, config.block_n))", "max(1, N // config.block_n))", TEST_KERNELS
+        LAUNCH,
+        "_cdiv(N, config.block_n * config.walk)",
+        "max(1, N // (config.block_n * config.walk))",
+        TEST_KERNELS,
+    ),
+    "expand: the first columns again and again": Mutation(
+        EXPAND, "tl.program_id(1) * WALK + w", "tl.program_id(1) * WALK", TEST_KERNELS
     ),
     "plan: counters begin as they come": Mutation(
         PLAN, "tl.store(plan.counters +", "tl.load(plan.counters +", TEST_FUSED
@@ -196,11 +202,8 @@ MUTATIONS = {
     "fused: a step of K too many": Mutation(
         FUSED, "(k + offs_k < K)", "(k + offs_k <= K)", TEST_FUSED
     ),
-    "fused: a last group of tiles that is too wide": Mutation(
-        FUSED, "tl.minimum(tiles - first, SWIZZLE)", "SWIZZLE", TEST_FUSED
-    ),
     "fused: one part of K": Mutation(
-        FUSED, "pid // (tiles * groups),", "pid // (tiles * groups) * 0,", TEST_FUSED
+        FUSED, "groups, pid // groups)", "groups, pid // groups * 0)", TEST_FUSED
     ),
     "ready: the arguments in another order": Mutation(
         READY, "in kernel.arg_names[len(tensors) :]", "in options", TEST_READY
@@ -221,15 +224,13 @@ MUTATIONS = {
     "config: every card is an A100": Mutation(
         CONFIG, "known.get(major,", "known.get(0,", TEST_CONFIG
     ),
-    "config: stages whatever fits": Mutation(
-        CONFIG, "min(4 if block_m <= 32 else 3, most)", "(4 if block_m <= 32 else 3)", TEST_CONFIG
-    ),
+    "config: stages whatever fits": Mutation(CONFIG, "min(4, most)", "4", TEST_CONFIG),
     "config: bf16 on any card": Mutation(
         CONFIG, "(8, 0) if modern else (7, 0)", "(7, 0)", TEST_CONFIG
     ),
     "config: fp16 without tensor cores in large tiles": Mutation(
         CONFIG,
-        'itemsize <= 2 and architecture.tensor_cores != "none"',
+        'itemsize <= 2 and cores != "none"',
         "itemsize <= 2",
         TEST_CONFIG,
     ),

@@ -52,15 +52,15 @@ def test_splits_follow_k_and_the_machine() -> None:
     assert chosen(1, 4096).split_k == 8
     assert chosen(1, 512).split_k == 2
     assert chosen(1, 128).split_k == 1
-    assert chosen(4096, 4096).split_k == 2  # 64 tiles on 132 processors
-    assert chosen(8192, 4096, architecture=dataclasses.replace(H200, processors=264)).split_k == 2
-    assert chosen(16384, 4096).split_k == 1
+    assert chosen(128, 4096).split_k == 8  # 8 tiles on 132 processors
+    assert chosen(256, 4096).split_k == 4
+    assert chosen(256, 4096, architecture=dataclasses.replace(H200, processors=264)).split_k == 8
+    assert chosen(4096, 4096).split_k == 1
 
 
 def test_tiles_follow_the_rows() -> None:
-    sizes = [tile_rows(rows, 2) for rows in (0, 1, 64, 65, 512, 513, 10**6)]
-    assert sizes == [16, 16, 16, 32, 32, 64, 64]
-    assert {tile_rows(rows, 4) for rows in (513, 10**6)} == {32}
+    assert [tile_rows(rows, 2) for rows in (0, 1, 256, 257, 10**6)] == [16, 16, 16, 64, 64]
+    assert {tile_rows(rows, 4) for rows in (257, 10**6)} == {32}
     assert {tile_rows(rows, 2, batch_invariant=True) for rows in (1, 100, 10**6)} == {16}
     assert chosen(1, block_m=64).block_m == 64
 
@@ -74,8 +74,8 @@ def test_full_precision_has_no_tiles_that_blackwell_would_compute_in_tf32() -> N
 
 def test_narrow_layers_get_narrow_blocks() -> None:
     assert chosen(1, N=1024).block_n == 32
-    assert chosen(1, N=28672).block_n == 64
-    assert chosen(600, N=1024).block_n == 64
+    assert chosen(1, N=28672).block_n == 128
+    assert chosen(600, N=1024).block_n == 128
 
 
 # Compute capability: tensor cores as Triton 3.7 uses them, from the machine code of a product.
@@ -107,28 +107,27 @@ def test_gpus_that_are_too_old(capability: tuple[int, int], modern: bool, proble
 
 def test_an_h100_gets_what_was_measured_on_it() -> None:
     """The tiles of kernels/README.md, whatever other cards need."""
-    common = {"registers": 168, "shrink_warps": 4, "shrink_stages": 3, "expand_warps": 4}
-    assert chosen(32) == Config(
-        **{"block_m": 16, "block_n": 64, "block_k": 128, "split_k": 8, "shrink_group": 4},
-        **{"expand_group": 4, "expand_stages": 2, **common},
-    )
-    assert chosen(2048) == Config(
-        **{"block_m": 64, "block_n": 64, "block_k": 64, "split_k": 2, "shrink_group": 2},
-        **{"expand_group": 2, "expand_stages": 2, **common, "registers": 192},
-    )
-    few = [
-        ((c := fused(rows, N)).block_m, c.block_n, c.block_k, c.stages, c.warps)
+    common = {"registers": 255, "shrink_warps": 4, "expand_stages": 2, "block_k": 128}
+    few = {"block_m": 16, "shrink_group": 4, "shrink_stages": 3, **common}
+    wide = {"block_n": 128, "expand_group": 8, "expand_warps": 8, "walk": 1}
+    assert chosen(32) == Config(split_k=8, **few, **wide)  # type: ignore[arg-type]
+    assert chosen(256) == Config(split_k=4, **few, **wide)  # type: ignore[arg-type]
+    many = {"block_m": 64, "split_k": 1, "shrink_group": 2, "shrink_stages": 4, **common}
+    one = {"block_n": 128, "expand_group": 1, "expand_warps": 4}
+    assert chosen(512) == Config(walk=1, **many, **one)  # type: ignore[arg-type]
+    assert chosen(8192) == Config(walk=4, **many, **one)  # type: ignore[arg-type]
+    found = [
+        ((c := fused(rows, N)).block_m, c.block_n, c.block_k, c.expand_group, c.stages, c.warps)
         for rows, N in itertools.product((1, 32), (4096, 6144, 28672))
     ]
-    assert few == [
-        *((16, 32, 128, 6, 4), (16, 64, 128, 6, 4), (16, 64, 128, 4, 4)),
-        *((32, 64, 128, 6, 4), (32, 64, 128, 6, 4), (32, 128, 128, 4, 8)),
+    assert found == [
+        *((16, 32, 256, 4, 4, 4), (16, 64, 256, 4, 4, 4), (16, 64, 256, 4, 4, 4)),
+        *((32, 64, 128, 8, 6, 4), (32, 64, 128, 8, 6, 4), (32, 128, 128, 8, 4, 8)),
     ]
-    many = [
-        ((c := fused(rows)).block_m, c.block_n, c.block_k, c.stages, c.warps)
-        for rows in (64, 128, 2048)
-    ]
-    assert many == [(64, 32, 64, 3, 4), (128, 32, 64, 3, 4), (128, 128, 64, 3, 8)]
+
+
+def test_rows_that_are_read_by_the_element_get_small_blocks() -> None:
+    assert chosen(8192, N=4095).block_n == chosen(32, K=4095).block_n == 64
 
 
 def test_one_generation_gets_the_same_tiles() -> None:
@@ -145,7 +144,7 @@ def test_one_generation_gets_the_same_tiles() -> None:
 def test_loads_of_the_fused_kernel_fit_the_shared_memory(card: str) -> None:
     """Triton keeps as many tiles as there are stages; one less with mma."""
     architecture = CARDS[card]
-    for rows, N in itertools.product((1, 17, 33, 65, 185), (64, 4096, 28672)):
+    for rows, N in itertools.product((1, 17), (64, 4096, 28672)):
         c = fused(rows, N, architecture=architecture)
         tiles = c.stages - (architecture.tensor_cores == "mma")
         assert 2 <= tiles

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux import Routing, ops
+from lora_mux.kernels.config import FUSED_ROWS
 from lora_mux.measure.timing import no_syncs
 from problem import CASES, FusedProblem, Problem
 
@@ -104,16 +105,16 @@ class TestFused:
     """The fused kernel, whose programs wait for one another."""
 
     @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-    @pytest.mark.parametrize("rows", [1, 16, 17, 33, 64, 100, 128, 129, 184, 185, 1000])
+    @pytest.mark.parametrize("rows", [1, 5, 16, 17, 32])
     def test_sizes_of_a_model(self, rows: int, dtype: torch.dtype) -> None:
-        """Every form; and twenty launches on one plan, whose counters must be zero between."""
-        for N in (1024, 4096):
+        """Twenty launches on one plan, whose counters must be zero between."""
+        for N in (1024, 4096, 28672):
             problem = FusedProblem(
                 rows=rows, K=4096, N=N, ranks=(8, 16, 64, 33, 128), J=2, dtype=dtype, device="cuda"
             )
-            problem.check(problem.run(shrinks=rows <= 184, times=20))
+            problem.check(problem.run(times=20))
 
-    @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].rows])
+    @pytest.mark.parametrize("name", [name for name in CASES if 0 < CASES[name].rows <= FUSED_ROWS])
     def test_named_cases(self, name: str) -> None:
         fields = {
             f.name: getattr(CASES[name], f.name) for f in dataclasses.fields(Problem) if f.init
@@ -149,7 +150,7 @@ class TestFused:
     def test_more_programs_than_the_machine_holds(self) -> None:
         """Most base programs cannot even start before those of shrink are done."""
         problem = FusedProblem(
-            rows=128, K=512, N=65536, ranks=(64,) * 100, J=1, dtype=torch.bfloat16, device="cuda"
+            rows=32, K=512, N=65536, ranks=(64,) * 100, J=1, dtype=torch.bfloat16, device="cuda"
         )
         problem.check(problem.run(block_n=16, times=3))
 

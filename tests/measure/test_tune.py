@@ -21,7 +21,7 @@ from lora_mux.ops import tuned
 
 CASE = tuned.Case(32, 4096, 4096, 16, 1, 2)
 PLAIN = choose(32, 4096, 4096, 2, Architecture("wgmma", 132, 232448))
-OTHER = replace(PLAIN, block_n=128)
+OTHER = replace(PLAIN, block_n=64)
 FUSED = choose_fused(32, 4096, Architecture("wgmma", 132, 232448))
 RECORD = {"device": "a GPU", "commit": "0" * 40}
 
@@ -61,6 +61,22 @@ def test_without_a_table_nothing_is_found() -> None:
 def test_an_entry_serves_its_own_sizes(table: Path, case: tuned.Case, found: bool) -> None:
     tuned.write(table, RECORD, [(CASE, OTHER, {})])
     assert tuned.find("a GPU", case, PLAIN.block_m) == (OTHER if found else None)
+
+
+def test_entries_of_other_kernels_are_passed_over(table: Path) -> None:
+    """A table is a person's, and outlives the fields of our configs."""
+    tuned.write(
+        table, RECORD, [(CASE, PLAIN, {})], [(CASE, FUSED, {"separate": 2.0, "fused": 1.0})]
+    )
+    content = json.loads(table.read_text())
+    content["fused"][0]["config"]["swizzle"] = 2
+    del content["entries"][0]["config"]["walk"]
+    table.write_text(json.dumps(content))
+    assert tuned.find("a GPU", CASE, PLAIN.block_m) is None
+    assert not tuned.fuses("a GPU", CASE)
+    tuned.write(table, RECORD, [(CASE, OTHER, {})])
+    _forget()
+    assert tuned.find("a GPU", CASE, PLAIN.block_m) == OTHER
 
 
 def test_the_nearest_entry_wins(table: Path) -> None:
@@ -119,7 +135,7 @@ def test_a_broken_table_is_named(table: Path, content: str) -> None:
 
 def test_a_config_that_is_none_is_refused(table: Path) -> None:
     tuned.write(table, RECORD, [(CASE, OTHER, {})])
-    table.write_text(table.read_text().replace('"block_n": 128', '"block_n": 100'))
+    table.write_text(table.read_text().replace('"block_n": 64', '"block_n": 100'))
     with pytest.raises(BackendError, match="block_n"):
         tuned.find("a GPU", CASE, PLAIN.block_m)
 
@@ -134,10 +150,11 @@ def test_tune_fuses_where_it_was_faster(
     monkeypatch.setattr(tune, "CHOICES", {})
     monkeypatch.setattr(tune, "FUSED_CHOICES", {"stages": (2,)})
     sizes = ["--in-features", "16", "--out-features", "24", "--rank", "16", "--adapters", "3"]
-    assert main(["tune", "--device", "cpu", "--rows", "4", "190", *sizes]) == 0
+    assert main(["tune", "--device", "cpu", "--rows", "4", "20", "40", *sizes]) == 0
     assert "in one launch" in capsys.readouterr().out
     content = json.loads(table.read_text())
-    assert [entry["rows"] for entry in content["fused"]] == [4, 190]
+    assert [entry["rows"] for entry in content["entries"]] == [4, 20, 40]
+    assert [entry["rows"] for entry in content["fused"]] == [4, 20]
 
     names = note_launches(monkeypatch)
     for times, expected in (((2.0, 1.0), "fused"), ((1.0, 2.0), "expand")):

@@ -50,8 +50,8 @@ def test_forms(backend: Any, device: str, triton: bool, eager: str, compiled: st
 @pytest.mark.interpreter
 def test_method_of_a_layer(how: dict[str, Any], dtype: torch.dtype, form: str) -> None:
     layer = lora_mux.MuxLinear(nn.Linear(16, 24, dtype=dtype), **how)
-    x, weight = torch.ones(40, 16, dtype=dtype), layer.weight
-    method = ops.method(layer.mux_settings, x, 40, layer.mux_pool, weight)
+    x, weight = torch.ones(30, 16, dtype=dtype), layer.weight
+    method = ops.method(layer.mux_settings, x, 30, layer.mux_pool, weight)
     assert method.form == form and method.on_host == (form in ("cpu", "reference"))
     assert (method.block_m > 0) == (not method.on_host)
 
@@ -98,10 +98,10 @@ class Gpu:
         self.patch.setattr(launch, "capability", lambda device: capability)
         layer = lora_mux.MuxLinear(nn.Linear(16, 24, dtype=dtype), **how)
         with self.cuda:
-            x = torch.ones(40, 16, dtype=dtype, device="cuda:0")
+            x = torch.ones(30, 16, dtype=dtype, device="cuda:0")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            found = ops.method(layer.mux_settings, x, 40, layer.mux_pool, layer.weight)
+            found = ops.method(layer.mux_settings, x, 30, layer.mux_pool, layer.weight)
         return found.form, [str(one.message) for one in told]
 
 

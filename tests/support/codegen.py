@@ -1,8 +1,9 @@
 """Compile the kernels ahead of time, without a GPU and without torch, and read what came out.
 
-    python tests/support/codegen.py sm_90 gfx942        the ordinary sweep, a line for each kernel;
-                                                        a few of them where it is no SWEPT one
-    python tests/support/codegen.py --all sm_90 gfx942  every config of `choose`, all dtypes
+    python tests/support/codegen.py sm_90 gfx942         a line for each kernel: both ends of each
+                                                         tile size on sm_90, elsewhere the widest
+    python tests/support/codegen.py --ends sm_90 gfx942  both ends on every SWEPT one
+    python tests/support/codegen.py --all sm_90 gfx942   every config of `choose`, all dtypes
 
 Without a name, for all architectures. Uses only triton and the tools in its wheel, so that it also
 runs in an environment that holds nothing but the version of triton that a GPU machine has.
@@ -107,7 +108,6 @@ def compile_kernel(
     chosen: Any,
     window: int,
     unit: int = 16,
-    shrinks: bool = True,
 ) -> Any:
     """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan)."""
     functions = {
@@ -132,13 +132,13 @@ def compile_kernel(
         warps, stages = chosen.shrink_warps, chosen.shrink_stages
     if kernel == "expand":
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
+        constants["WALK"] = chosen.walk
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
-        constants |= {"SHRINKS": shrinks, "X_UNIT": unit, "Y_UNIT": unit}
+        constants |= {"X_UNIT": unit, "Y_UNIT": unit}
         constants["PREFETCHES"] = architecture.startswith("sm_")  # by NVIDIA's assembly
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
-        constants["SWIZZLE"] = chosen.swizzle
         warps, stages = chosen.warps, chosen.stages
     constants["BLOCK_M"] = chosen.block_m
     fn, given = functions[kernel], signatures(dtype)[kernel]
@@ -172,17 +172,15 @@ def report(
     chosen: Any,
     window: int,
     unit: int = 16,
-    shrinks: bool = True,
 ) -> dict[str, Any]:
     """What the machine code of a kernel needs and uses."""
-    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit, shrinks)
+    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit)
     found = {
         "kernel": kernel,
         "dtype": dtype,
         "architecture": architecture,
         "window": window,
         "unit": unit,
-        "shrinks": shrinks,
         "config": dataclasses.asdict(chosen),
         "shared": compiled.metadata.shared,
     }
@@ -191,10 +189,10 @@ def report(
     sass = cuobjdump("-sass", compiled.asm["cubin"])
     found |= _nvidia(compiled, sass)
     # A product by tcgen05 is waited for in a loop: there are more ways than can be walked.
-    return found | {"chains": {} if found["tcgen05"] else _chains(kernel, sass, shrinks)}
+    return found | {"chains": {} if found["tcgen05"] else _chains(kernel, sass)}
 
 
-def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
+def _chains(kernel: str, sass: str) -> dict[str, dict[str, Any]]:
     """Kernel -> the loads that follow one another in it; a fused one's programs of shrink apart.
 
     Empty where no tensor core multiplies: the plan, fp32, and old cards.
@@ -204,10 +202,8 @@ def _chains(kernel: str, sass: str, shrinks: bool) -> dict[str, dict[str, Any]]:
         return {}
     if kernel != "fused":
         return {kernel: dataclasses.asdict(chain(ways, 1, polls=False))}
-    found = {"fused": dataclasses.asdict(chain(ways, 2, polls=shrinks))}
-    if shrinks:
-        found["fused's shrink"] = dataclasses.asdict(chain(ways, 1, polls=False))
-    return found
+    base, shrink = chain(ways, 2, polls=True), chain(ways, 1, polls=False)
+    return {"fused": dataclasses.asdict(base), "fused's shrink": dataclasses.asdict(shrink)}
 
 
 def _nvidia(compiled: Any, sass: str) -> dict[str, Any]:
@@ -256,7 +252,7 @@ def cuobjdump(what: str, cubin: bytes) -> str:
 def shipped(architecture: str, itemsize: int) -> list[Any]:
     """Every Config that `choose` returns for the architecture, over rows, sizes and ranks."""
     grid = itertools.product(
-        (1, 16, 17, 64, 65, 128, 512, 513, 1024, 4096, 16384, 65536),  # rows
+        (1, 16, 17, 64, 128, 256, 257, 512, 1024, 2048, 4096, 16384, 65536),  # rows
         (64, 512, 1024, 4096, 14336),  # in_features
         (64, 1024, 4096, 28672),  # out_features
         (False, True),  # batch_invariant
@@ -270,20 +266,10 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
 
 
 def shipped_fused(architecture: str) -> list[Any]:
-    """Every (FusedConfig, whether it shrinks) that ships for the architecture."""
-    grid = itertools.product(
-        (1, 17, 33, 65, config.SHRINKS_WITHIN, config.SHRINKS_WITHIN + 1),  # rows
-        (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672),  # out_features
-    )
-    return list(
-        dict.fromkeys(
-            (
-                config.choose_fused(rows, N, ARCHITECTURES[architecture]),
-                rows <= config.SHRINKS_WITHIN,
-            )
-            for rows, N in grid
-        )
-    )
+    """Every FusedConfig that ships for the architecture."""
+    sizes = itertools.product((1, 32), (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672))
+    found = (config.choose_fused(rows, N, ARCHITECTURES[architecture]) for rows, N in sizes)
+    return list(dict.fromkeys(found))
 
 
 def half_dtypes(architecture: str) -> tuple[str, ...]:
@@ -296,39 +282,47 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
 
     A compile of the fused kernel takes as long as five of the others.
     """
-    dtype = half_dtypes(architecture)[-1]
-    configs = shipped(architecture, 2)
-    widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
-    for kernel in ("shrink", "expand"):
-        yield report(kernel, dtype, architecture, widest, 64)
-    if dtype == "bf16" and SHARED[architecture] < SHARED["sm_80"]:
-        chosen, shrinks = max(
-            shipped_fused(architecture), key=lambda c: (c[0].block_m + c[0].block_n) * c[0].block_k
-        )
-        yield report("fused", dtype, architecture, chosen, 16, 16, shrinks)
+    for dtype in ("fp32", half_dtypes(architecture)[-1]):
+        if dtype == "fp32" and architecture not in SWEPT:
+            continue
+        configs = shipped(architecture, ITEMSIZE[dtype])
+        widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
+        for kernel in ("shrink", "expand"):
+            yield report(kernel, dtype, architecture, widest, 64)
+    if dtype == "bf16" and (architecture in SWEPT or SHARED[architecture] < SHARED["sm_80"]):
+        chosen = max(shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k)
+        yield report("fused", dtype, architecture, chosen, 16)
+    if architecture in SWEPT:
+        yield plan_report(architecture, 64, 8)
+
+
+def plan_report(architecture: str, block_m: int, places: int) -> dict[str, Any]:
+    chosen = dataclasses.replace(shipped(architecture, 4)[0], block_m=block_m)
+    return report("plan", "fp32", architecture, chosen, places)
 
 
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
     """The reports of the fused kernel: all, or those of the fewest and of the most rows."""
-    pairs = shipped_fused(architecture)
+    configs = shipped_fused(architecture)
     if everything:
-        for (chosen, shrinks), window, unit in itertools.product(pairs, (16, 64), (16, 8)):
+        for chosen, window, unit in itertools.product(configs, (16, 64), (16, 8)):
             for dtype in ("fp16", "bf16") if unit == 16 else ("bf16",):
-                yield report("fused", dtype, architecture, chosen, window, unit, shrinks)
+                yield report("fused", dtype, architecture, chosen, window, unit)
         return
-    wide = {chosen.block_m: (chosen, shrinks) for chosen, shrinks in pairs}
-    ends = wide.values() if architecture == "sm_90" else (pairs[0], pairs[-1])
-    for chosen, shrinks in ends:
-        yield report("fused", "bf16", architecture, chosen, 16, 16, shrinks)
+    for chosen in (configs[0], configs[-1]):
+        yield report("fused", "bf16", architecture, chosen, 16)
 
 
-def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]]:
+def sweep(
+    architectures: list[str], everything: bool, ends_of: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """The reports: of every config, or of the two ends (K splits, window) of each tile size.
 
-    And, of one end, with rows of sizes that are not multiples of 16.
+    Of the latter for `ends_of`, and a few for the others. And, of one end, with rows of sizes that
+    are not multiples of 16.
     """
     for architecture in architectures or ARCHITECTURES:
-        if not everything and architecture not in SWEPT:
+        if not everything and architecture not in ends_of:
             yield from few(architecture)
             continue
         halves = half_dtypes(architecture)
@@ -350,17 +344,20 @@ def sweep(architectures: list[str], everything: bool) -> Iterator[dict[str, Any]
                         if key not in seen:
                             seen.add(key)
                             yield report(kernel, dtype, architecture, chosen, window)
-                    if dtype == halves[-1] and (everything or architecture == "sm_90"):
-                        for unit in (8, 1):
-                            yield report(kernel, dtype, architecture, ends[-1], 64, unit)
+                    if dtype == halves[-1] and (everything or block_m == 64):
+                        yield report(kernel, dtype, architecture, ends[-1], 64, 8)
+                        sizes = block_m, 4095, 4095, ITEMSIZE[dtype]
+                        odd = config.choose(*sizes, ARCHITECTURES[architecture], block_m)
+                        yield report(kernel, dtype, architecture, odd, 64, 1)
         if "bf16" in halves:
             yield from sweep_fused(architecture, everything)
-        for block_m, places in ((16, 1), (64, 8), (128, 32)):
-            chosen = dataclasses.replace(configs[0], block_m=block_m)
-            yield report("plan", "fp32", architecture, chosen, places)
+        for block_m, places in ((16, 1), (64, 8), (64, 32))[: 3 if everything else 2]:
+            yield plan_report(architecture, block_m, places)
 
 
 if __name__ == "__main__":
-    everything = "--all" in sys.argv
-    for line in sweep([name for name in sys.argv[1:] if name != "--all"], everything):
+    options = {word for word in sys.argv[1:] if word.startswith("--")}
+    names = [word for word in sys.argv[1:] if word not in options]
+    ends_of = SWEPT if "--ends" in options else ("sm_90",)
+    for line in sweep(names, "--all" in options, ends_of):
         print(json.dumps(line), flush=True)

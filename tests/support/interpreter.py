@@ -156,15 +156,15 @@ class Memory:
             self.errors.append(f"two lanes of one store share an address, program {program}")
         if kind == "atomic":  # they do not race with one another
             return mask
-        for address in addresses.tolist():
-            if self._writer.get(address, program) not in known:
-                self.errors.append(f"{kind} of what program {self._writer[address]} wrote")
-            if kind == "load":
-                self._reader[address] = program
-                continue
-            if self._reader.get(address, program) not in known:
-                self.errors.append(f"store of what program {self._reader[address]} read")
-            self._writer[address] = program
+        accesses = addresses.tolist()
+        for other in set(map(self._writer.get, accesses)) - known - {None}:
+            self.errors.append(f"{kind} of what program {other} wrote")
+        if kind == "load":
+            self._reader.update(dict.fromkeys(accesses, program))
+            return mask
+        for other in set(map(self._reader.get, accesses)) - known - {None}:
+            self.errors.append(f"store of what program {other} read")
+        self._writer.update(dict.fromkeys(accesses, program))
         return mask
 
 

@@ -181,7 +181,7 @@ class Problem:
 
 @dataclass
 class FusedProblem(Problem):
-    """The same batch for the fused kernel, which computes the base layer as well."""
+    """A batch of few rows for the fused kernel, which computes the base layer as well."""
 
     bias: bool = True
     W: Tensor = field(init=False)
@@ -201,30 +201,27 @@ class FusedProblem(Problem):
         b = x.new_zeros(self.N) if self.b is None else self.b.double()
         return x @ W.T + b, x.abs() @ W.abs().T + b.abs()
 
-    def prepared(self, shrinks: bool = True, **replaced: Any) -> Callable[[], Tensor]:
+    def prepared(self, **replaced: Any) -> Callable[[], Tensor]:
         """A launch on the current stream that returns y; all of its calls share one plan."""
         from lora_mux.kernels import config, launch
 
         device = self.x.device
         chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
-        # Two parts of K show what four do, and the interpreter takes a while for each program.
-        chosen = dataclasses.replace(chosen, **{"split_k": 2, **replaced})
-        plan, before = self.plan(chosen.block_m), None if shrinks else self.choose(chosen.block_m)
+        chosen = dataclasses.replace(chosen, **replaced)
+        plan = self.plan(chosen.block_m)
         self.counters = plan.counters
 
         def launched() -> Tensor:
             stream = launch.stream_number(device)
             assert stream is not None
-            return launch.linear(
-                *(self.x, self.W, self.b, plan, self.pool),
-                *(self.max_rank, stream, chosen, before),
-            )
+            arguments = self.x, self.W, self.b, plan, self.pool, self.max_rank, stream
+            return launch.linear(*arguments, chosen)
 
         return launched
 
-    def run(self, shrinks: bool = True, times: int = 1, **replaced: Any) -> Tensor:
+    def run(self, times: int = 1, **replaced: Any) -> Tensor:
         """y by the launchers, `times` times over on the same plan."""
-        launched = self.prepared(shrinks, **replaced)
+        launched = self.prepared(**replaced)
         ys = [launched() for _ in range(times)]
         for y in ys[1:]:
             torch.testing.assert_close(y, ys[0], rtol=0, atol=0, equal_nan=True)

@@ -30,6 +30,7 @@ from launches import described, on
 from lora_mux import Routing, ops
 from lora_mux.ops import tiled
 from oracle import Adapter, forward
+from quick_interpreter import without_repetitions
 
 K, N = 32, 48
 HALF = torch.bfloat16
@@ -109,7 +110,8 @@ def cases() -> dict[str, Callable[[], tuple[Any, float]]]:
         "fp32": lambda: stages["fp32"].run(x_of(5, K, dtype=torch.float32)),
         "rank 24": lambda: stages["rank 24"].run(x_of(5, K)),
         "fused": lambda: stages["fused"].run(x_of(5, K)),
-        "fused, many rows": lambda: stages["fused"].run(x_of(190, K)),
+        "fused, two rows of 16": lambda: stages["fused"].run(x_of(20, K)),
+        "fused, too many rows": lambda: stages["fused"].run(x_of(40, K)),
         "fused, tokens": lambda: stages["fused"].run(x_of(2, 3, K)),
         "fused, at an odd address": lambda: stages["fused"].run(x_of(5, K, begins=1)),
     }
@@ -253,7 +255,7 @@ def devices() -> list[int]:
 if __name__ == "__main__":
     on("sm_90")
     ops.dispatch._interpreted = lambda: True  # on the CPU, please
-    with mend_bf16():
+    with mend_bf16(), without_repetitions():
         report: dict[str, Any] = {"again": again()}
         for part in (watched, dispatched, devices):
             tiled._AGAIN.clear()
