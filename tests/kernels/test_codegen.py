@@ -136,7 +136,7 @@ def test_the_oldest_and_the_newest_triton(version: str, tmp_path: Path) -> None:
     check_all(reports(python=python), {"sm_90"})
 
 
-SHORT = {"before": 1, "turn": 0.5, "after": 1, "polls": 0, "waits": []}
+SHORT = {"before": 1, "turn": 0.25, "after": 1, "polls": 0, "waits": []}
 # As it was while each table was asked for what the one before had said.
 LONGER = ({"before": 5}, {"turn": 1.0}, {"after": 4})
 

@@ -38,9 +38,9 @@ def test_every_architecture_computes_right(report: dict[str, Any]) -> None:
 
 def test_grids(report: dict[str, Any]) -> None:
     plan, shrink, expand = report["values"]["sm_90 many rows"]
-    assert plan["grid"] == [3, 1, 1]  # 70 rows in tiles of 32
-    assert shrink["grid"][0] == 3 and shrink["grid"][2] == 1
-    assert expand["grid"] == [3, 2, 1]  # 80 columns in blocks of 64
+    assert plan["grid"] == [5, 1, 1]  # 70 rows in tiles of 16
+    assert shrink["grid"][0] == 5 and shrink["grid"][2] == 1
+    assert expand["grid"] == [5, 3, 1]  # 80 columns in blocks of 32
 
 
 @pytest.mark.parametrize("case", ["sm_80 aligned", "sm_90 aligned", "sm_100 aligned", "sm_90 fp32"])
