@@ -39,6 +39,24 @@ def test_every_tile_size_and_split(block_m: int, split_k: int, dtype: torch.dtyp
     problem.check(problem.run(block_m, split_k=split_k, block_k=16))
 
 
+@pytest.mark.parametrize(
+    ("block_m", "how"),
+    [
+        (16, {"expand_group": 8, "block_n": 128}),
+        (64, {"expand_group": 1, "block_n": 32, "walk": 3}),
+        (16, {"expand_group": 2, "block_n": 16, "walk": 4}),
+    ],
+    ids=str,
+)
+def test_many_columns_of_a_program(block_m: int, how: dict[str, int]) -> None:
+    """As wide layers have them: all at once, or one block after the other, past the last column."""
+    problem = Problem(rows=20, K=40, N=140, ranks=(5, 40, 16), dtype=torch.bfloat16)
+    memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+    with memory.of_launches():
+        problem.check(problem.run(block_m, **how))
+    assert not memory.errors
+
+
 def test_programs_that_take_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of two processors four programs share ten rank blocks."""
     from lora_mux.kernels import launch
