@@ -36,6 +36,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import plot
@@ -113,8 +114,8 @@ def is_missing(name: str) -> bool:
     return shutil.which(name) is None and importlib.util.find_spec(name) is None
 
 
-def run_step(step: Step, out: Path, seconds: float) -> Done:
-    """Run a step's commands; what they print goes to its log."""
+def run_step(step: Step, out: Path, seconds: float, stop: Event | None = None) -> Done:
+    """Run a step's commands, until `stop` is set; what they print goes to its log."""
     if step.needs and is_missing(step.needs):
         return Done(step.name, f"left out: {step.needs} is not installed", 0.0)
     start, ended = time.monotonic(), "well"
@@ -133,7 +134,7 @@ def run_step(step: Step, out: Path, seconds: float) -> Done:
         ]
         try:
             for process in running:
-                code = process.wait(max(1.0, start + seconds - time.monotonic()))
+                code = _wait(process, start + max(1.0, seconds), stop)
                 if code and ended == "well":
                     ended = f"with {code}"
         except subprocess.TimeoutExpired:
@@ -144,6 +145,16 @@ def run_step(step: Step, out: Path, seconds: float) -> Done:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return Done(step.name, ended, time.monotonic() - start)
+
+
+def _wait(process: subprocess.Popen[bytes], end: float, stop: Event | None) -> int:
+    """The return code of a process; TimeoutExpired at `end`, or soon after `stop` is set."""
+    while True:
+        try:
+            return process.wait(min(0.5, max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end or (stop is not None and stop.is_set()):
+                raise
 
 
 def report(out: Path, done: Sequence[Done]) -> str:
@@ -225,9 +236,15 @@ def main(given: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Done] = {}
     left: list[Step] = []
+    stop = Event()
 
     def in_order() -> list[Done]:
         return [done[name] for name in (*known, "plots") if name in done]
+
+    def run_and_keep(step: Step) -> None:
+        done[step.name] = now = run_step(step, out, args.seconds, stop)
+        (out / f"{step.name}.done").write_text(json.dumps(asdict(now)), encoding="utf-8")
+        print(f"{step.name} ended {now.ended}, {now.seconds:.0f} s", flush=True)
 
     for step in steps(out):
         kept = out / f"{step.name}.done"
@@ -238,10 +255,12 @@ def main(given: Sequence[str] | None = None) -> int:
     for together in _together(left):
         print(f"{', '.join(step.name for step in together)} ...", flush=True)
         with ThreadPoolExecutor(len(together)) as threads:
-            for now in threads.map(lambda step: run_step(step, out, args.seconds), together):
-                done[now.step] = now
-                print(f"{now.step} ended {now.ended}, {now.seconds:.0f} s", flush=True)
-                (out / f"{now.step}.done").write_text(json.dumps(asdict(now)), encoding="utf-8")
+            try:
+                for _ in threads.map(run_and_keep, together):
+                    pass
+            except BaseException:  # an interrupt, which only this thread gets
+                stop.set()
+                raise
         (out / "report.md").write_text(report(out, in_order()), encoding="utf-8")
     done["plots"] = run_step(plots(out), out, args.seconds)
     (out / "report.md").write_text(report(out, in_order()), encoding="utf-8")

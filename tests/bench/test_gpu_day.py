@@ -1,7 +1,10 @@
 """bench/gpu_day.py: its steps, what it keeps of them, and what it reports."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +103,29 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     while is_running(int(number.read_text())) and time.monotonic() < end:
         time.sleep(0.01)
     assert not is_running(int(number.read_text()))
+
+
+def test_an_interrupt_ends_what_runs_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [tmp_path / "one", tmp_path / "other"]
+    steps = [
+        Step(path.name, [["bash", "-c", f"echo $$ > {path}; exec sleep 60"]], times=False)
+        for path in numbers
+    ]
+    monkeypatch.setattr(gpu_day, "steps", lambda out: iter(steps))
+
+    def interrupt() -> None:
+        while not all(path.exists() and path.read_text().strip() for path in numbers):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    start = time.monotonic()
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        gpu_day.main(["--out", str(tmp_path / "day")])
+    assert time.monotonic() - start < 30
+    assert not any(is_running(int(path.read_text())) for path in numbers)
 
 
 def is_running(process: int) -> bool:
