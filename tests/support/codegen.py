@@ -282,17 +282,16 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
 
     A compile of the fused kernel takes as long as five of the others.
     """
-    for dtype in ("fp32", half_dtypes(architecture)[-1]):
-        if dtype == "fp32" and architecture not in SWEPT:
-            continue
+    half, swept = half_dtypes(architecture)[-1], architecture in SWEPT
+    for dtype in ("fp32", half) if swept else (half,):
         configs = shipped(architecture, ITEMSIZE[dtype])
         widest = max(configs, key=lambda c: (c.block_m, c.split_k, c.expand_group))
         for kernel in ("shrink", "expand"):
             yield report(kernel, dtype, architecture, widest, 64)
-    if dtype == "bf16" and (architecture in SWEPT or SHARED[architecture] < SHARED["sm_80"]):
+    if half == "bf16" and (swept or SHARED[architecture] < SHARED["sm_80"]):
         chosen = max(shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k)
-        yield report("fused", dtype, architecture, chosen, 16)
-    if architecture in SWEPT:
+        yield report("fused", half, architecture, chosen, 16)
+    if swept:
         yield plan_report(architecture, 64, 8)
 
 
