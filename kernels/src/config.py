@@ -100,9 +100,9 @@ def tile_rows(rows: int, itemsize: int, batch_invariant: bool = False) -> int:
     """BLOCK_M for a batch of `rows`; all layers that share a plan share it.
 
     Small tiles have small unions: 256 rows of 256 adapters take an H100 67 us in tiles of 16 and
-    109 us in tiles of 32, those of 8 adapters no longer. With many rows, 64 of them share each load
-    of an adapter. Not in fp32: its products use no tensor cores, and triton before 3.8 computes
-    those of 64 rows in TF32 on sm_100, whatever is asked (triton #10176).
+    109 us in tiles of 32, and 128 rows of 8 adapters 4 % more to 6 % less. With many rows, 64 of
+    them share each load of an adapter. Not in fp32: its products use no tensor cores, and triton
+    before 3.8 computes those of 64 rows in TF32 on sm_100, whatever is asked (triton #10176).
     """
     if batch_invariant or rows <= 256:
         return 16
@@ -228,7 +228,7 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
 def _in_shared_memory(block_m: int, out_features: int, processors: int) -> FusedConfig:
     """Where both operands of a product stay in shared memory.
 
-    An H100 found these fastest at each of four layers, for which kernels/README.md has the figures.
+    These are among those that an H100 found fastest, for which kernels/README.md has the figures.
     Programs with a multiprocessor of their own have six loads of W under way, others share its
     memory.
     """
