@@ -22,17 +22,17 @@ from .patterns import PathEnds, PatternError, Steps
 
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
-    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias".split()
+    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias modules_to_save "
+    "ensure_weight_tying".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
     "lora_dropout fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
-    "corda_config lora_ga_config ensure_weight_tying runtime_config task_type auto_mapping "
+    "corda_config lora_ga_config runtime_config task_type auto_mapping "
     "base_model_name_or_path revision inference_mode peft_version megatron_core "
     "qalora_group_size".split()
 )
 REFUSED = {
-    "modules_to_save": "it replaces whole modules, which is not a sum of adapters",
     "trainable_token_indices": "it replaces rows of the embedding",
     "use_dora": "DoRA rescales the base's own output",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
@@ -91,6 +91,8 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None = None
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
+    modules_to_save: frozenset[str] = frozenset()
+    ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
     source: str = field(default="", compare=False)  # what error messages call it
 
     def strengths(self, paths: Collection[str]) -> dict[str, Strength]:
@@ -108,6 +110,15 @@ class PeftConfig:
                 rank, alpha = ranks[path], alphas[path]
                 found[text] = Strength(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
         return found
+
+    def saves(self, name: str) -> bool:
+        """Whether a module or a parameter lies in a module that was saved as a whole.
+
+        PEFT asks for the end of the path, dot or not: "score" saves "my_score".
+        """
+        ends = [i for i, c in enumerate(name) if c == "."]
+        paths = (name[:end] for end in [*ends, len(name)])
+        return any(path.endswith(part) for path in paths for part in self.modules_to_save)
 
     def targeted(self, paths: Collection[str]) -> set[str]:
         """Those of the paths that the config targets, by PEFT's rules.
@@ -210,6 +221,8 @@ def parse_config(
         exclude_modules=check.modules("exclude_modules"),
         layers_to_transform=check.layers("layers_to_transform"),
         layers_pattern=check.layer_names("layers_pattern"),
+        modules_to_save=check.names("modules_to_save"),
+        ensure_weight_tying=check.flag("ensure_weight_tying"),
         source=source,
     )
 
@@ -339,6 +352,9 @@ class _Checker:
         if isinstance(value, str):
             return self._pattern(name, value)
         return None if value is None else frozenset(self._strings(name, value))
+
+    def names(self, name: str) -> frozenset[str]:
+        return frozenset(self._strings(name, self._values.get(name) or []))
 
     def layer_names(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)

@@ -7,7 +7,7 @@ compared with the config before a value is read.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from .safetensors_file import (
     read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host
+from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host, saved_modules
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -67,7 +67,8 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
     are compared with the base model. Biases that were trained along are what they differ by from
-    the base's: constants that the adapter adds, as those of lora_bias.
+    the base's: constants that the adapter adds, as those of lora_bias. Modules that were saved as a
+    whole (modules_to_save) are what they differ by from the base's, too.
 
     Args:
         base: the model that it is for; None = one without targets or weights.
@@ -92,8 +93,11 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
     stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
-    shifts = _check_copies(opened, file, outline.copies, model, config.bias != "none")
-    return _shifted(stored, shifts, model) if shifts else stored
+    shifts, saved = _check_copies(opened, file, outline.copies, model, config)
+    if shifts:
+        stored = _shifted(stored, shifts, model)
+    modules = {path: (model.module(path), values) for path, values in saved.items()}
+    return replace(stored, saved=saved_modules(stored.source, modules)) if saved else stored
 
 
 def peft_outline(
@@ -111,7 +115,7 @@ def peft_outline(
         _check_shapes(source, path, parts, strengths[path].rank, shapes)
         _check_bias(source, path, "bias" in parts, config.lora_bias)
     scaling = {path: strength.scaling for path, strength in strengths.items()}
-    remarks = _remarks(config, keys.modules.keys(), base.targets)
+    remarks = (*_remarks(config, keys.modules.keys(), base.targets), *_unsaved(config, keys, base))
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
 
 
@@ -120,19 +124,21 @@ def _check_copies(
     looked_at: OpenedFile,
     copies: Mapping[str, TensorPlace],
     base: BaseModel,
-    shifting: bool,
-) -> dict[str, Tensor]:
-    """Refuse copies of the base's parameters that are not equal to them.
+    config: PeftConfig,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Refuse copies of the base's parameters that are not equal to them, unless they may differ.
 
-    Args:
-        shifting: biases of targets may differ.
+    Those of saved modules may, and biases of targets, if the config says so.
 
     Returns:
-        Target -> how much its bias is more than the base's, where it differs.
+        Target -> how much its bias is more than the base's, where it differs. And the path of a
+        saved module -> the values of its parameters that differ.
     """
     shifts: dict[str, Tensor] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
     if not copies:
-        return shifts
+        return shifts, saved
+    shifting = config.bias != "none"
     with open_folder(folder.absolute) as opened:
         file = opened.open(WEIGHTS_FILE)
         if file.state != looked_at.state:
@@ -142,11 +148,16 @@ def _check_copies(
             if own is None:
                 raise CheckpointError(
                     f"{file.path}: the copy of {name!r} must be equal to the base's, got a base "
-                    "that is quantised, split or offloaded, with which nothing compares; save the "
-                    "adapter with save_embedding_layers=False"
+                    "that is quantised, split or offloaded, with which nothing compares; load the "
+                    "base with this layer as it is, or save the adapter without the copy "
+                    "(save_embedding_layers=False)"
                 )
             copy = read_tensor(file, place) if own.shape == place.shape else None
             if copy is not None and _equal(copy, own):
+                continue
+            if _is_saved(name, base, config):
+                module, _, part = name.rpartition(".")
+                saved.setdefault(module, {})[part] = _saved_copy(file.path, name, copy, own, place)
                 continue
             path = name.removesuffix(".bias")
             if not (shifting and name.endswith(".bias") and path in base.targets) or copy is None:
@@ -157,7 +168,26 @@ def _check_copies(
                 )
             check_finite(file.path, name, copy)
             shifts[path] = copy.float() - own.float().cpu()
-    return shifts
+    return shifts, saved
+
+
+def _is_saved(name: str, base: BaseModel, config: PeftConfig) -> bool:
+    """Whether a parameter lies in a module that the config saves, or is tied to one that does."""
+    names = base.tied(name) if config.ensure_weight_tying else (name,)
+    return any(config.saves(other.rpartition(".")[0]) for other in names)
+
+
+def _saved_copy(
+    source: str, name: str, copy: Tensor | None, own: Tensor, place: TensorPlace
+) -> Tensor:
+    if copy is None:
+        raise CheckpointError(
+            f"{source}: the saved {name!r} must have the shape of the base's, {list(own.shape)}, "
+            f"got {list(place.shape)}; load the base as it was trained: for another number of "
+            "labels with num_labels=, for a larger vocabulary after resize_token_embeddings()"
+        )
+    check_finite(source, name, copy)
+    return copy
 
 
 def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseModel) -> StoredAdapter:
@@ -189,7 +219,7 @@ def _same(copy: Tensor, own: Tensor) -> bool:
 
 def _digest(fields: Mapping[str, Any]) -> bytes:
     """What a checked config means, in 32 bytes. PEFT writes modules, sets, in any order."""
-    modules = {"target_modules", "exclude_modules"}
+    modules = {"target_modules", "exclude_modules", "modules_to_save"}
     # An initialisation may be anything that is no string, and then means nothing.
     names = (HONOURED - {"init_lora_weights"}) & fields.keys()
     known = {name: fields[name] for name in sorted(names)}
@@ -203,16 +233,40 @@ def _remarks(config: PeftConfig, held: Set[str], targets: Iterable[str]) -> Iter
     wanted = targeted.intersection(targets)
     if config.target_modules is None or isinstance(config.target_modules, str):
         wanted &= held  # a pattern may also match layers that were never adapted
-    missing = sorted(wanted - held)
+    missing = sorted(path for path in wanted - held if not config.saves(path))
     extra = sorted(held - targeted)
     for paths, what in (
         (missing, "lacks modules that its config targets"),
         (extra, "holds modules that its config does not target"),
     ):
         if paths:
-            more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
-            some = (f"{path:.100}" for path in paths[:MAX_PATHS_IN_WARNING])
-            yield f"{what}: {', '.join(some)}{more}"
+            yield f"{what}: {_some(paths)}"
+
+
+def _unsaved(config: PeftConfig, keys: Keys, base: BaseModel) -> Iterator[str]:
+    """The parameters of modules to save that the file lacks; the base's are left then, as in PEFT.
+
+    Raises:
+        CheckpointError: a module was saved, and has LoRA as well.
+    """
+    names = base.parameters() if config.modules_to_save else ()
+    saved = [name for name in names if config.saves(name.rpartition(".")[0])]
+    for name in saved:
+        path = name.rpartition(".")[0]
+        if path in keys.modules and name in keys.copies:
+            raise CheckpointError(
+                f"{config.source}: `modules_to_save` must not name modules that have LoRA as well, "
+                f"got {path!r}; PEFT computes one of them only, so take the other out of the file"
+            )
+    missing = [name for name in saved if name not in keys.copies]
+    if missing:
+        yield f"lacks what its config saves: {_some(missing)}"
+
+
+def _some(paths: Sequence[str]) -> str:
+    """A few paths of many, for a warning."""
+    more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
+    return ", ".join(f"{path:.100}" for path in paths[:MAX_PATHS_IN_WARNING]) + more
 
 
 def _refuse_pickle(folder: OpenedFolder) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core import LoraWeights, check_number
@@ -19,9 +20,13 @@ from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
 from ..layers import Target, check_linear, device_of
 from .peft_config import parse_config
 from .safetensors_file import check_finite
+from .stored_adapter import StoredAdapter, saved_modules
 
-# The layers show which modules the config targets, so that its patterns need not be understood.
-TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# The layers show which modules the config means, so that its patterns need not be understood.
+TARGETING = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "modules_to_save",
+)
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
@@ -30,8 +35,9 @@ class PeftModelAdapters:
     """The adapters of a model with PEFT's layers in it."""
 
     base: nn.Module
-    layers: dict[str, Any]  # PEFT's layers, by path in the base model
+    layers: dict[str, Any]  # PEFT's layers and wrappers, by path in the base model
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
+    saved: dict[str, StoredAdapter]  # name -> the modules that it saved, where they differ
     active: dict[str, float]  # name -> weight, of those that are in force
     targets: dict[str, Target]  # the base layers that they touch, by path
 
@@ -55,6 +61,13 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         for path, module in base.named_modules()
         if isinstance(module, tuner.BaseTunerLayer)
     }
+    others = importlib.import_module("peft.utils.other")
+    wrappers: dict[str, Any] = {
+        path: module
+        for path, module in base.named_modules()
+        if isinstance(module, others.AuxiliaryTrainingWrapper)
+    }
+    _check_wrappers(wrappers, layers)
     if any(layer.merged for layer in layers.values()):
         raise CheckpointError(
             "`peft_model` must have its original base weights, got merged adapters; "
@@ -73,19 +86,24 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
             "`peft_model` must hold at least one adapted layer for each adapter, got "
             f"{len(adapters)} adapters in {len(layers)} layers; delete_adapter() those without"
         )
-    active = {}
+    saved, active = {}, {}
     for name, parts in adapters.items():
-        weight = _weight(name, {path: layers[path] for path in parts}, parts)
+        wrapping = {path: w for path, w in wrappers.items() if name in w.modules_to_save}
+        modules = _saved(name, wrapping)
+        if modules is not None:
+            saved[name] = modules
+            targets |= {p: _target(p, _plain(p, base, wrapping)) for p in modules.outline.keys}
+        weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:
             active[name] = weight
-    return PeftModelAdapters(base, layers, adapters, active, targets)
+    return PeftModelAdapters(base, layers | wrappers, adapters, saved, active, targets)
 
 
 @contextmanager
 def without_peft(live: PeftModelAdapters) -> Iterator[None]:
     """A block in which PEFT's layers are out of the base model; if it fails, they come back."""
     for path, layer in live.layers.items():
-        live.base.set_submodule(path, layer.base_layer)
+        live.base.set_submodule(path, _own(layer))
     try:
         yield
     except BaseException:
@@ -142,6 +160,12 @@ def _inside(outer: nn.Module) -> Any:
     return outer._modules.get("base_model", outer._modules.get("model"))
 
 
+def _own(layer: Any) -> nn.Module:
+    """The base model's module in one of PEFT's layers or wrappers."""
+    own: nn.Module = layer._modules.get("base_layer") or layer.original_module
+    return own
+
+
 def _source(name: str) -> str:
     return f"adapter {name!r} of `peft_model`"
 
@@ -179,6 +203,59 @@ def _check_plain(name: str, config: Any, beside_others: bool) -> None:
             raise
         way_out = f"delete_adapter({name!r}) first, to take over the others"
         raise CheckpointError(f"{error}; {way_out}") from None
+
+
+def _check_wrappers(wrappers: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Refuse what PEFT wraps around modules for other ends than saving them."""
+    for path, wrapper in wrappers.items():
+        inside = [other for other in layers if f"{other}.".startswith(f"{path}.")]
+        kind = type(wrapper)
+        if kind.__name__ != "ModulesToSaveWrapper" or not kind.__module__.startswith("peft."):
+            raise CheckpointError(
+                f"`peft_model`: {path!r} must be a layer of the model or one of modules_to_save, "
+                f"got PEFT's {kind.__name__}; delete_adapter() the one that made it"
+            )
+        if inside:
+            raise CheckpointError(
+                f"`peft_model`: {path!r} must not be saved as a whole by one adapter and hold LoRA "
+                f"of another, got LoRA in {inside[0]!r}; save the adapters, and mux.load() them"
+            )
+
+
+def _plain(path: str, base: nn.Module, wrappers: Mapping[str, Any]) -> nn.Module:
+    """A module of the base model, which may lie in one of PEFT's wrappers."""
+    for outer, wrapper in wrappers.items():
+        if f"{path}.".startswith(f"{outer}."):
+            inner = path.removeprefix(outer).removeprefix(".")
+            own: nn.Module = wrapper.original_module.get_submodule(inner)
+            return own
+    return base.get_submodule(path)
+
+
+def _saved(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
+    """The modules that an adapter saved, where they differ from the base's."""
+    differing: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for outer, wrapper in wrappers.items():
+        own = dict(wrapper.original_module.named_parameters())
+        held = dict(wrapper.modules_to_save[name].named_parameters())
+        for key in held.keys() | own.keys():
+            path, _, part = f"{outer}.{key}".rpartition(".")
+            what = f"{_source(name)}: the saved {path + '.' + part!r}"
+            if key not in own or key not in held or own[key].shape != held[key].shape:
+                raise CheckpointError(
+                    f"{what} must have the shape of the base's, got another, or another module"
+                )
+            if any(type(p) is not nn.Parameter or p.is_meta for p in (own[key], held[key])):
+                raise CheckpointError(
+                    f"{what} must be a plain tensor, as the base's, got one that is quantised, "
+                    "split or without values"
+                )
+            if torch.equal(own[key].detach(), held[key].detach().to(own[key])):
+                continue
+            _check_values(_source(name), f"{path}.{part}", held[key])
+            module = _plain(path, wrapper, wrappers)
+            differing.setdefault(path, (module, {}))[1][part] = held[key]
+    return saved_modules(_source(name), differing) if differing else None
 
 
 def _held(path: str, layer: Any) -> set[str]:
@@ -248,14 +325,19 @@ def _scalings(path: str, layer: Any, name: str) -> tuple[float, float]:
     return check_number(trained, what, CheckpointError), now
 
 
-def _weight(name: str, layers: Mapping[str, Any], parts: dict[str, LoraWeights]) -> float | None:
+def _weight(
+    name: str,
+    layers: Mapping[str, Any],
+    wrappers: Mapping[str, Any],
+    parts: dict[str, LoraWeights],
+) -> float | None:
     """The weight that an adapter has in force; None if it is not.
 
     Scales that differ from layer to layer are no weight. They go into the scalings of the parts.
     """
     times = {
         path: 0 if layer.disable_adapters else layer.active_adapters.count(name)
-        for path, layer in layers.items()
+        for path, layer in (*layers.items(), *wrappers.items())
     }
     if len(set(times.values())) > 1:
         there = next(path for path, count in times.items() if count == max(times.values()))

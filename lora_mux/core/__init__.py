@@ -5,6 +5,7 @@
     slots       the adapters of a model: name <-> handle <-> slot
     routing     Routing, the index and weight of a batch
     selections  names -> a Routing
+    companions  what comes with adapters into a row: the modules that they saved
     arguments   checks of the numbers and names that users give
     computed    attributes that are computed when they are first read
     locks       what only one thread does at a time
@@ -16,6 +17,8 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
+from .companions import Companion as Companion
+from .companions import Companions as Companions
 from .computed import computed_once as computed_once
 from .free_runs import FreeRuns as FreeRuns
 from .locks import holding as holding
@@ -35,6 +38,7 @@ from .routing import host_may_read as host_may_read
 from .routing import unchecked_routing as unchecked_routing
 from .routing import value_of as value_of
 from .selections import Selection as Selection
+from .selections import flattened as flattened
 from .selections import routing_from_names as routing_from_names
 from .selections import weighted_adapters as weighted_adapters
 from .slots import Slots as Slots

@@ -118,6 +118,40 @@ def _one_each(
     return unchecked_routing(torch.from_numpy(index), torch.from_numpy(weight), LastPass())
 
 
+def flattened(
+    index: torch.Tensor,
+    weights: torch.Tensor | None,
+    others: Mapping[str, object],
+    argument: str = "rows",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An index [samples, tokens, J] and its weights, with one row for each token.
+
+    Args:
+        index: the index.
+        weights: of the index's shape; None = all 1.
+        others: arguments that mean nothing beside such an index, by name: they must be None.
+        argument: what error messages call the index.
+
+    Raises:
+        RoutingError: an argument is given, or the weights have another shape.
+    """
+    for name, value in others.items():
+        if value is not None:
+            raise RoutingError(
+                f"`{name}` must be None if `{argument}` is [samples, tokens, J], which has a row "
+                f"for each token of the batch, got {value!r}"
+            )
+    if weights is None:
+        return index.flatten(0, 1), None
+    if not isinstance(weights, torch.Tensor) or weights.shape != index.shape:
+        is_tensor = isinstance(weights, torch.Tensor)
+        got = list(weights.shape) if is_tensor else type(weights).__name__
+        raise RoutingError(
+            f"`weights` must be a tensor of the index's shape {list(index.shape)}, got {got}"
+        )
+    return index.flatten(0, 1), weights.flatten(0, 1)
+
+
 def _check_name(name: object, argument: str) -> str:
     if not isinstance(name, str):
         raise ArgumentTypeError(

@@ -6,10 +6,12 @@ handed_in  a Routing that is handed to a layer, without a model around it
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters
 sharding   layers that tensor parallelism has split
+saved_modules  layers that an adapter saved as a whole, as what they are more than the base's
 """
 
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
+from .saved_modules import difference as difference
 from .sharding import is_dtensor as is_dtensor
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from ..adapters import Adapters, MemoryReport, Prepared
 from ..checkpoints import (
     BaseModel,
+    StoredAdapter,
     is_diffusers_folder,
     local_folder,
     read_diffusers_file,
@@ -116,6 +118,8 @@ class LoadedAdapters:
                 f"`component` must be None for a PEFT checkpoint, got {component!r:.100}"
             )
         self._include_heads(stored.shapes(), stored.source)
+        if stored.saved is not None:
+            self._include_heads(stored.saved.shapes(), stored.source)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
@@ -194,13 +198,16 @@ class LoadedAdapters:
         return self._add({name: parts}, "weights")[name]
 
     def _add(
-        self, adapters: Mapping[str, Mapping[str, LoraWeights]], source: str
+        self,
+        adapters: Mapping[str, Mapping[str, LoraWeights]],
+        source: str,
+        saved: Mapping[str, StoredAdapter] = MappingProxyType({}),
     ) -> dict[str, int]:
-        """Load adapters from their factors, all or none."""
+        """Load adapters from their factors, and the modules that they saved, all or none."""
         for parts in adapters.values():
             self._include_heads(parts, source)
         prepare = {
-            name: partial(self._adapters.prepare_weights, parts, source)
+            name: partial(self._adapters.prepare_weights, parts, source, saved.get(name))
             for name, parts in adapters.items()
         }
         return self._publish(prepare)

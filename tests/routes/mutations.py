@@ -90,7 +90,7 @@ MUTATIONS = {
     ),
     "router: a sticky route does not follow": Mutation(
         ROUTER,
-        "self.sticky.route = self.sticky.route.with_replaced(old, new)",
+        "self.sticky.route = self.sticky.route.with_replaced(old, new, self.slots)",
         "pass",
         TEST_BOUNDED,
     ),
