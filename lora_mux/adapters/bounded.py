@@ -93,14 +93,11 @@ class BoundedAdapters(Adapters):
         self._change.recover()
         with self._change:
             self._free_unused()
-            saved = stored.saved
-            for part in filter(None, (stored, saved) if self._slots.captured else ()):
-                for path, shape in part.shapes().items():
-                    argument = f"{stored.source}[{path!r}]"
-                    check_room(self._slots, self._pools[path], shape, argument)
-            companion = None
+            saved, companion = stored.saved, None
             if saved is not None:
-                companion = self._companion(saved.outline.keys, digest, lambda: self._held(saved))
+                companion = self._slots.companions.of_modules(
+                    saved.outline.keys, digest, lambda: self._held(saved)
+                )
             handle = self._held(replace(stored, saved=None))
             if companion is not None:
                 self._slots.accompany(handle, companion)
@@ -108,6 +105,9 @@ class BoundedAdapters(Adapters):
 
     def _held(self, stored: StoredAdapter) -> int:
         """A new handle, whose values are on the host or in a file."""
+        if self._slots.captured:
+            for path, part in stored.shapes().items():
+                check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
         handle = self._slots.allot()
         self._reserve_for(stored.outline)
         self._loaded[handle] = stored

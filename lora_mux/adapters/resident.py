@@ -1,6 +1,6 @@
 """The adapters of an attached model, all of them resident."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType
 from typing import TypeVar
@@ -9,7 +9,6 @@ import torch
 
 from ..checkpoints import StoredAdapter
 from ..core import (
-    Companion,
     LoraWeights,
     Slots,
     Stream,
@@ -114,43 +113,28 @@ class Adapters:
         self._change.recover()
         with self._change:
             self._free_unused()
-            for path, part in (*cut.items(), *saved.items()):
-                check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
 
             def hold() -> int:
-                held = self._written(saved)
+                held = self._written(saved, source)
                 with self._writing([slot_of(held)]):
                     self._slots.make_live(held)
                 return held
 
-            companion = self._companion(saved, digest, hold)
-            handle = self._written(cut)
+            companion = self._slots.companions.of_modules(saved, digest, hold) if saved else None
+            handle = self._written(cut, source)
             if companion is not None:
                 self._slots.accompany(handle, companion)
             return self._claimed(handle)
 
-    def _written(self, cut: Mapping[str, LoraWeights]) -> int:
+    def _written(self, cut: Mapping[str, LoraWeights], source: str) -> int:
         """A new handle, whose rank rows are in their places."""
+        for path, part in cut.items():
+            check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
         handle = self._slots.allot()
         parts = ((pool, cut.get(path)) for path, pool in self._pools.items())
         with self._growing([slot_of(handle)]):
             write(self._slots, handle, parts)
         return handle
-
-    def _companion(
-        self, modules: Collection[str], digest: bytes, hold: Callable[[], int]
-    ) -> Companion | None:
-        """The companion that holds saved modules: one that is there and equal, or a new one.
-
-        Args:
-            modules: their paths; none = there is no companion.
-            digest: of their values.
-            hold: brings them to their place, and returns their handle.
-        """
-        if not modules:
-            return None
-        equal = self._slots.companions.equal(digest)
-        return Companion(hold(), frozenset(modules), digest) if equal is None else equal
 
     def _claimed(self, handle: int) -> Prepared:
         prepared = self._claims[handle] = Prepared(handle)

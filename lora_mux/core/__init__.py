@@ -4,8 +4,7 @@
     free_runs   which of those rank rows are free
     slots       the adapters of a model: name <-> handle <-> slot
     routing     Routing, the index and weight of a batch
-    selections  names -> a Routing
-    companions  what comes with adapters into a row: the modules that they saved
+    selections  names -> a Routing; and what comes with adapters into a row
     arguments   checks of the numbers and names that users give
     computed    attributes that are computed when they are first read
     locks       what only one thread does at a time
@@ -17,8 +16,6 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
-from .companions import Companion as Companion
-from .companions import Companions as Companions
 from .computed import computed_once as computed_once
 from .free_runs import FreeRuns as FreeRuns
 from .locks import holding as holding

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
-from .companions import Companion, Companions
 from .routing import BASE, NONE, Routing
+from .selections import Companion, Companions
 from .streams import has_streams, to_device
 
 # handle = generation << 16 | slot fits an int32 index: 65,536 slots with 32,768 tenants each.

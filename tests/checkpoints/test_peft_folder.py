@@ -170,7 +170,7 @@ REFUSED_FIELDS: dict[str, Any] = {
     "layers_to_transform": "0",
     "init_lora_weights": "pissa_niter_4",
     "bias": "some",
-    "modules_to_save": ["score"],
+    "modules_to_save": "score",
     "trainable_token_indices": [1],
     "use_dora": True,
     "alora_invocation_tokens": [1, 2],

@@ -12,6 +12,7 @@ LAYOUT = "model/layout.py"
 MUX = "model/mux.py"
 ROUTE = "routes/route.py"
 ROUTER = "routes/router.py"
+SELECTIONS = "core/selections.py"
 STORED_ADAPTER = "checkpoints/stored_adapter.py"
 TOP = "model/top.py"
 TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
@@ -119,7 +120,7 @@ MUTATIONS = {
         TEST_TOKEN_INDEX,
     ),
     "route: the weights of the first samples": Mutation(
-        ROUTE, "weights.flatten(0, 1)", "weights.flip(0).flatten(0, 1)", TEST_TOKEN_INDEX
+        SELECTIONS, "weights.flatten(0, 1)", "weights.flip(0).flatten(0, 1)", TEST_TOKEN_INDEX
     ),
     "mux: a route of before a reload": Mutation(
         GIVEN_ROWS, "return make() if first.named", "return first if first.named", TEST_BOUNDED

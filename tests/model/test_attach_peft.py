@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -281,8 +282,13 @@ def conv() -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
 
 
-def head() -> Any:
-    return small(modules_to_save=["2"])
+def lora_in_a_saved_module() -> Any:
+    head = nn.Sequential(OrderedDict(dense=nn.Linear(8, 4)))
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), head=head))
+    config = peft.LoraConfig(target_modules=["first"], modules_to_save=["head"])
+    model = peft.get_peft_model(model, config, "a")
+    model.add_adapter("b", peft.LoraConfig(target_modules=["dense"]))
+    return model
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -295,7 +301,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
     "convolution": (conv, "LoRA on a linear layer, got PEFT.s Conv2d"),
-    "modules_to_save": (head, "`modules_to_save` must be unset"),
+    "LoRA in a saved module": (lora_in_a_saved_module, "'head' must not be saved as a whole"),
 }
 
 

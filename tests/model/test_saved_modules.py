@@ -51,8 +51,8 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any]]] = {
     "a layer": (llama, ["q_proj"], {"modules_to_save": ["up_proj"]}),
     "Conv1D": (gpt2_classifier, ["c_fc"], {"modules_to_save": ["score", "c_attn"]}),
 }
-# Which values the saved modules have; None = those of the base, or no saved modules at all: to every
-# adapter of a classifier PEFT adds the head.
+# Which values the saved modules have; None = those of the base, or there are none: PEFT adds the
+# head to every adapter of a classifier.
 SEEDS = {"a": 1, "b": 2, "c": 3, "like a": 1, "headless": None}
 
 
@@ -262,7 +262,10 @@ def test_routes_by_index_and_per_token(small: SimpleNamespace) -> None:
     model, mux = small.attached()
     handles = [mux.adapters["a"], -1, mux.adapters["headless"], mux.adapters["c"]]
     names = ["a", None, "headless", "c"]
-    for index in (torch.tensor(handles)[:, None], torch.tensor(handles, dtype=torch.int32)[:, None]):
+    for index in (
+        torch.tensor(handles)[:, None],
+        torch.tensor(handles, dtype=torch.int32)[:, None],
+    ):
         with mux.route(index) as routing:
             got = run(model)
             with mux.route(routing.index, routing.weight) as again:  # has all that it needs
@@ -313,9 +316,7 @@ def test_a_reload_that_would_not_fit_the_rows_in_force(small: SimpleNamespace) -
 
 def test_where_one_adapter_fits(small: SimpleNamespace) -> None:
     """Three rank rows for the head of one; the LoRA parts take up to five in other layers."""
-    row = sum(
-        pool.row_bytes for pool in small.attached("a")[1].memory().targets.values()
-    )
+    row = sum(pool.row_bytes for pool in small.attached("a")[1].memory().targets.values())
     model, mux = small.attached(memory=5 * row)
     for name in ("a", "b", "headless", "like a", "c", "b"):
         mux.set_adapter(name)
@@ -400,7 +401,9 @@ def test_compiled(small: SimpleNamespace) -> None:
 # What is refused.
 
 
-def folder_of(small: SimpleNamespace, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def folder_of(
+    small: SimpleNamespace, to: Path, change: Callable[[dict[str, Tensor]], None]
+) -> Path:
     """A's folder with other tensors."""
     import shutil
 
