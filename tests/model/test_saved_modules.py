@@ -48,6 +48,14 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any]]] = {
     "gpt2": (gpt2_classifier, ["c_attn"], {**HEAD, "fan_in_fan_out": True}),
     "lm_head": (llama, ["q_proj"], {"modules_to_save": ["lm_head"]}),
     "tied lm_head": (qwen2, ["q_proj"], {"modules_to_save": ["lm_head"]}),
+    "embedding": (llama, ["q_proj"], {"modules_to_save": ["embed_tokens"]}),
+    "both": (llama, ["q_proj"], {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "untied": (qwen2, ["q_proj"], {"modules_to_save": ["embed_tokens"]}),
+    "tied": (
+        qwen2,
+        ["q_proj"],
+        {"modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": True},
+    ),
     "a layer": (llama, ["q_proj"], {"modules_to_save": ["up_proj"]}),
     "Conv1D": (gpt2_classifier, ["c_fc"], {"modules_to_save": ["score", "c_attn"]}),
 }
