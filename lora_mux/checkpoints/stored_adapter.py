@@ -184,10 +184,10 @@ def saved_modules(
         part = difference(module, values)
         if part is None:
             raise CheckpointError(
-                f"{source}: the saved module {path!r} must be a linear layer or an embedding if it "
-                f"differs from the base's, got {type(module).__name__} with another "
-                f"{', '.join(sorted(values))}; leave it out of modules_to_save, or merge the "
-                "adapter into a model of its own"
+                f"{source}: the saved module {path!r} must be a linear layer, an embedding or a "
+                f"plain convolution if it differs from the base's, got {type(module).__name__} "
+                f"with another {', '.join(sorted(values))}; leave it out of modules_to_save, or "
+                "merge the adapter into a model of its own"
             )
         weights[path] = part
     return copy_to_host(source, weights, False) if weights else None

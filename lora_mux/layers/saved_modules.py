@@ -5,7 +5,7 @@ rank, whose weight is always 1:
 
     W x + b = (W_0 x + b_0) + (W - W_0) x + (b - b_0)
 
-So is an embedding, over one-hot rows.
+So is an embedding, over one-hot rows, and a convolution, over patches.
 """
 
 from collections.abc import Mapping
@@ -14,43 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from ..core import LoraWeights
-from .targets import features
+from .targets import features, in_features
 
 
 def difference(module: nn.Module, values: Mapping[str, Tensor]) -> LoraWeights | None:
     """The adapter that makes a layer the one that was saved.
 
     Args:
-        module: a linear layer or an embedding of the base, whose parameters are plain tensors.
+        module: a layer of the base, whose parameters are plain tensors.
         values: what was saved of it, "weight" and "bias", in the shapes of the layer's own; what is
             not there is equal to the layer's.
 
     Returns:
-        Factors in the layer's dtype: the difference W - W_0, rounded once, and an identity, which
-        makes the rank the shorter side of W, or the width of an embedding. None if the layer is
-        another one.
+        Factors in the layer's dtype, in PEFT's shapes: the difference W - W_0, rounded once, and an
+        identity, which makes the rank the shorter side of W, or the width of an embedding or a
+        convolution. None if no factors make a layer of this kind another one.
     """
-    is_embedding = isinstance(module, nn.Embedding)
-    K, N = _sizes(module)
-    if not K or not values.keys() <= {"weight", "bias"}:
+    if not values.keys() <= {"weight", "bias"} or not _is_one_product(module):
         return None
     more = {name: _more(value, module.get_parameter(name)) for name, value in values.items()}
     bias = more.get("bias")
     if bias is not None and "weight" not in more:
+        K, N = in_features(module), len(bias)
         return LoraWeights(bias.new_zeros(1, K), bias.new_zeros(N, 1), 1.0, bias)
     W = more["weight"]
-    if not isinstance(module, nn.Linear) and W.shape == (K, N):  # an embedding, or Conv1D
+    if isinstance(module, nn.Embedding) or hasattr(module, "nx"):  # Conv1D: [in, out]
         W = W.T
-    is_flat = N <= K or is_embedding  # nobody multiplies with A of an embedding: it is looked up
-    ones = torch.eye(N if is_flat else K, dtype=W.dtype)
+    is_flat = not features(module)[0] or len(W) <= W.shape[1]
+    ones = torch.eye(len(W) if is_flat else W.shape[1], dtype=W.dtype)
     A, B = (W, ones) if is_flat else (ones, W)
     return LoraWeights(A, B, 1.0, bias)
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    return features(module)
+def _is_one_product(module: nn.Module) -> bool:
+    """Whether a layer is W x + b, with the same x for W as for an adapter's A."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Embedding) or features(module)[0] > 0
 
 
 def _more(saved: Tensor, own: Tensor) -> Tensor:
