@@ -23,7 +23,7 @@ from .patterns import PathEnds, PatternError, Steps
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
     "exclude_modules layers_to_transform layers_pattern init_lora_weights bias modules_to_save "
-    "ensure_weight_tying".split()
+    "ensure_weight_tying trainable_token_indices use_bdlora".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
@@ -33,11 +33,9 @@ IGNORED = frozenset(
     "qalora_group_size".split()
 )
 REFUSED = {
-    "trainable_token_indices": "it replaces rows of the embedding",
     "use_dora": "DoRA rescales the base's own output",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
     "use_qalora": "QA-LoRA pools its inputs",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "arrow_config": "Arrow is a router over other adapters",
     "kasa_config": "KaSA changes the base weights",
     "target_parameters": "LoRA on parameters (fused experts) is not supported",
@@ -92,6 +90,8 @@ class PeftConfig:
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: frozenset[str] = frozenset()
+    blocks: int = 1  # on the diagonal of A or of B, beside which BD-LoRA has zeros
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name -> rows of its weight
     ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
     source: str = field(default="", compare=False)  # what error messages call it
 
@@ -119,6 +119,19 @@ class PeftConfig:
         ends = [i for i, c in enumerate(name) if c == "."]
         paths = (name[:end] for end in [*ends, len(name)])
         return any(path.endswith(part) for path in paths for part in self.modules_to_save)
+
+    def tokens(self, path: str) -> tuple[int, ...]:
+        """The rows of a module's weight that were trained, if some were.
+
+        PEFT asks for the end of the path, and without a name means the embedding of the input.
+        """
+        found = {rows for name, rows in self.trainable_tokens if path.endswith(name)}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self.source}: `trainable_token_indices` must name each module once, got several "
+                f"for {path!r}"
+            )
+        return found.pop() if found else ()
 
     def targeted(self, paths: Collection[str]) -> set[str]:
         """Those of the paths that the config targets, by PEFT's rules.
@@ -222,6 +235,8 @@ def parse_config(
         layers_to_transform=check.layers("layers_to_transform"),
         layers_pattern=check.layer_names("layers_pattern"),
         modules_to_save=check.names("modules_to_save"),
+        blocks=check.blocks("use_bdlora"),
+        trainable_tokens=check.tokens("trainable_token_indices"),
         ensure_weight_tying=check.flag("ensure_weight_tying"),
         source=source,
     )
@@ -355,6 +370,22 @@ class _Checker:
 
     def names(self, name: str) -> frozenset[str]:
         return frozenset(self._strings(name, self._values.get(name) or []))
+
+    def blocks(self, name: str) -> int:
+        value = self._values.get(name) or {}
+        count = value.get("nblocks", 1) if isinstance(value, dict) else 0
+        if type(count) is not int or not 1 <= count <= MAX_RANK:
+            raise self._error(name, "an object with a number of blocks, nblocks", value)
+        return count
+
+    def tokens(self, name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        value = self._values.get(name)
+        named = value if isinstance(value, dict) else {"": value or []}
+        for rows in named.values():
+            whole = isinstance(rows, list) and all(type(n) is int and n >= 0 for n in rows)
+            if not whole or len({*rows}) < len(rows):
+                raise self._error(name, "a list of different ints, or names with such", value)
+        return tuple((module, tuple(rows)) for module, rows in named.items())
 
     def layer_names(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)

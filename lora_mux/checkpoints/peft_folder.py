@@ -32,7 +32,7 @@ from .safetensors_file import (
     read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host, saved_modules
+from .stored_adapter import StoredAdapter, TensorPlace, held_instead, saved_modules
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -44,11 +44,13 @@ SUFFIXES = {
     ".lora_embedding_B": "B",
 }
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default\b")
+NAMED = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.trainable_tokens_delta)\.default\b")
+# What methods of training keep beside the factors, which compute without.
+TRAINING = re.compile(r"\.lora_velora_embed|\.lora_monteclora_sampler\..+")
+TOKENS = ".token_adapter.trainable_tokens_delta"  # a few rows of a weight
 # The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
     ".lora_magnitude_vector": "DoRA rescales the base's own output",
-    ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
@@ -97,6 +99,8 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
     stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
+    if config.blocks > 1:
+        stored = _with_zeros(stored, config.blocks, model)
     shifts, saved = _check_copies(opened, file, outline.copies, model, config)
     if shifts:
         stored = _shifted(stored, shifts, model)
@@ -116,7 +120,7 @@ def peft_outline(
     strengths = config.strengths(keys.modules)
     for path, parts in keys.modules.items():
         shapes = {part: list(places[key].shape) for part, key in parts.items()}
-        _check_shapes(source, path, parts, strengths[path].rank, shapes)
+        _check_shapes(source, path, parts, strengths[path].rank, shapes, config.blocks)
         _check_bias(source, path, "bias" in parts, config.lora_bias)
     scaling = {path: strength.scaling for path, strength in strengths.items()}
     remarks = (*_remarks(config, keys.modules.keys(), base.targets), *_unsaved(config, keys, base))
@@ -148,7 +152,8 @@ def _check_copies(
         if file.state != looked_at.state:
             raise CheckpointError(f"{file.path} must stay as it is while it is read, load it again")
         for name, place in copies.items():
-            own = base.value(name)
+            path = name.removesuffix(TOKENS)
+            own = base.value(name if path == name else f"{path}.weight")
             if own is None:
                 raise CheckpointError(
                     f"{file.path}: the copy of {name!r} must be equal to the base's, got a base "
@@ -156,6 +161,12 @@ def _check_copies(
                     "base with this layer as it is, or save the adapter without the copy "
                     "(save_embedding_layers=False)"
                 )
+            if path != name:
+                weight = _with_tokens(file, name, place, own, config.tokens(path))
+                sharing = () if _equal(weight, own) else base.tied(f"{path}.weight")
+                modules = {shared.removesuffix(".weight") for shared in sharing}
+                saved |= {module: {"weight": weight} for module in modules & {*base.targets}}
+                continue
             copy = read_tensor(file, place) if own.shape == place.shape else None
             if copy is not None and _equal(copy, own):
                 continue
@@ -173,6 +184,28 @@ def _check_copies(
             check_finite(file.path, name, copy)
             shifts[path] = copy.float() - own.float().cpu()
     return shifts, saved
+
+
+def _with_tokens(
+    file: OpenedFile,
+    name: str,
+    place: TensorPlace,
+    own: Tensor,
+    rows: Sequence[int],
+) -> Tensor:
+    """A weight in which trained tokens have their rows."""
+    if not rows or place.shape != (len(rows), *own.shape[1:]) or max(rows) >= len(own):
+        raise CheckpointError(
+            f"{file.path}: {name!r} must be the {len(rows)} rows that the config's "
+            f"`trainable_token_indices` name, of the base's {list(own.shape)}, got "
+            f"{list(place.shape)}; load the base with the vocabulary that the adapter was trained "
+            "with (resize_token_embeddings)"
+        )
+    trained = read_tensor(file, place)
+    check_finite(file.path, name, trained)
+    weight = own.detach().to("cpu", torch.promote_types(own.dtype, trained.dtype), copy=True)
+    weight[list(rows)] = trained.to(weight)
+    return weight
 
 
 def _is_saved(name: str, base: BaseModel, config: PeftConfig) -> bool:
@@ -194,6 +227,22 @@ def _saved_copy(
     return copy
 
 
+def _with_zeros(stored: StoredAdapter, blocks: int, base: BaseModel) -> StoredAdapter:
+    """An adapter of BD-LoRA with whole factors, on the host.
+
+    A [r, in_features / blocks] or B [out_features, r / blocks] holds the blocks of a diagonal.
+    """
+    weights = stored.weights(stored.read(False))
+    for path, part in weights.items():
+        A, B = part.A, part.B
+        if path in base.targets and A.shape[1] * blocks == base.in_features(path):
+            A = torch.block_diag(*A.chunk(blocks))  # type: ignore[no-untyped-call]
+        elif B.shape[1] * blocks == len(A):
+            B = torch.block_diag(*B.chunk(blocks))  # type: ignore[no-untyped-call]
+        weights[path] = replace(part, A=A, B=B)
+    return held_instead(stored, weights)
+
+
 def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseModel) -> StoredAdapter:
     """An adapter with what it adds to the base's biases, on the host."""
     weights = stored.weights(stored.read(False))
@@ -206,8 +255,7 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
             part = LoraWeights(part.A, torch.zeros_like(part.B), 1.0)
         constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
         weights[path] = replace(part, bias=constant)
-    held = copy_to_host(stored.source, weights, False)
-    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
+    return held_instead(stored, weights)
 
 
 def _equal(copy: Tensor, own: Tensor) -> bool:
@@ -262,6 +310,13 @@ def _unsaved(config: PeftConfig, keys: Keys, base: BaseModel) -> Iterator[str]:
                 f"{config.source}: `modules_to_save` must not name modules that have LoRA as well, "
                 f"got {path!r}; PEFT computes one of them only, so take the other out of the file"
             )
+    for name in keys.copies:
+        path = name.removesuffix(TOKENS)
+        if path in keys.modules:
+            raise CheckpointError(
+                f"{config.source}: `trainable_token_indices` must not name modules that have LoRA "
+                f"as well, got {path!r}; train one of them"
+            )
     missing = [name for name in saved if name not in keys.copies]
     if missing:
         yield f"lacks what its config saves: {_some(missing)}"
@@ -289,9 +344,13 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
     copies: dict[str, str] = {}
     for key in sorted(keys):
         name = NAMED.sub(r"\1", base.renamed(key))
+        if TRAINING.search(name):
+            continue
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            own = base.parameter(name.replace(".base_layer.", "."))
+            own = base.parameter(name.replace(TOKENS, ".weight").replace(".base_layer.", "."))
+            if own is not None and name.endswith(TOKENS):
+                own = own.removesuffix(".weight") + TOKENS
             if own is None or own in copies:
                 raise _unknown_key(source, key)
             copies[own] = key
@@ -328,6 +387,7 @@ def _check_shapes(
     parts: dict[str, str],
     rank: int,
     shapes: dict[str, list[int]],
+    blocks: int,
 ) -> None:
     A, B = shapes["A"], shapes["B"]
     for part, fits, dimensions in (
@@ -340,8 +400,8 @@ def _check_shapes(
                 f"{source}: key {parts[part]!r} must be {dimensions}, got shape {shapes[part]}"
             )
     # B of a convolution in groups has the part of h that a group uses.
-    of_group = B[1] if len(B) == 2 or not B[1] or rank % B[1] else rank
-    if A[0] != rank or of_group != rank:
+    in_groups = len(B) > 2 and B[1] > 0 and rank % B[1] == 0
+    if A[0] != rank or not (B[1] in (rank, rank / blocks) or in_groups):
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
             f"{A} and lora_B {B}"

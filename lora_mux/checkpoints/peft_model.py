@@ -29,6 +29,7 @@ TARGETING = (
 )
 # What holds a factor: one that computes anything else is of another method.
 FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Parameter)
+WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
@@ -61,7 +62,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
     layers: dict[str, Any] = {
         path: module
         for path, module in base.named_modules()
-        if isinstance(module, tuner.BaseTunerLayer)
+        if isinstance(module, tuner.BaseTunerLayer) and not hasattr(module, "token_indices")
     }
     others = importlib.import_module("peft.utils.other")
     wrappers: dict[str, Any] = {
@@ -70,7 +71,8 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         if isinstance(module, others.AuxiliaryTrainingWrapper)
     }
     _check_wrappers(wrappers, layers)
-    if any(layer.merged for layer in layers.values()):
+    tokens = [w.token_adapter for w in wrappers.values() if hasattr(w, "token_adapter")]
+    if any(layer.merged for layer in (*layers.values(), *tokens)):
         raise CheckpointError(
             "`peft_model` must have its original base weights, got merged adapters; "
             "call unmerge_adapter() first"
@@ -90,7 +92,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         )
     saved, active = {}, {}
     for name, parts in adapters.items():
-        wrapping = {path: w for path, w in wrappers.items() if name in w.modules_to_save}
+        wrapping = {path: w for path, w in wrappers.items() if name in _held_by(w)}
         modules = _saved(name, wrapping)
         if modules is not None:
             saved[name] = modules
@@ -212,10 +214,11 @@ def _check_wrappers(wrappers: Mapping[str, Any], layers: Mapping[str, Any]) -> N
     for path, wrapper in wrappers.items():
         inside = [other for other in layers if f"{other}.".startswith(f"{path}.")]
         kind = type(wrapper)
-        if kind.__name__ != "ModulesToSaveWrapper" or not kind.__module__.startswith("peft."):
+        if kind.__name__ not in WRAPPERS or not kind.__module__.startswith("peft."):
             raise CheckpointError(
-                f"`peft_model`: {path!r} must be a layer of the model or one of modules_to_save, "
-                f"got PEFT's {kind.__name__}; delete_adapter() the one that made it"
+                f"`peft_model`: {path!r} must be a layer, or one of modules_to_save or "
+                f"trainable_token_indices, got PEFT's {kind.__name__}; delete_adapter() the one "
+                "that made it"
             )
         if inside:
             raise CheckpointError(
@@ -234,12 +237,33 @@ def _plain(path: str, base: nn.Module, wrappers: Mapping[str, Any]) -> nn.Module
     return base.get_submodule(path)
 
 
+def _held_by(wrapper: Any) -> Any:
+    """What one of PEFT's wrappers holds, by adapter: modules, or rows of a weight."""
+    if hasattr(wrapper, "token_adapter"):
+        return wrapper.token_adapter.trainable_tokens_delta
+    return wrapper.modules_to_save
+
+
+def _saved_parameters(name: str, path: str, wrapper: Any) -> dict[str, nn.Parameter]:
+    """What a wrapped module has in its place, with an adapter."""
+    if not hasattr(wrapper, "token_adapter"):
+        return dict(wrapper.modules_to_save[name].named_parameters())
+    own = dict(wrapper.original_module.named_parameters())
+    rows = wrapper.token_adapter.token_indices[name]
+    trained = wrapper.token_adapter.trainable_tokens_delta[name].detach()
+    _check_values(_source(name), f"{path}.trainable_tokens_delta", trained)
+    weight = own["weight"].detach().to(torch.promote_types(own["weight"].dtype, trained.dtype))
+    index = torch.tensor(rows, device=weight.device)
+    changed = weight.index_copy(0, index, trained.to(weight))
+    return {**own, "weight": nn.Parameter(changed, requires_grad=False)}
+
+
 def _saved(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
     """The modules that an adapter saved, where they differ from the base's."""
     differing: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for outer, wrapper in wrappers.items():
         own = dict(wrapper.original_module.named_parameters())
-        held = dict(wrapper.modules_to_save[name].named_parameters())
+        held = _saved_parameters(name, outer, wrapper)
         for key in held.keys() | own.keys():
             path, _, part = f"{outer}.{key}".rpartition(".")
             what = f"{_source(name)}: the saved {path + '.' + part!r}"
@@ -273,7 +297,11 @@ def _held(path: str, layer: Any) -> set[str]:
             f"{type(layer).__name__}, which may compute anything"
         )
     pairs = [_modules(layer, name) for name in names]
-    if any(type(factor) not in FACTORS for pair in pairs for factor in pair):
+    if any(
+        type(factor) not in FACTORS and not _is_in_blocks(factor)
+        for pair in pairs
+        for factor in pair
+    ):
         raise CheckpointError(
             f"`peft_model`: layer {path!r} must hold LoRA on a linear layer, an embedding or a "
             f"convolution, got PEFT's {type(layer).__name__} over "
@@ -288,6 +316,21 @@ def _modules(layer: Any, name: str) -> tuple[Any, Any]:
     embedded = getattr(layer, "lora_embedding_A", {}), getattr(layer, "lora_embedding_B", {})
     A, B = embedded if name in embedded[0] else (layer.lora_A, layer.lora_B)
     return A[name] if name in A else None, B[name] if name in B else None
+
+
+def _is_in_blocks(factor: Any) -> bool:
+    """Whether a factor is BD-LoRA's, with blocks on a diagonal and zeros beside them."""
+    kind = type(factor)
+    return kind.__name__ == "BlockDiagonalLinear" and kind.__module__.startswith("peft.")
+
+
+def _matrix(factor: Any) -> Tensor:
+    """The weight of a factor, whole."""
+    weight: Tensor = factor.weight
+    if _is_in_blocks(factor):
+        blocks = weight.detach().chunk(factor.nblocks)
+        return torch.block_diag(*blocks)  # type: ignore[no-untyped-call,no-any-return]
+    return weight
 
 
 def _target(path: str, linear: nn.Module) -> Target:
@@ -305,7 +348,8 @@ def _part(path: str, layer: Any, name: str) -> LoraWeights:
     if isinstance(A, nn.Parameter):
         factors = {"lora_embedding_A": A, "lora_embedding_B": B, "lora_B.bias": None}
     else:
-        factors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight, "lora_B.bias": B.bias}
+        bias = getattr(B, "bias", None)
+        factors = {"lora_A.weight": _matrix(A), "lora_B.weight": _matrix(B), "lora_B.bias": bias}
     for key, tensor in factors.items():
         if tensor is not None:
             _check_values(_source(name), f"{path}.{key}", tensor)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -165,6 +165,12 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
     scaling = {path: part.scaling for path, part in weights.items()}
     outline = Outline(keys, scaling, packed.places)
     return StoredAdapter(source, outline, functools.partial(_held, packed))
+
+
+def held_instead(stored: StoredAdapter, weights: Mapping[str, LoraWeights]) -> StoredAdapter:
+    """An adapter with other factors than it was stored with, in the host's memory."""
+    held = copy_to_host(stored.source, weights, False)
+    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
 
 
 def saved_modules(

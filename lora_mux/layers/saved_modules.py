@@ -27,8 +27,9 @@ def difference(module: nn.Module, values: Mapping[str, Tensor]) -> LoraWeights |
 
     Returns:
         Factors in the layer's dtype, in PEFT's shapes: the difference W - W_0, rounded once, and an
-        identity, which makes the rank the shorter side of W, or the width of an embedding or a
-        convolution. None if no factors make a layer of this kind another one.
+        identity. That makes the rank the shorter side of W, or the width of an embedding or a
+        convolution; or the number of rows of the weight that differ, where those are fewer. None if
+        no factors make a layer of this kind another one.
     """
     if not values.keys() <= {"weight", "bias"} or not _is_one_product(module):
         return None
@@ -38,11 +39,25 @@ def difference(module: nn.Module, values: Mapping[str, Tensor]) -> LoraWeights |
         K, N = in_features(module), len(bias)
         return LoraWeights(bias.new_zeros(1, K), bias.new_zeros(N, 1), 1.0, bias)
     W = more["weight"]
-    if isinstance(module, nn.Embedding) or hasattr(module, "nx"):  # Conv1D: [in, out]
+    is_embedding, transposed = isinstance(module, nn.Embedding), hasattr(module, "nx")  # Conv1D
+    changed = W.flatten(1).any(1).nonzero()[:, 0]
+    if W.ndim == 2 and not transposed and len(changed) < min(W.shape):  # new tokens, above all
+        return _of_rows(W, changed, is_embedding, bias)
+    if is_embedding or transposed:
         W = W.T
     is_flat = not features(module)[0] or len(W) <= W.shape[1]
     ones = torch.eye(len(W) if is_flat else W.shape[1], dtype=W.dtype)
     A, B = (W, ones) if is_flat else (ones, W)
+    return LoraWeights(A, B, 1.0, bias)
+
+
+def _of_rows(W: Tensor, changed: Tensor, is_embedding: bool, bias: Tensor | None) -> LoraWeights:
+    """The factors of a difference that is 0 but for a few rows of a weight."""
+    if not len(changed):  # by rounding
+        changed = torch.zeros(1, dtype=torch.long)
+    rows, places = W[changed], W.new_zeros(len(changed), len(W))
+    places[torch.arange(len(changed)), changed] = 1
+    A, B = (places, rows.T) if is_embedding else (rows, places.T)
     return LoraWeights(A, B, 1.0, bias)
 
 

@@ -250,12 +250,6 @@ def plain_beside_dora() -> Any:
     return model
 
 
-def tokens() -> Any:
-    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-    config = peft.LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]})
-    return peft.get_peft_model(model, config)
-
-
 def without_values() -> Any:
     model = nn.Sequential(nn.Linear(8, 8))
     config = peft.LoraConfig(target_modules=["0"])
@@ -301,7 +295,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "DoRA": (dora, "adapter 'a'.*`use_dora` must be unset"),
     "DoRA beside a plain one": (plain_beside_dora, "adapter 'b'.*`use_dora`.*delete_adapter"),
     "another class": (changed, "PEFT's own classes, got Doubled"),
-    "token adapters": (tokens, "`trainable_token_indices` must be unset"),
     "no values": (without_values, r"'0\.lora_A\.weight' must hold values"),
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
