@@ -259,16 +259,15 @@ class Companions:
             return routing
         if not host_may_read(routing.index):
             return _widened(routing, self._looked_up(routing.index, argument))
-        index = routing.index.numpy()
-        if not np.isin(index, [*self._of]).any():
+        rows = [*map(tuple, routing.index.tolist())]
+        found = {row: self._of_row(row, argument, names) for row in {*rows}}
+        width = max(map(len, found.values()), default=0)
+        if not width:
             return routing
-        different, which = np.unique(index, axis=0, return_inverse=True)
-        found = [self._of_row(row, argument, names) for row in different.tolist()]
-        width = max(map(len, found))
-        wide = np.array([f + [NONE] * (width - len(f)) for f in found], index.dtype)
-        return _widened(routing, torch.from_numpy(wide[which.reshape(-1)]))
+        padded = {row: own + [NONE] * (width - len(own)) for row, own in found.items()}
+        return _widened(routing, torch.from_numpy(np.array([padded[row] for row in rows])))
 
-    def _of_row(self, row: list[int], argument: str, names: Mapping[int, str]) -> list[int]:
+    def _of_row(self, row: tuple[int, ...], argument: str, names: Mapping[int, str]) -> list[int]:
         """The companions that a row has yet to get."""
         chosen: dict[Companion, int] = {}  # the adapter whose it is
         for handle in row:
@@ -295,7 +294,11 @@ class Companions:
                 "tell whether a row selects two of them that differ"
             )
         of = sorted((handle, companion.handle) for handle, companion in [*self._of.items()])
-        handles, companions = to_device([*torch.tensor(of, dtype=torch.int64).T], index.device)
+        table = torch.tensor(of, dtype=torch.int64).T.contiguous()
+        # What torch.compile traces pins no memory.
+        tracing = torch.compiler.is_compiling()
+        there = table.to(index.device) if tracing else to_device([table], index.device)[0]
+        handles, companions = there
         place = torch.searchsorted(handles, index.long()).clamp(max=len(handles) - 1)
         return companions[place].where(handles[place] == index, NONE)
 

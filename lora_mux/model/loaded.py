@@ -94,10 +94,13 @@ class LoadedAdapters:
             The adapter's handle, for index tensors.
 
         Raises:
-            CheckpointError: the folder is missing, broken or unsafe, or holds more than plain LoRA.
+            CheckpointError: the folder is missing, broken or unsafe, or holds more than LoRA and
+                saved modules of the base's shapes.
             AdapterError: the name is taken, or a module of the checkpoint is not a target here.
             ArgumentTypeError: key_mapping is no mapping of patterns.
             PoolCapacityError: there is no room for the adapter, alone or beside those in use.
+            RoutingError: it replaces an adapter in the sticky rows, beside one that saved other
+                modules at the same place.
         """
         model = self._check_attached()
         self._slots.check_new(name, replace)
@@ -246,8 +249,9 @@ class LoadedAdapters:
 
         Args:
             adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
-                loaded, on the device or not.
-            rank: the largest rank among them. A bias counts as one more rank.
+                loaded, on the device or not. One that saved modules as a whole counts as two.
+            rank: the largest rank among them. A bias counts as one more rank. A saved linear layer
+                has the rank of its shorter side.
 
         Raises:
             AdapterError: an argument is less than 1.
