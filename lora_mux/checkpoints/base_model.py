@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core import computed_once
+from ..core import LoraWeights, computed_once
 from ..errors import ArgumentTypeError
-from ..layers import features, is_dtensor
+from ..layers import common_dtype, dtype_of, features, is_dtensor, with_gain
 
 PREFIX = "base_model.model."  # of keys of PEFT's
 # What torch.compile, FSDP and checkpointing put into paths; and data parallelism, in front of them.
@@ -116,6 +116,15 @@ class BaseModel:
         """The size of a target's input."""
         assert self._model is not None
         return features(self._model.get_submodule(path))[0]
+
+    def with_gain(
+        self, path: str, weights: LoraWeights, magnitude: Tensor, argument: str
+    ) -> LoraWeights:
+        """DoRA's factors for a target, whose weight is read; see layers.with_gain."""
+        assert self._model is not None
+        layer = self._model.get_submodule(path)
+        dtype = dtype_of(layer, common_dtype(self._model))
+        return with_gain(layer, weights, magnitude, dtype, argument)
 
     @computed_once
     def _parameters(self) -> Mapping[str, nn.Parameter]:

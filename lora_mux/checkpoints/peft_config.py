@@ -22,7 +22,7 @@ from .patterns import PathEnds, PatternError, Steps
 
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
-    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias".split()
+    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias use_dora".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
@@ -34,7 +34,6 @@ IGNORED = frozenset(
 REFUSED = {
     "modules_to_save": "it replaces whole modules, which is not a sum of adapters",
     "trainable_token_indices": "it replaces rows of the embedding",
-    "use_dora": "DoRA rescales the base's own output",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
     "use_qalora": "QA-LoRA pools its inputs",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
@@ -84,6 +83,7 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
     bias: str = "none"  # else biases of the base were trained along
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
@@ -198,11 +198,17 @@ def parse_config(
     _refuse_other_formulas(source, values, biases)
     _refuse_unknown_fields(source, values)
     check = _Checker(source, values)
+    use_dora = check.flag("use_dora")
+    if use_dora and check.flag("lora_bias"):
+        raise CheckpointError(
+            f"{source}: `lora_bias` must be unset with DoRA, got true: PEFT has no formula for both"
+        )
     return PeftConfig(
         r=check.rank("r", values.get("r", 8)),
         lora_alpha=check.alpha("lora_alpha", values.get("lora_alpha", 8)),
         use_rslora=check.flag("use_rslora"),
         lora_bias=check.flag("lora_bias"),
+        use_dora=use_dora,
         bias=values.get("bias") or "none",
         rank_pattern=check.patterns("rank_pattern", check.rank),
         alpha_pattern=check.patterns("alpha_pattern", check.alpha),

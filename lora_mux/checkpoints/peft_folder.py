@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import LoraWeights
-from ..errors import CheckpointError
+from ..errors import AdapterError, CheckpointError
 from .base_model import BaseModel
 from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
 from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
@@ -35,19 +35,25 @@ from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host
 
 PICKLE_FILE = "adapter_model.bin"
 
-SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+# A magnitude stands in the place of the gain that will be computed from it, see `with_gains`.
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "gain",
+    ".lora_magnitude_vector.weight": "gain",  # of a live model
+}
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = (".lora_A.default.", ".lora_B.default.")
+NAMED = (".lora_A.default.", ".lora_B.default.", ".lora_magnitude_vector.default.")
 # The endings of keys that PEFT writes for other things than LoRA on a linear layer.
 OTHER_SUFFIXES = {
     ".lora_embedding_A": "LoRA on an embedding is not supported",
     ".lora_embedding_B": "LoRA on an embedding is not supported",
-    ".lora_magnitude_vector": "DoRA rescales the base's own output",
     ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
-DIMENSIONS = {"A": 2, "B": 2, "bias": 1}  # of the factors of a linear layer
+DIMENSIONS = {"A": 2, "B": 2, "bias": 1, "gain": 1}  # of the factors of a linear layer
 # Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
 MAX_RANK_OF_SMALL_LAYERS = 8192
 BIASES = ("none", "lora_only", "all")
@@ -58,7 +64,7 @@ COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the 
 class Keys(NamedTuple):
     """What the keys of a file mean."""
 
-    modules: dict[str, dict[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+    modules: dict[str, dict[str, str]]  # path -> {"A": key, "B": key, ...}
     copies: dict[str, str]  # parameter of the base model -> the key of a copy
 
 
@@ -67,15 +73,17 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
     are compared with the base model. Biases that were trained along are what they differ by from
-    the base's: constants that the adapter adds, as those of lora_bias.
+    the base's: constants that the adapter adds, as those of lora_bias. Of DoRA's magnitudes gains
+    are computed, with the base's weights as they are now.
 
     Args:
         base: the model that it is for; None = one without targets or weights.
 
     Raises:
         CheckpointError: names the file, and the field or key that is missing, broken, unsafe, or
-            more than plain LoRA on linear layers. Reading the values later raises it if they are
+            more than LoRA or DoRA on linear layers. Reading the values later raises it if they are
             not finite, or if the file has changed.
+        AdapterError: DoRA on a layer whose weight cannot be read here.
     """
     model = base or BaseModel()
     with open_folder(fspath(folder)) as opened:
@@ -91,7 +99,7 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
         return peft_outline(file.path, config, fingerprint, places, model)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
-    stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
+    stored = with_gains(adapter_in_file(opened, file, WEIGHTS_FILE, outline), model)
     shifts = _check_copies(opened, file, outline.copies, model, config.bias != "none")
     return _shifted(stored, shifts, model) if shifts else stored
 
@@ -109,10 +117,37 @@ def peft_outline(
     for path, parts in keys.modules.items():
         shapes = {part: list(places[key].shape) for part, key in parts.items()}
         _check_shapes(source, path, parts, strengths[path].rank, shapes)
-        _check_bias(source, path, "bias" in parts, config.lora_bias)
+        _check_part(source, path, "lora_B.bias", "bias" in parts, "lora_bias", config.lora_bias)
+        magnitude = "lora_magnitude_vector"
+        _check_part(source, path, magnitude, "gain" in parts, "use_dora", config.use_dora)
     scaling = {path: strength.scaling for path, strength in strengths.items()}
     remarks = _remarks(config, keys.modules.keys(), base.targets)
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
+
+
+def with_gains(stored: StoredAdapter, base: BaseModel) -> StoredAdapter:
+    """An adapter with gains in place of magnitudes, on the host; one without any as it is."""
+    with_magnitude = [path for path, parts in stored.outline.keys.items() if "gain" in parts]
+    if not with_magnitude:
+        return stored
+    unknown = [path for path in with_magnitude if path not in base.targets]
+    if unknown:
+        raise AdapterError(
+            f"`{stored.source}`: {unknown[0]!r} must be a target of the attached model, whose "
+            f"weight DoRA needs, but is not ({len(unknown)} of {len(with_magnitude)} paths are not)"
+        )
+    weights = stored.weights(stored.read(False))
+    for path in with_magnitude:
+        magnitude, plain = weights[path].gain, replace(weights[path], gain=None)
+        assert magnitude is not None
+        weights[path] = base.with_gain(path, plain, magnitude, f"{stored.source}[{path!r}]")
+    return _held(stored, weights)
+
+
+def _held(stored: StoredAdapter, weights: Mapping[str, LoraWeights]) -> StoredAdapter:
+    """A copy of changed weights on the host, in place of those that are stored."""
+    held = copy_to_host(stored.source, weights, False)
+    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
 
 
 def _check_copies(
@@ -172,8 +207,7 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
             part = LoraWeights(part.A, torch.zeros_like(part.B), 1.0)
         constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
         weights[path] = replace(part, bias=constant)
-    held = copy_to_host(stored.source, weights, False)
-    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
+    return _held(stored, weights)
 
 
 def _equal(copy: Tensor, own: Tensor) -> bool:
@@ -292,9 +326,9 @@ def _check_shapes(
         )
 
 
-def _check_bias(source: str, path: str, has: bool, should: bool) -> None:
+def _check_part(source: str, path: str, part: str, has: bool, field: str, should: bool) -> None:
     if has != should:
         raise CheckpointError(
-            f"{source}: module {path!r} must {'' if should else 'not '}have lora_B.bias, because "
-            f"its config says lora_bias={should}"
+            f"{source}: module {path!r} must {'' if should else 'not '}have {part}, because its "
+            f"config says {field}={should}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import LoraWeights, computed_once, rank_rows
 
-ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, ...}
 
 ALIGNMENT = 16  # bytes; each packed tensor begins at a multiple
 
@@ -143,7 +143,7 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
     keys: dict[str, dict[str, str]] = {}
     tensors: dict[str, Tensor] = {}
     for path, part in weights.items():
-        given = {"A": part.A, "B": part.B} | ({} if part.bias is None else {"bias": part.bias})
+        given = part.tensors()
         keys[path] = {name: f"{path}.{name}" for name in given}
         tensors |= {keys[path][name]: tensor for name, tensor in given.items()}
     packed = pack(tensors, pinned)

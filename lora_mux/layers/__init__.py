@@ -3,11 +3,13 @@
 linear     MuxLinear
 swapping   how a layer of a model becomes one in place, and is changed back
 handed_in  a Routing that is handed to a layer, without a model around it
+gains      DoRA: what rescales the base's own output, and how it follows from the base's weight
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters
 sharding   layers that tensor parallelism has split
 """
 
+from .gains import with_gain as with_gain
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
 from .sharding import is_dtensor as is_dtensor

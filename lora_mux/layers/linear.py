@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..core import LoraWeights, Pool, Routing, Slots, slot_of
+from ..core import Gains, LoraWeights, Pool, Routing, Slots, slot_of
 from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Place, Router
 from . import sharding
+from .gains import add_with_gains, with_gain
 from .handed_in import LastPlan, spread
 from .sharding import Shard
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, write
@@ -163,14 +164,22 @@ class MuxLinear(nn.Module):
         plan = self._plan(here, routing, fusable=not kwargs)
         if isinstance(plan, ops.FusedPlan):
             return plan.linear(x, self.weight, self.bias, self.mux_pool)
-        # Transformers' closure around a shard calls this forward; any other computes the base part.
-        patched = self.mux_patched if shard is None else None
-        y: Tensor = (patched or super().forward)(x, **kwargs)
+        y = self.mux_base(x, **kwargs)
         if plan is None:
             return y
-        if shard is None:
-            return plan.add(y, x, self._pool, self.mux_owns_output)
-        return shard.add(plan, y, here, self._pool, self._parameters["weight"])
+        pool = self._pool
+        if shard is not None:
+            return shard.add(plan, y, here, pool, self._parameters["weight"])
+        if pool.has_gains and plan.touches(Gains(pool)):
+            return add_with_gains(plan, y, x, pool, getattr(self, "bias", None))
+        return plan.add(y, x, pool, self.mux_owns_output)
+
+    def mux_base(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """What the layer computes without adapters."""
+        # Transformers' closure around a shard calls this forward; any other computes the base part.
+        patched = self.mux_patched if self.mux_shard is None else None
+        y: Tensor = (patched or super().forward)(x, **kwargs)
+        return y
 
     @property
     def _pool(self) -> Pool:
@@ -272,6 +281,7 @@ class MuxLinear(nn.Module):
         alpha: float | None = None,
         scaling: float | None = None,
         bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
     ) -> int:
         """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
 
@@ -282,9 +292,13 @@ class MuxLinear(nn.Module):
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
             scaling: the factor itself.
             bias: [out_features], a bias on B (PEFT's lora_bias), scaled like the rest.
+            magnitude: [out_features], of DoRA: a row that selects the adapter with a weight w gets
+                w * ((g - 1) * (base(x) - the base's bias) + g * scaling * B (A x)), where g is the
+                magnitude by the norms of the rows of W + scaling * B A. They are computed now.
 
         Raises:
-            AdapterError: a name in use, shapes that do not fit, values that are not finite.
+            AdapterError: a name in use, shapes that do not fit, values that are not finite; or
+                magnitude beside a bias, or for a layer whose weight cannot be read.
             ArgumentTypeError: something of the wrong type.
         """
         self._refuse_attached("add_adapter")
@@ -292,6 +306,8 @@ class MuxLinear(nn.Module):
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
+        if magnitude is not None:
+            given = with_gain(self, given, magnitude, self.mux_pool.A_rows.dtype, "adapter")
         weights = cut_and_check(self.mux_pool, self.mux_shard, given, "adapter")
         self._mend()
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
@@ -305,7 +321,7 @@ class MuxLinear(nn.Module):
         """Make room for that many adapters of up to that rank, so that buffers stay in place.
 
         What a captured CUDA graph reads cannot grow: reserve before capturing. A bias counts as
-        one more rank.
+        one more rank, and so does DoRA's magnitude.
         """
         self._refuse_attached("reserve")
         check_reservation(self.mux_slots, adapters, rank)

@@ -29,8 +29,8 @@ MUTATIONS = {
     ),
     "peft_model: a scale is baked in": Mutation(
         PEFT_MODEL,
-        "_scalings(path, layer, name)[0], bias)",
-        "float(layer.scaling[name]), bias)",
+        "return LoraWeights(A, B, trained, bias)",
+        "return LoraWeights(A, B, now, bias)",
         TEST_ATTACH_PEFT,
     ),
     "peft_model: layers of any class": Mutation(

@@ -253,7 +253,14 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
         "lora_A.default",
     ),
     "embedding": ({**tensors(), "emb.lora_embedding_A": torch.ones(4, 8)}, "embedding"),
-    "magnitude": ({**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "DoRA"),
+    "unasked magnitude": (
+        {**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)},
+        "not have lora_magnitude_vector, because its config says use_dora=False",
+    ),
+    "magnitude of a convolution": (
+        {**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(1, 8, 1, 1)},
+        "1-dimensional",
+    ),
     "base bias": ({**tensors(), f"{KEY}.base_layer.bias": torch.ones(8)}, "copy of .*bias"),
     "unasked bias": ({**tensors(), f"{KEY}.lora_B.bias": torch.ones(8)}, "lora_bias"),
     "rank of A": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(5, 8)}, "rank 4"),
