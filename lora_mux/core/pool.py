@@ -9,7 +9,6 @@ one more rank row each, behind the others. The rows of all gains are read as a p
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -151,10 +150,8 @@ class Pool(nn.Module):
     def check(self, weights: LoraWeights, argument: str) -> LoraWeights:
         """`weights` in the pool's dtype and on its device, or an error that names `argument`."""
         self.check_fit(weights, argument)
-        device, dtype = self.A_rows.device, self.A_rows.dtype
-        weights.check_values(dtype, argument)
-        held = {name: t.detach().to(device, dtype) for name, t in weights.tensors().items()}
-        return replace(weights, **held)
+        weights.check_values(self.A_rows.dtype, argument)
+        return weights.to(self.A_rows.device, self.A_rows.dtype)
 
     def fits(self, weights: LoraWeights, slot: int) -> bool:
         """Whether `write` would leave the buffers where they are, and all that passes go by."""

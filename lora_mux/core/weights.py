@@ -1,6 +1,7 @@
 """One adapter's part of one layer, and what must be true of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ class LoraWeights:
         """Those that there are, by name."""
         named = {"A": self.A, "B": self.B, "bias": self.bias, "gain": self.gain}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "LoraWeights":
+        """The same on a device, in a dtype."""
+        moved: dict[str, Any] = {
+            name: tensor.detach().to(device, dtype) for name, tensor in self.tensors().items()
+        }
+        return replace(self, **moved)
 
     def check_shapes(self, in_features: int, out_features: int, argument: str) -> None:
         """Refuse factors of other shapes than the layer's, by an error that names `argument`."""

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lora_mux
+from interpreter import note_launches
 from lora_mux import Routing
+from lora_mux.core import LoraWeights
 from lora_mux.errors import AdapterError, CheckpointError, PoolCapacityError
+from lora_mux.layers import with_gain
 from oracle import Adapter, assert_close, forward, magnitude_by_norm, make_adapter
 from peft_oracle import peft, set_weights, transformers
 from tenants import WEIGHTS
@@ -50,6 +53,7 @@ def configs() -> dict[str, Any]:
         "some": config(r=1, use_dora=True, target_modules=["b"], rank_pattern={"b": 17}),
         "plain": config(r=3),
         "biased": config(r=2, lora_bias=True),
+        "big": config(r=16, lora_alpha=4),
     }
 
 
@@ -253,6 +257,60 @@ def test_rows_without_dora_keep_what_they_had(backend: Any, dtype: torch.dtype) 
     assert y[3].isnan().all() and y[4].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@torch.no_grad()
+def test_a_slot_for_another(backend: Any) -> None:
+    """A plain adapter in the slot of one of DoRA, whose gain lay where its factors are now."""
+    case = Layer(backend=backend)
+    case.layer.remove_adapter("0")
+    made = make_adapter(9, 40, 33, 4, torch.float32)
+    case.adapters[0] = made
+    case.handles[0] = case.layer.add_adapter("new", made.A, made.B, scaling=made.scaling)
+    x = torch.randn(8, 40)
+    assert_close(case.layer(x, case.routing(INDEX, WEIGHT)), case.truth(x, INDEX, WEIGHT))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("mended")
+@torch.no_grad()
+def test_a_layer_in_one_launch_until_the_first_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = nn.Linear(64, 32).bfloat16()
+    layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
+    plain = make_adapter(4, 64, 32, 4, torch.bfloat16)
+    made = make_adapter(4, 64, 32, 4, torch.bfloat16)
+    dora = Adapter(made.A, made.B, made.scaling, magnitude=(0.3 + torch.rand(32)).bfloat16())
+    first = layer.add_adapter("plain", plain.A, plain.B, scaling=plain.scaling)
+    x, launches = torch.randn(3, 64).bfloat16(), note_launches(monkeypatch)
+    layer(x, Routing(torch.tensor([[first], [-1], [first]])))
+    assert "fused" in launches
+    launches.clear()
+    second = layer.add_adapter(
+        "dora", dora.A, dora.B, scaling=dora.scaling, magnitude=dora.magnitude
+    )
+    y = layer(x, Routing(torch.tensor([[first], [-1], [second]])))
+    assert "fused" not in launches
+    assert_close(y, forward(linear, x, [[(plain, 1.0)], [], [(dora, 1.0)]]))
+
+
+class Rounding(nn.Linear):
+    """A base of any make, whose weight nobody reads and whose bias is much larger."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_norms_of_a_base_that_is_asked() -> None:
+    linear = Rounding(256, 32).bfloat16()
+    linear.bias.data.fill_(3.0)
+    magnitude = torch.ones(32)
+    weights = LoraWeights(torch.zeros(1, 256), torch.zeros(32, 1), 1.0)
+    got = with_gain(linear, weights, magnitude, torch.bfloat16, "it").gain
+    assert got is not None
+    norm = linear.weight.double().norm(dim=1)
+    assert ((got.double() + 1) * norm - 1).abs().max() <= 1e-3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_those_of_the_formula(backend: Any) -> None:
     """To x, through the base as well, and to weights that are 0."""
@@ -313,12 +371,13 @@ def test_one_graph_more_when_the_first_adapter_of_dora_comes(stage: SimpleNamesp
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 @torch.no_grad()
-def test_pools_for_a_few(stage: SimpleNamespace) -> None:
+def test_pools_for_a_few(backend: str, stage: SimpleNamespace) -> None:
     """Adapters of DoRA go and come back, and slide; a magnitude takes a rank row."""
     want = of_peft(stage)
     row = sum(4 * (-(-k // 16) + -(-n // 16)) * 16 + 1 for k, n in ((24, 40), (40, 20), (20, 12)))
-    model, mux = loaded(stage, memory=22 * row)
+    model, mux = loaded(stage, memory=22 * row, backend=backend)
     assert mux.memory().targets["a"].capacity == 22
     order = [0, 1, 3, 4, 5, 6, 0, 4, 6, 1]
     for m in order:
@@ -328,6 +387,13 @@ def test_pools_for_a_few(stage: SimpleNamespace) -> None:
             close(model(stage.x[m : m + 1]), want[m : m + 1])
     mux.prefetch(["dora"])
     assert mux.memory().adapters["dora"].rank_rows == 15  # 4 and 1 in each of three layers
+    model, mux = loaded(stage, memory=22 * row, backend=backend)
+    mux.prefetch(["plain"])
+    mux.pin("dora")  # it lies behind "plain", and has to make room for "big"
+    mux.prefetch(["big"])
+    assert [s.offset for s in model.a.mux_pool.spans.values() if s.gain] == [0]
+    with mux.route(["dora"]):
+        close(model(stage.x[:1]), want[:1])
 
 
 KEYS = {
