@@ -64,9 +64,10 @@ def read_diffusers_file(
 
     Raises:
         CheckpointError: names the file and the entry that is broken, belongs to another model, is
-            in another of the many formats that diffusers reads, or is more than plain LoRA on
+            in another of the many formats that diffusers reads, or is more than LoRA or DoRA on
             linear layers. Reading the values later raises it if they are not finite, or if the
             file has changed.
+        AdapterError: DoRA on a layer whose weight cannot be read here.
     """
     with open_folder(fspath(folder)) as opened:
         file = opened.open(DIFFUSERS_FILE)

@@ -191,7 +191,7 @@ def _held(path: str, layer: Any) -> set[str]:
     """The names of the adapters that one of PEFT's layers holds.
 
     Raises:
-        CheckpointError: it is no layer that computes plain LoRA on a linear layer.
+        CheckpointError: it is no layer that computes LoRA on a linear layer.
     """
     names: set[str] = layer._get_available_adapters()
     if not type(layer).__module__.startswith("peft."):

@@ -70,7 +70,8 @@ class LoadedAdapters:
         """Load a checkpoint of PEFT or diffusers.
 
         With `attach(memory=...)` the config and the header are checked now. The values are read
-        when the adapter is first used.
+        when the adapter is first used, but those of DoRA at once, with the base's weights: a row
+        with a weight w gets that share of what such an adapter changes, see docs/from_peft.md.
 
         Args:
             name: any new str other than `"__base__"`.
@@ -92,8 +93,10 @@ class LoadedAdapters:
             The adapter's handle, for index tensors.
 
         Raises:
-            CheckpointError: the folder is missing, broken or unsafe, or holds more than plain LoRA.
-            AdapterError: the name is taken, or a module of the checkpoint is not a target here.
+            CheckpointError: the folder is missing, broken or unsafe, or holds more than LoRA and
+                DoRA.
+            AdapterError: the name is taken, a module of the checkpoint is not a target here, or
+                DoRA needs a weight that cannot be read.
             ArgumentTypeError: key_mapping is no mapping of patterns.
             PoolCapacityError: there is no room for the adapter, alone or beside those in use.
         """
@@ -240,7 +243,7 @@ class LoadedAdapters:
         Args:
             adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
                 loaded, on the device or not.
-            rank: the largest rank among them. A bias counts as one more rank.
+            rank: the largest rank among them. A bias counts as one more rank, and so does DoRA.
 
         Raises:
             AdapterError: an argument is less than 1.

@@ -42,7 +42,10 @@ MUTATIONS = {
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: one version before and after a write": Mutation(
-        POOL, "self.version = Version()\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
+        POOL,
+        "self.version = Version()\n        self.expect(weights, slots)",
+        "self.expect(weights, slots)",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: a version of buffers of before": Mutation(
         POOL,
