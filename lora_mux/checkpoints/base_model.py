@@ -5,16 +5,19 @@ of the model's own and the changed one is, so that nothing is ever guessed.
 """
 
 import importlib
+import math
 import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core import LoraWeights, computed_once
-from ..errors import ArgumentTypeError
-from ..layers import common_dtype, dtype_of, features, is_dtensor, with_gain
+from ..core import computed_once
+from ..errors import AdapterError, ArgumentTypeError
+from ..layers import common_dtype, dtype_of, in_features, is_dtensor, with_gain
+from .stored_adapter import StoredAdapter
 
 PREFIX = "base_model.model."  # of keys of PEFT's
 # What torch.compile, FSDP and checkpointing put into paths; and data parallelism, in front of them.
@@ -107,24 +110,39 @@ class BaseModel:
             return None, []
 
     def fits(self, path: str, shape: tuple[int, ...]) -> bool:
-        """Whether an A of this shape [r, in_features] could be of a target."""
+        """Whether an A of this shape could be of a target."""
         if self._model is None:
             return True
-        return shape[1:] == (self.in_features(path),)
+        return math.prod(shape[1:]) == self.in_features(path)
 
     def in_features(self, path: str) -> int:
         """The size of a target's input."""
         assert self._model is not None
-        return features(self._model.get_submodule(path))[0]
+        return in_features(self._model.get_submodule(path))
 
-    def with_gain(
-        self, path: str, weights: LoraWeights, magnitude: Tensor, argument: str
-    ) -> LoraWeights:
-        """DoRA's factors for a target, whose weight is read; see layers.with_gain."""
-        assert self._model is not None
-        layer = self._model.get_submodule(path)
-        dtype = dtype_of(layer, common_dtype(self._model))
-        return with_gain(layer, weights, magnitude, dtype, argument)
+    def with_gains(self, stored: StoredAdapter) -> StoredAdapter:
+        """An adapter with gains in place of DoRA's magnitudes; one without these as it is.
+
+        Raises:
+            AdapterError: its modules are no targets, or their weights cannot be read.
+        """
+        paths = [path for path, parts in stored.outline.keys.items() if "gain" in parts]
+        unknown = [path for path in paths if path not in self._known]
+        if unknown or (paths and self._model is None):
+            raise AdapterError(
+                f"`{stored.source}`: {(unknown or paths)[0]!r} must be a target of the attached "
+                "model, whose weight DoRA needs, but is not"
+            )
+        if not paths:
+            return stored
+        model: Any = self._model
+        weights = stored.weights(stored.read(False))
+        for path in paths:
+            layer, given = model.get_submodule(path), weights[path]
+            dtype, argument = dtype_of(layer, common_dtype(model)), f"{stored.source}[{path!r}]"
+            plain, magnitude = replace(given, gain=None), given.tensors()["gain"]
+            weights[path] = with_gain(layer, plain, magnitude, dtype, argument)
+        return stored.holding(weights)
 
     @computed_once
     def _parameters(self) -> Mapping[str, nn.Parameter]:

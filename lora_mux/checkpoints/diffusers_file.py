@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from .base_model import BaseModel
 from .opened_folder import CONFIG_FILE, DIFFUSERS_FILE, open_folder
 from .peft_config import PeftConfig, Strength, parse_config, parse_fields
-from .peft_folder import peft_outline, with_gains
+from .peft_folder import peft_outline
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
@@ -78,7 +78,7 @@ def read_diffusers_file(
         return _outline(file.path, parsed, fingerprint, base, component)
 
     outline = shared_outline(file, header, (base.meaning, component), make)
-    return with_gains(adapter_in_file(opened, file, DIFFUSERS_FILE, outline), base)
+    return base.with_gains(adapter_in_file(opened, file, DIFFUSERS_FILE, outline))
 
 
 def _outline(

@@ -7,6 +7,7 @@ compared with the config before a value is read.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from os import PathLike, fspath
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import LoraWeights
-from ..errors import AdapterError, CheckpointError
+from ..errors import CheckpointError
 from .base_model import BaseModel
 from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
 from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
@@ -31,29 +32,28 @@ from .safetensors_file import (
     read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host
+from .stored_adapter import StoredAdapter, TensorPlace
 
 PICKLE_FILE = "adapter_model.bin"
 
-# A magnitude stands in the place of the gain that will be computed from it, see `with_gains`.
+# A magnitude stands where the gain comes that BaseModel.with_gains computes from it.
 SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_B.bias": "bias",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
     ".lora_magnitude_vector": "gain",
     ".lora_magnitude_vector.weight": "gain",  # of a live model
 }
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = (".lora_A.default.", ".lora_B.default.", ".lora_magnitude_vector.default.")
-# The endings of keys that PEFT writes for other things than LoRA on a linear layer.
+NAMED = re.compile(r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.default\b")
+# The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
-    ".lora_embedding_A": "LoRA on an embedding is not supported",
-    ".lora_embedding_B": "LoRA on an embedding is not supported",
     ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
-DIMENSIONS = {"A": 2, "B": 2, "bias": 1, "gain": 1}  # of the factors of a linear layer
 # Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
 MAX_RANK_OF_SMALL_LAYERS = 8192
 BIASES = ("none", "lora_only", "all")
@@ -99,7 +99,7 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
         return peft_outline(file.path, config, fingerprint, places, model)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
-    stored = with_gains(adapter_in_file(opened, file, WEIGHTS_FILE, outline), model)
+    stored = model.with_gains(adapter_in_file(opened, file, WEIGHTS_FILE, outline))
     shifts = _check_copies(opened, file, outline.copies, model, config.bias != "none")
     return _shifted(stored, shifts, model) if shifts else stored
 
@@ -123,31 +123,6 @@ def peft_outline(
     scaling = {path: strength.scaling for path, strength in strengths.items()}
     remarks = _remarks(config, keys.modules.keys(), base.targets)
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
-
-
-def with_gains(stored: StoredAdapter, base: BaseModel) -> StoredAdapter:
-    """An adapter with gains in place of magnitudes, on the host; one without any as it is."""
-    with_magnitude = [path for path, parts in stored.outline.keys.items() if "gain" in parts]
-    if not with_magnitude:
-        return stored
-    unknown = [path for path in with_magnitude if path not in base.targets]
-    if unknown:
-        raise AdapterError(
-            f"`{stored.source}`: {unknown[0]!r} must be a target of the attached model, whose "
-            f"weight DoRA needs, but is not ({len(unknown)} of {len(with_magnitude)} paths are not)"
-        )
-    weights = stored.weights(stored.read(False))
-    for path in with_magnitude:
-        magnitude, plain = weights[path].gain, replace(weights[path], gain=None)
-        assert magnitude is not None
-        weights[path] = base.with_gain(path, plain, magnitude, f"{stored.source}[{path!r}]")
-    return _held(stored, weights)
-
-
-def _held(stored: StoredAdapter, weights: Mapping[str, LoraWeights]) -> StoredAdapter:
-    """A copy of changed weights on the host, in place of those that are stored."""
-    held = copy_to_host(stored.source, weights, False)
-    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
 
 
 def _check_copies(
@@ -207,7 +182,7 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
             part = LoraWeights(part.A, torch.zeros_like(part.B), 1.0)
         constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
         weights[path] = replace(part, bias=constant)
-    return _held(stored, weights)
+    return stored.holding(weights)
 
 
 def _equal(copy: Tensor, own: Tensor) -> bool:
@@ -264,9 +239,7 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
     modules: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     for key in sorted(keys):
-        name = base.renamed(key)
-        for named in NAMED:
-            name = name.replace(named, named.replace("default.", ""))
+        name = NAMED.sub(r"\1", base.renamed(key))
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         if suffix is None:
             own = base.parameter(name.replace(".base_layer.", "."))
@@ -307,18 +280,26 @@ def _check_shapes(
     rank: int,
     shapes: dict[str, list[int]],
 ) -> None:
-    for part, dimensions in DIMENSIONS.items():
-        if part in shapes and len(shapes[part]) != dimensions:
+    A, B = shapes["A"], shapes["B"]
+    of_kernel = [1, B[0], *B[2:]] if len(B) > 2 else B[:1]  # as PEFT has magnitudes
+    for part, fits, dimensions in (
+        ("A", 2 <= len(A) <= 5, "2-dimensional, or as the kernel of a convolution"),
+        ("B", len(B) == len(A) and all(n == 1 for n in B[2:]), "as lora_A, with a kernel of 1"),
+        ("bias", len(shapes.get("bias", [0])) == 1, "1-dimensional"),
+        ("gain", shapes.get("gain", of_kernel) == of_kernel, "as long as lora_B"),
+    ):
+        if not fits:
             raise CheckpointError(
-                f"{source}: key {parts[part]!r} must be {dimensions}-dimensional (of a linear "
-                f"layer), got shape {shapes[part]}"
+                f"{source}: key {parts[part]!r} must be {dimensions}, got shape {shapes[part]}"
             )
-    if shapes["A"][0] != rank or shapes["B"][1] != rank:
+    # B of a convolution in groups has the part of h that a group uses.
+    of_group = B[1] if len(B) == 2 or not B[1] or rank % B[1] else rank
+    if A[0] != rank or of_group != rank:
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
-            f"{shapes['A']} and lora_B {shapes['B']}"
+            f"{A} and lora_B {B}"
         )
-    most = max(MAX_RANK_OF_SMALL_LAYERS, shapes["A"][1], shapes["B"][0])
+    most = max(MAX_RANK_OF_SMALL_LAYERS, A[1], B[0])
     if rank > most:
         raise CheckpointError(
             f"{source}: module {path!r} must have a rank of at most {most}, got {rank}: more "

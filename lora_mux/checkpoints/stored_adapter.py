@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -112,6 +112,11 @@ class StoredAdapter:
     def weights(self, values: PackedTensors) -> dict[str, LoraWeights]:
         """Path -> factors, which are views of the values."""
         return lora_weights(self.outline.keys, self.outline.scaling, values.__getitem__)
+
+    def holding(self, weights: Mapping[str, LoraWeights]) -> "StoredAdapter":
+        """The same adapter with other factors, path -> factors, which are copied to the host."""
+        held = copy_to_host(self.source, weights, False)
+        return replace(held, outline=replace(held.outline, remarks=self.outline.remarks))
 
 
 def lora_weights(

@@ -37,14 +37,14 @@ class LoraWeights:
     def check_shapes(self, in_features: int, out_features: int, argument: str) -> None:
         """Refuse factors of other shapes than the layer's, by an error that names `argument`."""
         K, N = in_features, out_features
-        _check_shape(self.A, f"{argument}.A", (None, K), "[r, in_features]")
+        check_shape(self.A, f"{argument}.A", (None, K), "[r, in_features]")
         r = self.A.shape[0]
         if r < 1:
             raise AdapterError(f"`{argument}.A` must have a rank of at least 1, got 0")
-        _check_shape(self.B, f"{argument}.B", (N, r), "[out_features, r]")
+        check_shape(self.B, f"{argument}.B", (N, r), "[out_features, r]")
         for name in ("bias", "gain"):
             if getattr(self, name) is not None:
-                _check_shape(getattr(self, name), f"{argument}.{name}", (N,), "[out_features]")
+                check_shape(getattr(self, name), f"{argument}.{name}", (N,), "[out_features]")
 
     def check_values(self, dtype: torch.dtype, argument: str) -> None:
         """Refuse factors that are not finite in a pool's dtype, or that have no values."""
@@ -85,7 +85,13 @@ def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.stack(extremes).to(dtype).isfinite().all())  # as it is rounded
 
 
-def _check_shape(tensor: object, argument: str, shape: tuple[int | None, ...], words: str) -> None:
+def check_shape(tensor: object, argument: str, shape: tuple[int | None, ...], words: str) -> None:
+    """Refuse what is no floating tensor of a shape, in which None is any number.
+
+    Args:
+        argument: what error messages call it.
+        words: what they call the shape.
+    """
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"`{argument}` must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():

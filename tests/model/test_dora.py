@@ -263,7 +263,7 @@ def test_a_slot_for_another(backend: Any) -> None:
     """A plain adapter in the slot of one of DoRA, whose gain lay where its factors are now."""
     case = Layer(backend=backend)
     case.layer.remove_adapter("0")
-    made = make_adapter(9, 40, 33, 4, torch.float32)
+    made = make_adapter(4, 40, 33, 4, torch.float32)  # as many rows as rank 3 and a gain
     case.adapters[0] = made
     case.handles[0] = case.layer.add_adapter("new", made.A, made.B, scaling=made.scaling)
     x = torch.randn(8, 40)
@@ -465,6 +465,60 @@ def test_a_file_of_diffusers(stage: SimpleNamespace, tmp_path: Path) -> None:
     close(model(stage.x), theirs(stage.x))
 
 
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "3x2, padded": (lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (6, 5, 4)),
+    "1x1, no bias": (lambda: nn.Conv2d(6, 4, 1, bias=False), (6, 5, 4)),
+    "one dimension": (lambda: nn.Conv1d(6, 4, 3), (6, 7)),
+    "three dimensions": (lambda: nn.Conv3d(3, 4, (1, 2, 3)), (3, 2, 3, 4)),
+    "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), (5,)),
+    "scaled embedding": (
+        lambda: transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(
+            11, 6, 0, embed_scale=2.5
+        ),
+        (5,),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "auto") for name in KINDS),
+        pytest.param("3x2, padded", "triton", marks=pytest.mark.interpreter),
+        pytest.param("scaled embedding", "triton", marks=pytest.mark.interpreter),
+    ],
+)
+@torch.no_grad()
+def test_embeddings_and_convolutions(name: str, backend: Any, tmp_path: Path) -> None:
+    make, shape = KINDS[name]
+    base = nn.Sequential(make())
+    common = {"target_modules": ["0"], "init_lora_weights": False}
+    wanted = {
+        "a": peft.LoraConfig(r=3, use_dora=True, **common),
+        "b": peft.LoraConfig(r=2, use_dora=True, use_rslora=True, **common),
+        "c": peft.LoraConfig(r=2, **common),
+    }
+    theirs = peft_model(base, wanted)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randint(11, (5, *shape)) if "embedding" in name else torch.randn(5, *shape)
+    rows: list[Any] = ["a", None, ("b", "c"), "c", "b"]
+    want = base(x).clone()
+    for m, row in enumerate(rows):
+        if row is not None:
+            theirs.base_model.set_adapter([row] if isinstance(row, str) else list(row))
+            want[m] = theirs(x[m : m + 1])[0]
+    model = copy.deepcopy(base)
+    mux = lora_mux.attach(model, ["0"], backend=backend)
+    for adapter in wanted:
+        mux.load(adapter, tmp_path / adapter)
+    over = lora_mux.attach_peft(copy.deepcopy(theirs), backend=backend)
+    for run, routes in ((model, mux), (over.model, over)):
+        with routes.route(rows):
+            got = run(x)
+        close(got, want)
+        assert torch.equal(got[1], base(x)[1])
+
+
 def test_what_does_not_fit_is_named(stage: SimpleNamespace, tmp_path: Path) -> None:
     key = "base_model.model.a.lora_magnitude_vector"
 
@@ -473,9 +527,9 @@ def test_what_does_not_fit_is_named(stage: SimpleNamespace, tmp_path: Path) -> N
 
     changes: dict[str, tuple[Callable[[dict[str, Tensor]], Any], Any]] = {
         "module 'a' must have lora_magnitude_vector": (without, CheckpointError),
-        r"\.gain` must have shape \[out_features\] = \[40\], got \[41\]": (
+        r"must be as long as lora_B, got shape \[41\]": (
             lambda state: {**state, key: torch.ones(41)},
-            AdapterError,
+            CheckpointError,
         ),
         "must be finite": (lambda s: {**s, key: torch.full((40,), torch.nan)}, CheckpointError),
     }
@@ -502,7 +556,7 @@ def test_bases_whose_weight_cannot_be_read(stage: SimpleNamespace) -> None:
 
     zero = nn.Linear(8, 4)
     zero.weight.data[1:3] = 0
-    refused(zero, r"rows of W \+ scaling \* B A that are not 0.*2 of 4")
+    refused(zero, r"rows of W \+ scaling \* B A that are not 0, got 2 of 4")
     refused(nn.Linear(8, 4), "None for DoRA", bias=torch.ones(4))
     part = nn.Linear(8, 4)
     part.register_parameter("more", nn.Parameter(torch.empty(1, device="meta")))
@@ -516,6 +570,13 @@ def test_bases_whose_weight_cannot_be_read(stage: SimpleNamespace) -> None:
             return super().forward(x) + 1
 
     refused(Shifted(8, 4), "answers something else to zeros")
+    refused(nn.Conv1d(8, 4, 1, groups=2), "a convolution in groups")
+    refused(nn.Linear(8, 4), r"magnitude` must have shape .* = \[4\]", magnitude=torch.ones(5))
+    refused(nn.Linear(8, 4), "must hold values", magnitude=torch.ones(4, device="meta"))
+    refused(nn.Linear(8, 4), "must be finite", magnitude=torch.full((4,), torch.inf))
+    for what in ([1.0] * 4, torch.ones(4).int()):
+        with pytest.raises(lora_mux.errors.ArgumentTypeError, match="magnitude` must"):
+            lora_mux.MuxLinear(nn.Linear(8, 4)).add_adapter("x", A, B, alpha=2, magnitude=what)  # type: ignore[arg-type]
 
 
 def test_a_graph_that_knows_no_gains(stage: SimpleNamespace) -> None:
