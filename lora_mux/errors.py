@@ -3,7 +3,7 @@
     LoraMuxError
     |-- ArgumentTypeError    (TypeError)     an argument has the wrong type
     |-- AdapterError         (ValueError)    a name, A, B, alpha or scaling cannot make an adapter
-    |-- CheckpointError      (ValueError)    a checkpoint is broken, unsafe, or not plain LoRA
+    |-- CheckpointError      (ValueError)    a checkpoint is broken, unsafe, or not LoRA or DoRA
     |-- RoutingError         (ValueError)    an index, a weight or rows do not fit
     |-- InputError           (ValueError)    an input x does not fit the layer
     |-- TargetError          (ValueError)    a model or a layer cannot carry adapters
@@ -92,7 +92,7 @@ class AdapterError(LoraMuxError, ValueError):
 
 
 class CheckpointError(LoraMuxError, ValueError):
-    """A checkpoint is missing, broken or unsafe, or holds more than plain LoRA."""
+    """A checkpoint is missing, broken or unsafe, or holds more than LoRA and DoRA."""
 
 
 class RoutingError(LoraMuxError, ValueError):

@@ -118,9 +118,10 @@ class BoundedAdapters(Adapters):
         *_, last = self._pools.values()
         if outline in self._known and len(last.rank) >= self._slots.capacity:
             return
+        shapes = outline.shapes()
         with self._growing():
             for path, pool in self._pools.items():
-                pool.reserve(0, self._slots.capacity, outline.rank_rows.get(path, 0))
+                pool.expect(shapes.get(path), self._slots.capacity)
         self._known.add(outline)
 
     def publish(self, prepared: Mapping[str, Prepared], replace: bool = False) -> dict[str, int]:
@@ -263,8 +264,9 @@ class BoundedAdapters(Adapters):
             pool = self._pools[path]
             # Otherwise they are known to be finite, since they were read or handed over.
             widest = max(torch.finfo(tensor.dtype).max for tensor in (part.A, part.B))
-            if torch.finfo(pool.A_rows.dtype).max < widest or part.bias is not None:
-                pool.check_values(part, f"{stored.source}[{path!r}]")
+            computed = part.bias is not None or part.gain is not None
+            if torch.finfo(pool.A_rows.dtype).max < widest or computed:
+                part.check_values(pool.A_rows.dtype, f"{stored.source}[{path!r}]")
         return values
 
     def _make_room(self, placement: Placement) -> bool:

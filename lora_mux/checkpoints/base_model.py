@@ -9,13 +9,15 @@ import math
 import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core import computed_once
-from ..errors import ArgumentTypeError
-from ..layers import in_features, is_dtensor
+from ..errors import AdapterError, ArgumentTypeError
+from ..layers import common_dtype, dtype_of, in_features, is_dtensor, with_gain
+from .stored_adapter import StoredAdapter
 
 PREFIX = "base_model.model."  # of keys of PEFT's
 # What torch.compile, FSDP and checkpointing put into paths; and data parallelism, in front of them.
@@ -117,6 +119,30 @@ class BaseModel:
         """The size of a target's input."""
         assert self._model is not None
         return in_features(self._model.get_submodule(path))
+
+    def with_gains(self, stored: StoredAdapter) -> StoredAdapter:
+        """An adapter with gains in place of DoRA's magnitudes; one without these as it is.
+
+        Raises:
+            AdapterError: its modules are no targets, or their weights cannot be read.
+        """
+        paths = [path for path, parts in stored.outline.keys.items() if "gain" in parts]
+        unknown = [path for path in paths if path not in self._known]
+        if unknown or (paths and self._model is None):
+            raise AdapterError(
+                f"`{stored.source}`: {(unknown or paths)[0]!r} must be a target of the attached "
+                "model, whose weight DoRA needs, but is not"
+            )
+        if not paths:
+            return stored
+        model: Any = self._model
+        weights = stored.weights(stored.read(False))
+        for path in paths:
+            layer, given = model.get_submodule(path), weights[path]
+            dtype, argument = dtype_of(layer, common_dtype(model)), f"{stored.source}[{path!r}]"
+            plain, magnitude = replace(given, gain=None), given.tensors()["gain"]
+            weights[path] = with_gain(layer, plain, magnitude, dtype, argument)
+        return stored.holding(weights)
 
     @computed_once
     def _parameters(self) -> Mapping[str, nn.Parameter]:

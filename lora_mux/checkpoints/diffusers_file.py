@@ -3,6 +3,8 @@
     <component>.<path>.lora_A.weight      of pipe.save_lora_weights (transformer, unet, ...)
     <path>.lora_A.weight                  of model.save_lora_adapter
 
+DoRA's magnitudes are <path>.lora_magnitude_vector, as in PEFT's files.
+
 The file's metadata may hold a LoraConfig as JSON, whose fields are named like the keys. If it does
 not, alpha = rank, as in diffusers itself, so that scaling = 1.
 """
@@ -30,6 +32,7 @@ from .safetensors_file import (
 from .stored_adapter import StoredAdapter, TensorPlace
 
 METADATA = "lora_adapter_metadata"
+PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector")  # of a key
 LOAD_WITH_DIFFUSERS = "load it with diffusers (pipe.load_lora_weights) and use attach_peft"
 
 Value = TypeVar("Value")
@@ -61,9 +64,10 @@ def read_diffusers_file(
 
     Raises:
         CheckpointError: names the file and the entry that is broken, belongs to another model, is
-            in another of the many formats that diffusers reads, or is more than plain LoRA on
+            in another of the many formats that diffusers reads, or is more than LoRA or DoRA on
             linear layers. Reading the values later raises it if they are not finite, or if the
             file has changed.
+        AdapterError: DoRA on a layer whose weight cannot be read here.
     """
     with open_folder(fspath(folder)) as opened:
         file = opened.open(DIFFUSERS_FILE)
@@ -74,7 +78,7 @@ def read_diffusers_file(
         return _outline(file.path, parsed, fingerprint, base, component)
 
     outline = shared_outline(file, header, (base.meaning, component), make)
-    return adapter_in_file(opened, file, DIFFUSERS_FILE, outline)
+    return base.with_gains(adapter_in_file(opened, file, DIFFUSERS_FILE, outline))
 
 
 def _outline(
@@ -85,7 +89,7 @@ def _outline(
     component: str | None,
 ) -> FileOutline:
     fields = _fields(source, header.metadata)
-    other = next((k for k in header.places if ".lora_A." not in k and ".lora_B." not in k), None)
+    other = next((k for k in header.places if not any(part in k for part in PARTS)), None)
     if other is not None:
         raise CheckpointError(
             f"{source}: key {other!r} must be of lora_A or lora_B, got another format; "
@@ -157,4 +161,5 @@ def _inferred_config(places: Mapping[str, TensorPlace], base: BaseModel) -> Peft
         if name.endswith(".lora_A.weight") and place.shape
     }
     bias = any(key.endswith(".lora_B.bias") for key in places)
-    return _InferredConfig(lora_bias=bias, ranks=ranks)
+    dora = any(".lora_magnitude_vector" in key for key in places)
+    return _InferredConfig(lora_bias=bias, use_dora=dora, ranks=ranks)

@@ -23,7 +23,7 @@ from .patterns import PathEnds, PatternError, Steps
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
     "exclude_modules layers_to_transform layers_pattern init_lora_weights bias modules_to_save "
-    "ensure_weight_tying trainable_token_indices use_bdlora".split()
+    "ensure_weight_tying trainable_token_indices use_bdlora use_dora".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
@@ -33,7 +33,6 @@ IGNORED = frozenset(
     "qalora_group_size".split()
 )
 REFUSED = {
-    "use_dora": "DoRA rescales the base's own output",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
     "use_qalora": "QA-LoRA pools its inputs",
     "arrow_config": "Arrow is a router over other adapters",
@@ -82,6 +81,7 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
     bias: str = "none"  # else biases of the base were trained along
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
@@ -222,11 +222,17 @@ def parse_config(
     _refuse_other_formulas(source, values, biases)
     _refuse_unknown_fields(source, values)
     check = _Checker(source, values)
+    use_dora = check.flag("use_dora")
+    if use_dora and check.flag("lora_bias"):
+        raise CheckpointError(
+            f"{source}: `lora_bias` must be unset with DoRA, got true: PEFT has no formula for both"
+        )
     return PeftConfig(
         r=check.rank("r", values.get("r", 8)),
         lora_alpha=check.alpha("lora_alpha", values.get("lora_alpha", 8)),
         use_rslora=check.flag("use_rslora"),
         lora_bias=check.flag("lora_bias"),
+        use_dora=use_dora,
         bias=values.get("bias") or "none",
         rank_pattern=check.patterns("rank_pattern", check.rank),
         alpha_pattern=check.patterns("alpha_pattern", check.alpha),

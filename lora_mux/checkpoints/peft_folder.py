@@ -32,25 +32,29 @@ from .safetensors_file import (
     read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace, held_instead, saved_modules
+from .stored_adapter import StoredAdapter, TensorPlace, saved_modules
 
 PICKLE_FILE = "adapter_model.bin"
 
+# A magnitude stands where the gain comes that BaseModel.with_gains computes from it.
 SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_B.bias": "bias",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "gain",
+    ".lora_magnitude_vector.weight": "gain",  # of a live model
 }
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.trainable_tokens_delta)\.default\b")
+NAMED = re.compile(
+    r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector|\.trainable_tokens_delta)\.default\b"
+)
 # What methods of training keep beside the factors, which compute without.
 TRAINING = re.compile(r"\.lora_velora_embed|\.lora_monteclora_sampler\..+")
 TOKENS = ".token_adapter.trainable_tokens_delta"  # a few rows of a weight
 # The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
-    ".lora_magnitude_vector": "DoRA rescales the base's own output",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
@@ -64,7 +68,7 @@ COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the 
 class Keys(NamedTuple):
     """What the keys of a file mean."""
 
-    modules: dict[str, dict[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+    modules: dict[str, dict[str, str]]  # path -> {"A": key, "B": key, ...}
     copies: dict[str, str]  # parameter of the base model -> the key of a copy
 
 
@@ -74,15 +78,17 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
     PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
     are compared with the base model. Biases that were trained along are what they differ by from
     the base's: constants that the adapter adds, as those of lora_bias. Modules that were saved as a
-    whole (modules_to_save) are what they differ by from the base's, too.
+    whole (modules_to_save) are what they differ by from the base's, too. Of DoRA's magnitudes gains
+    are computed, with the base's weights as they are now.
 
     Args:
         base: the model that it is for; None = one without targets or weights.
 
     Raises:
         CheckpointError: names the file, and the field or key that is missing, broken, unsafe, or
-            more than plain LoRA on linear layers. Reading the values later raises it if they are
+            more than LoRA or DoRA on linear layers. Reading the values later raises it if they are
             not finite, or if the file has changed.
+        AdapterError: DoRA on a layer whose weight cannot be read here.
     """
     model = base or BaseModel()
     with open_folder(fspath(folder)) as opened:
@@ -101,6 +107,7 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
     stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
     if config.blocks > 1:
         stored = _with_zeros(stored, config.blocks, model)
+    stored = model.with_gains(stored)
     shifts, saved = _check_copies(opened, file, outline.copies, model, config)
     if shifts:
         stored = _shifted(stored, shifts, model)
@@ -121,7 +128,9 @@ def peft_outline(
     for path, parts in keys.modules.items():
         shapes = {part: list(places[key].shape) for part, key in parts.items()}
         _check_shapes(source, path, parts, strengths[path].rank, shapes, config.blocks)
-        _check_bias(source, path, "bias" in parts, config.lora_bias)
+        _check_part(source, path, "lora_B.bias", "bias" in parts, "lora_bias", config.lora_bias)
+        magnitude = "lora_magnitude_vector"
+        _check_part(source, path, magnitude, "gain" in parts, "use_dora", config.use_dora)
     scaling = {path: strength.scaling for path, strength in strengths.items()}
     remarks = (*_remarks(config, keys.modules.keys(), base.targets), *_unsaved(config, keys, base))
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
@@ -240,7 +249,7 @@ def _with_zeros(stored: StoredAdapter, blocks: int, base: BaseModel) -> StoredAd
         elif B.shape[1] * blocks == len(A):
             B = torch.block_diag(*B.chunk(blocks))  # type: ignore[no-untyped-call]
         weights[path] = replace(part, A=A, B=B)
-    return held_instead(stored, weights)
+    return stored.holding(weights)
 
 
 def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseModel) -> StoredAdapter:
@@ -255,7 +264,7 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
             part = LoraWeights(part.A, torch.zeros_like(part.B), 1.0)
         constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
         weights[path] = replace(part, bias=constant)
-    return held_instead(stored, weights)
+    return stored.holding(weights)
 
 
 def _equal(copy: Tensor, own: Tensor) -> bool:
@@ -390,10 +399,12 @@ def _check_shapes(
     blocks: int,
 ) -> None:
     A, B = shapes["A"], shapes["B"]
+    of_kernel = [1, B[0], *B[2:]] if len(B) > 2 else B[:1]  # as PEFT has magnitudes
     for part, fits, dimensions in (
         ("A", 2 <= len(A) <= 5, "2-dimensional, or as the kernel of a convolution"),
         ("B", len(B) == len(A) and all(n == 1 for n in B[2:]), "as lora_A, with a kernel of 1"),
         ("bias", len(shapes.get("bias", [0])) == 1, "1-dimensional"),
+        ("gain", shapes.get("gain", of_kernel) == of_kernel, "as long as lora_B"),
     ):
         if not fits:
             raise CheckpointError(
@@ -414,9 +425,9 @@ def _check_shapes(
         )
 
 
-def _check_bias(source: str, path: str, has: bool, should: bool) -> None:
+def _check_part(source: str, path: str, part: str, has: bool, field: str, should: bool) -> None:
     if has != should:
         raise CheckpointError(
-            f"{source}: module {path!r} must {'' if should else 'not '}have lora_B.bias, because "
-            f"its config says lora_bias={should}"
+            f"{source}: module {path!r} must {'' if should else 'not '}have {part}, because its "
+            f"config says {field}={should}"
         )

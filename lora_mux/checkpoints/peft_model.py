@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
-from ..layers import Target, check_target, device_of
+from ..layers import Target, check_target, common_dtype, device_of, dtype_of, with_gain
 from .peft_config import parse_config
 from .safetensors_file import check_finite
 from .stored_adapter import StoredAdapter, saved_modules
@@ -50,8 +50,10 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than plain LoRA on linear layers, or is merged, or has
-            values that are not finite, or none; or it is in force in a part of its layers only.
+        CheckpointError: an adapter is more than LoRA or DoRA on linear layers, or is merged, or has
+            values that are not finite, or none; or it is in force in a part of its layers only, or
+            by DoRA on what other adapters have changed.
+        AdapterError: DoRA on a layer whose weight cannot be read here.
         TargetError: a layer cannot carry adapters here.
     """
     base = _base(peft_model)
@@ -78,11 +80,14 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
             "call unmerge_adapter() first"
         )
     held = {path: _held(path, layer) for path, layer in layers.items()}
+    for path, names in held.items():
+        _refuse_running_sum(path, layers[path], names)
     targets = {
         path: _target(path, layers[path].base_layer) for path, names in held.items() if names
     }
+    dtype = common_dtype(base)
     adapters = {
-        name: {p: _part(p, layers[p], name) for p, names in held.items() if name in names}
+        name: {p: _part(p, layers[p], name, dtype) for p, names in held.items() if name in names}
         for name in configs
     }
     if not adapters or not all(adapters.values()):
@@ -288,7 +293,7 @@ def _held(path: str, layer: Any) -> set[str]:
     """The names of the adapters that one of PEFT's layers holds.
 
     Raises:
-        CheckpointError: it is no layer that computes plain LoRA on a linear layer.
+        CheckpointError: it is no layer that computes LoRA on a linear layer.
     """
     names: set[str] = layer._get_available_adapters()
     if not type(layer).__module__.startswith("peft."):
@@ -342,19 +347,48 @@ def _target(path: str, linear: nn.Module) -> Target:
     return check_target(linear, f"peft_model: {path}")
 
 
-def _part(path: str, layer: Any, name: str) -> LoraWeights:
-    """What an adapter does to a layer, scaled as it was trained."""
+def _magnitude(layer: Any, name: str) -> Tensor | None:
+    """DoRA's, of an adapter that has one in a layer."""
+    magnitudes = getattr(layer, "lora_magnitude_vector", None) or {}
+    held: Tensor | None = magnitudes[name].weight if name in magnitudes else None
+    return held
+
+
+def _refuse_running_sum(path: str, layer: Any, held: set[str]) -> None:
+    """Refuse DoRA that is in force on top of other adapters: it rescales what they add as well."""
+    active = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in held]
+    for name in active[1:]:
+        if _magnitude(layer, name) is not None:
+            raise CheckpointError(
+                f"`peft_model`: DoRA of adapter {name!r} must be the first one in force at layer "
+                f"{path!r}, got {active}: PEFT rescales what those before it add, too, which is no "
+                "sum of adapters; call set_adapter() with another order, or with one adapter"
+            )
+
+
+def _part(path: str, layer: Any, name: str, default: torch.dtype) -> LoraWeights:
+    """What an adapter does to a layer, scaled as it was trained. DoRA's scale counts as it is now.
+
+    Args:
+        default: in which a layer computes that hides its dtype.
+    """
     A, B = _modules(layer, name)
+    factors: dict[str, Any]
     if isinstance(A, nn.Parameter):
         factors = {"lora_embedding_A": A, "lora_embedding_B": B, "lora_B.bias": None}
     else:
         bias = getattr(B, "bias", None)
         factors = {"lora_A.weight": _matrix(A), "lora_B.weight": _matrix(B), "lora_B.bias": bias}
+    factors["lora_magnitude_vector"] = _magnitude(layer, name)
     for key, tensor in factors.items():
         if tensor is not None:
             _check_values(_source(name), f"{path}.{key}", tensor)
-    A, B, bias = factors.values()
-    return LoraWeights(A, B, _scalings(path, layer, name)[0], bias)
+    A, B, bias, magnitude = factors.values()
+    trained, now = _scalings(path, layer, name)
+    if magnitude is None:
+        return LoraWeights(A, B, trained, bias)
+    linear, given = layer.base_layer, LoraWeights(A, B, now, bias)
+    return with_gain(linear, given, magnitude, dtype_of(linear, default), f"peft_model: {path}")
 
 
 def _check_values(source: str, key: str, tensor: Tensor) -> None:
@@ -400,7 +434,9 @@ def _weight(
             f"is active in {there!r} and not in {other!r}; call set_adapter() or "
             "enable_adapter_layers() first"
         )
-    scalings = {path: _scalings(path, layer, name) for path, layer in layers.items()}
+    # The norms of DoRA hold the scale, which is no factor of what it adds.
+    plain = {path: layer for path, layer in layers.items() if _magnitude(layer, name) is None}
+    scalings = {path: _scalings(path, layer, name) for path, layer in plain.items()}
     scales = [now / trained for trained, now in scalings.values() if trained]
     uniform = all(math.isclose(scale, scales[0], rel_tol=SAME) for scale in scales)
     if not uniform or any(now for trained, now in scalings.values() if not trained):

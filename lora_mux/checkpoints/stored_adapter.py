@@ -14,7 +14,7 @@ from ..core import LoraWeights, computed_once, rank_rows
 from ..errors import CheckpointError
 from ..layers import difference
 
-ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, "bias": key}
+ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, ...}
 
 ALIGNMENT = 16  # bytes; each packed tensor begins at a multiple
 
@@ -128,6 +128,11 @@ class StoredAdapter:
         """Path -> factors, which are views of the values."""
         return lora_weights(self.outline.keys, self.outline.scaling, values.__getitem__)
 
+    def holding(self, weights: Mapping[str, LoraWeights]) -> "StoredAdapter":
+        """The same adapter with other factors, path -> factors, which are copied to the host."""
+        held = copy_to_host(self.source, weights, False)
+        return replace(held, outline=replace(held.outline, remarks=self.outline.remarks))
+
 
 def lora_weights(
     keys: ModuleKeys, scaling: Mapping[str, float], tensor: Callable[[str], Tensor]
@@ -158,19 +163,13 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
     keys: dict[str, dict[str, str]] = {}
     tensors: dict[str, Tensor] = {}
     for path, part in weights.items():
-        given = {"A": part.A, "B": part.B} | ({} if part.bias is None else {"bias": part.bias})
+        given = part.tensors()
         keys[path] = {name: f"{path}.{name}" for name in given}
         tensors |= {keys[path][name]: tensor for name, tensor in given.items()}
     packed = pack(tensors, pinned)
     scaling = {path: part.scaling for path, part in weights.items()}
     outline = Outline(keys, scaling, packed.places)
     return StoredAdapter(source, outline, functools.partial(_held, packed))
-
-
-def held_instead(stored: StoredAdapter, weights: Mapping[str, LoraWeights]) -> StoredAdapter:
-    """An adapter with other factors than it was stored with, in the host's memory."""
-    held = copy_to_host(stored.source, weights, False)
-    return replace(held, outline=replace(held.outline, remarks=stored.outline.remarks))
 
 
 def saved_modules(

@@ -1,13 +1,13 @@
 """The data: what is stored of a layer's adapters, and what is asked for by a batch's rows.
 
+    weights     one adapter's part of one layer
     pool        the rank rows of one layer's adapters, and where each adapter's are
     free_runs   which of those rank rows are free
     slots       the adapters of a model: name <-> handle <-> slot
     routing     Routing, the index and weight of a batch
     selections  names -> a Routing; and what comes with adapters into a row
     arguments   checks of the numbers and names that users give
-    computed    attributes that are computed when they are first read
-    locks       what only one thread does at a time
+    methods     what methods are wrapped in: a lock, and values that are computed once
     streams     what waits for what, where a device works on several streams
 
 This room knows tensors. It knows nothing of models, and nothing of how a result is computed.
@@ -16,17 +16,16 @@ This room knows tensors. It knows nothing of models, and nothing of how a result
 from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
-from .computed import computed_once as computed_once
 from .free_runs import FreeRuns as FreeRuns
-from .locks import holding as holding
-from .locks import synchronized as synchronized
-from .pool import LoraWeights as LoraWeights
+from .methods import computed_once as computed_once
+from .methods import holding as holding
+from .methods import synchronized as synchronized
+from .pool import AnyPool as AnyPool
+from .pool import Gains as Gains
 from .pool import Pool as Pool
 from .pool import RankRows as RankRows
 from .pool import Span as Span
 from .pool import Version as Version
-from .pool import is_finite as is_finite
-from .pool import rank_rows as rank_rows
 from .routing import BASE as BASE
 from .routing import NONE as NONE
 from .routing import LastPass as LastPass
@@ -48,3 +47,8 @@ from .streams import StreamOrder as StreamOrder
 from .streams import has_streams as has_streams
 from .streams import site_on as site_on
 from .streams import to_device as to_device
+from .weights import LoraWeights as LoraWeights
+from .weights import check_shape as check_shape
+from .weights import is_finite as is_finite
+from .weights import rank_of as rank_of
+from .weights import rank_rows as rank_rows

@@ -2,31 +2,23 @@
 
 Both factors lie rank-major: A_rows [C, in_features] holds A's rows, B_rows [C, out_features] the
 columns of B. An adapter of rank r occupies exactly r consecutive rank rows, whatever the ranks of
-the others; one that does not touch this layer has rank 0 and occupies none.
+the others; one that does not touch this layer has rank 0 and occupies none. A bias and a gain are
+one more rank row each, behind the others. The rows of all gains are read as a pool of their own.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ArgumentTypeError
+from ..errors import AdapterError
 from .free_runs import FreeRuns
+from .methods import computed_once
 from .streams import has_streams, to_device
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """One adapter's part of one layer: delta(x) = scaling * (B (A x) + bias)."""
-
-    A: Tensor  # [r, in_features]
-    B: Tensor  # [out_features, r]
-    scaling: float  # alpha / r, or alpha / sqrt(r) for rsLoRA
-    bias: Tensor | None = None  # [out_features]: PEFT's lora_bias, scaled like the rest
+from .weights import LoraWeights, is_finite, rank_of, rank_rows
 
 
 class RankRows(NamedTuple):
@@ -34,7 +26,7 @@ class RankRows(NamedTuple):
 
     A_rows: Tensor  # [C, in_features, rounded up to a multiple of ALIGNMENT with zeros]
     B_rows: Tensor  # [C, out_features, likewise]
-    constant: Tensor | None  # [C] bool: a bias, whose h is 1 instead of A x; None = none is
+    constant: Tensor | None  # [C] bool: a bias or gain, whose h is 1, not A x; None = none is
     offset: Tensor  # [S] int32
     rank: Tensor  # [S] int32
     scaling: Tensor  # [S] at least fp32
@@ -45,8 +37,14 @@ class Span(NamedTuple):
 
     offset: int
     rows: int
-    bias: bool  # whether the last of them is constant
+    bias: bool  # whether the last one of its rank is constant
     scaling: float
+    gain: bool = False  # whether the last one of all is a gain
+
+    @property
+    def rank(self) -> int:
+        """How many of the rows are multiplied with x."""
+        return self.rows - self.gain
 
 
 class Move(NamedTuple):
@@ -62,20 +60,24 @@ class Move(NamedTuple):
 ALIGNMENT = 16
 
 BUFFERS = ("A_rows", "B_rows", "constant")  # one row for each rank row
-TABLES = ("offset", "rank", "scaling")  # one entry for each slot
+# One entry for each slot. The last two say where its gain is, and whether it has one.
+TABLES = ("offset", "rank", "scaling", "gain_offset", "gain_rank")
 
 
 class Version:
     """One state of a pool's rank rows; what is kept under it, weakly, ends when they change."""
 
-    __slots__ = ("__weakref__",)
+    @computed_once
+    def gains(self) -> "Version":
+        """The same state, for what is kept of the gains alone."""
+        return Version()
 
 
 class Pool(nn.Module):
     """Rank rows, and for each slot where they begin, how many they are, and their scaling.
 
     All tensors are non-persistent buffers: they move with the layer and stay out of state_dict.
-    Their names, shapes and dtypes are those of RankRows.
+    Their names, shapes and dtypes are those of RankRows, and then come the tables of gains.
     """
 
     A_rows: Tensor
@@ -84,6 +86,8 @@ class Pool(nn.Module):
     offset: Tensor
     rank: Tensor
     scaling: Tensor
+    gain_offset: Tensor
+    gain_rank: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
@@ -92,6 +96,7 @@ class Pool(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.max_rank = 0  # at least every rank here; bounds what the kernels put in between
+        self.has_gains = False  # whether any adapter here may have a gain; once True, it stays
         self.spans: dict[int, Span] = {}  # slot -> what it has here; none = rank 0
         self.runs = FreeRuns()  # which rank rows are free
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
@@ -108,6 +113,8 @@ class Pool(nn.Module):
         register("offset", 0, dtype=torch.int32)
         register("rank", 0, dtype=torch.int32)
         register("scaling", 0, dtype=torch.promote_types(dtype, torch.float32))
+        register("gain_offset", 0, dtype=torch.int32)
+        register("gain_rank", 0, dtype=torch.int32)
 
     @property
     def rows(self) -> RankRows:
@@ -115,6 +122,10 @@ class Pool(nn.Module):
         return RankRows(
             self.A_rows, self.B_rows, self.constant, self.offset, self.rank, self.scaling
         )
+
+    def span(self, slot: int) -> Span | None:
+        """Where a slot has its rank rows; None = it has none here."""
+        return self.spans.get(slot)
 
     def fix(self, rank_rows: int) -> None:
         """Have that many rank rows, now or as soon as the layer is materialised, and never more."""
@@ -134,50 +145,26 @@ class Pool(nn.Module):
                 f"`{argument}`: the layer is on the meta device; materialise the model before "
                 "adding adapters"
             )
-        K, N = self.in_features, self.out_features
-        _check_shape(weights.A, f"{argument}.A", (None, K), "[r, in_features]")
-        r = weights.A.shape[0]
-        if r < 1:
-            raise AdapterError(f"`{argument}.A` must have a rank of at least 1, got 0")
-        _check_shape(weights.B, f"{argument}.B", (N, r), "[out_features, r]")
-        if weights.bias is not None:
-            _check_shape(weights.bias, f"{argument}.bias", (N,), "[out_features]")
-
-    def check_values(self, weights: LoraWeights, argument: str) -> None:
-        """Refuse factors that are not finite in the pool's dtype, or that have no values."""
-        for name in ("A", "B", "bias"):
-            tensor = getattr(weights, name)
-            if tensor is None:
-                continue
-            if tensor.is_meta:
-                raise AdapterError(
-                    f"`{argument}.{name}` must hold values, got a tensor on the meta device"
-                )
-            # 0 x NaN is NaN: one tenant's bad weights could reach another tenant's rows.
-            if not is_finite(tensor, self.A_rows.dtype):
-                values = tensor.detach().to(self.A_rows.dtype)
-                raise AdapterError(
-                    f"`{argument}.{name}` must be finite in the pool's {self.A_rows.dtype}, "
-                    f"got {int((~values.isfinite()).sum())} values that are not"
-                )
+        weights.check_shapes(self.in_features, self.out_features, argument)
 
     def check(self, weights: LoraWeights, argument: str) -> LoraWeights:
         """`weights` in the pool's dtype and on its device, or an error that names `argument`."""
         self.check_fit(weights, argument)
-        self.check_values(weights, argument)
-        A, B, bias = (
-            None if tensor is None else tensor.detach().to(self.A_rows.device, self.A_rows.dtype)
-            for tensor in (weights.A, weights.B, weights.bias)
-        )
-        assert A is not None and B is not None
-        return replace(weights, A=A, B=B, bias=bias)
+        weights.check_values(self.A_rows.dtype, argument)
+        return weights.to(self.A_rows.device, self.A_rows.dtype)
 
     def fits(self, weights: LoraWeights, slot: int) -> bool:
-        """Whether `write` would leave the buffers where they are."""
-        used = rank_rows(weights)
+        """Whether `write` would leave the buffers where they are, and all that passes go by."""
         room = self.runs.largest if self.fixed is None else self.fixed
-        held = room, self.rank.shape[0], self.max_rank
-        return all(n <= h for n, h in zip((used, slot + 1, used), held, strict=True))
+        held = room, self.rank.shape[0], self.max_rank, self.has_gains
+        wanted = rank_rows(weights), slot + 1, rank_of(weights), weights.gain is not None
+        return all(n <= h for n, h in zip(wanted, held, strict=True))
+
+    def expect(self, weights: LoraWeights | None, slots: int) -> None:
+        """Let all but the rank rows themselves be as such an adapter needs it, in any slot."""
+        self.reserve(0, slots, 0 if weights is None else rank_of(weights))
+        if weights is not None and weights.gain is not None:
+            self.has_gains = True
 
     # Outside inference_mode: a pool filled inside it can still be used with autograd.
     @torch.inference_mode(False)
@@ -192,32 +179,37 @@ class Pool(nn.Module):
         """
         assert slot not in self.spans
         self.version = Version()
+        self.expect(weights, slots)
         if weights is None:
-            self.reserve(0, slots, 0)
             return
-        r, used = weights.A.shape[0], rank_rows(weights)
+        r, rank, used = weights.A.shape[0], rank_of(weights), rank_rows(weights)
         if self.runs.largest < used:
             assert self.fixed is None
-            self.reserve(self.runs.tail + used, slots, used)
-        self.reserve(0, slots, used)
+            self.reserve(self.runs.tail + used, slots, rank)
         start = self.runs.take(used)
         assert start is not None
-        self.spans[slot] = Span(start, used, weights.bias is not None, weights.scaling)
+        has_bias, has_gain = weights.bias is not None, weights.gain is not None
+        self.spans[slot] = Span(start, used, has_bias, weights.scaling, has_gain)
         self.A_rows[start : start + r, : self.in_features] = weights.A
         self.B_rows[start : start + r, : self.out_features] = weights.B.T
         # What to_empty() has brought from the meta device holds anything beyond them.
         self.A_rows[start : start + used, self.in_features :] = 0
         self.B_rows[start : start + used, self.out_features :] = 0
-        self.constant[start : start + used] = False
+        self.constant[start : start + r] = False
+        self.constant[start + r : start + used] = True
+        self.A_rows[start + r : start + used] = 0
         if weights.bias is not None:
-            self.A_rows[start + r] = 0
             self.B_rows[start + r, : self.out_features] = weights.bias
-            self.constant[start + r].fill_(True)
+        if weights.gain is not None:
+            self.B_rows[start + rank, : self.out_features] = weights.gain
         # Filled: what is assigned to one element comes from the host by a copy, which on a GPU
-        # waits. The rank last: it is what makes the rows count.
+        # waits. The ranks last: they are what makes the rows count.
         self.offset[slot].fill_(start)
         self.scaling[slot].fill_(weights.scaling)
-        self.rank[slot].fill_(used)
+        if weights.gain is not None:
+            self.gain_offset[slot].fill_(start + rank)
+            self.gain_rank[slot].fill_(1)
+        self.rank[slot].fill_(rank)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -228,6 +220,7 @@ class Pool(nn.Module):
             return
         (those,) = to_device([torch.tensor([*held])], self.rank.device)
         self.rank.index_fill_(0, those, 0)
+        self.gain_rank.index_fill_(0, those, 0)
         for start, end in _joined(held.values()):
             self.A_rows[start:end] = 0
             self.B_rows[start:end] = 0
@@ -261,6 +254,7 @@ class Pool(nn.Module):
             buffer[start : start + rows] = values
             buffer[move.left] = 0
         self.offset[move.slot].fill_(start)
+        self.gain_offset[move.slot].fill_(start + move.span.rank)
         self.spans[move.slot] = move.span
         self.moving = None
 
@@ -354,11 +348,6 @@ class Pool(nn.Module):
             )
 
 
-def rank_rows(weights: LoraWeights) -> int:
-    """How many rank rows it takes: a bias is one more."""
-    return weights.A.shape[0] + (weights.bias is not None)
-
-
 def _joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
     """(start, end) of the rank rows of spans, those that touch as one."""
     joined: list[tuple[int, int]] = []
@@ -368,33 +357,39 @@ def _joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
     return joined
 
 
-def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are finite, in another dtype."""
-    if not tensor.numel():
-        return True
-    # What is not shows in the smallest and the largest value: 15 times faster than isfinite().
-    values = tensor.detach()
-    extremes = (values.float() if values.element_size() == 1 else values).aminmax()
-    limit = torch.finfo(dtype).max
-    if all(-limit <= extreme.item() <= limit for extreme in extremes):
-        return True
-    return bool(torch.stack(extremes).to(dtype).isfinite().all())  # as it is rounded
-
-
-def _check_shape(tensor: object, argument: str, shape: tuple[int | None, ...], words: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"`{argument}` must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise ArgumentTypeError(f"`{argument}` must have a floating dtype, got {tensor.dtype}")
-    fits = tensor.ndim == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        want = ", ".join("r" if n is None else str(n) for n in shape)
-        raise AdapterError(
-            f"`{argument}` must have shape {words} = [{want}], got {list(tensor.shape)}"
-        )
-
-
 def _aligned(features: int) -> int:
     return -(-features // ALIGNMENT) * ALIGNMENT
+
+
+class Gains:
+    """The gains in a pool as a pool of their own, of rank 1: c = sum_j weight * scaling * gain.
+
+    Their input may be any x [..., 1], because all their rank rows are constant. Made for each call.
+    """
+
+    in_features = max_rank = 1
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self.out_features = pool, pool.out_features
+        self.A_rows, self.B_rows = pool.A_rows, pool.B_rows
+        tables = pool.gain_offset, pool.gain_rank, pool.scaling
+        self.rows = RankRows(self.A_rows, self.B_rows, pool.constant, *tables)
+
+    @property
+    def version(self) -> Version:
+        """The pool's."""
+        return self._pool.version.gains
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:
+        return self.rows._asdict()
+
+    def span(self, slot: int) -> Span | None:
+        """Where a slot has its gain; None = it has none here."""
+        held = self._pool.span(slot)
+        if held is None or not held.gain:
+            return None
+        return Span(held.offset + held.rank, 1, True, held.scaling)
+
+
+AnyPool: TypeAlias = Pool | Gains  # what the forms compute with

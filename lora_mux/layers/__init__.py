@@ -4,12 +4,14 @@ linear     MuxLinear
 kinds      embeddings and convolutions, which are linear maps of other rows
 swapping   how a layer of a model becomes one in place, and is changed back
 handed_in  a Routing that is handed to a layer, without a model around it
+gains      DoRA: what rescales the base's own output, and how it follows from the base's weight
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters
 sharding   layers that tensor parallelism has split
 saved_modules  layers that an adapter saved as a whole, as what they are more than the base's
 """
 
+from .gains import with_gain as with_gain
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
 from .saved_modules import difference as difference

@@ -64,7 +64,8 @@ class Embedding(NamedTuple):
 
     def cut(self, weights: LoraWeights, argument: str) -> LoraWeights:
         """A [r, num_embeddings] and B [embedding_dim, r], as PEFT has them."""
-        return replace(weights, scaling=weights.scaling * self.scale)
+        gain = weights.gain if weights.gain is None else weights.gain / self.scale
+        return replace(weights, scaling=weights.scaling * self.scale, gain=gain)
 
     def local(self, x: Tensor) -> Tensor:
         """[..., 1] of ids [...]."""

@@ -14,6 +14,7 @@ from ..core import LoraWeights, Pool, Routing, Slots, slot_of
 from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Place, Router
 from . import sharding
+from .gains import rescaling, with_gain
 from .handed_in import LastPlan, spread
 from .kinds import Embedding, Kind
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, write
@@ -164,19 +165,21 @@ class MuxLinear(nn.Module):
         """
         kind = self.mux_kind
         if kind is not None and self._is_idle(routing):  # its rows may be dear
-            return self._base(x, **kwargs)
+            return self.mux_base(x, **kwargs)
         here = x if kind is None else kind.local(x)
         plan = self._plan(here, routing, fusable=not kwargs)
         if isinstance(plan, ops.FusedPlan):
             return plan.linear(x, self.weight, self.bias, self.mux_pool)
-        y = self._base(x, **kwargs)
+        y = self.mux_base(x, **kwargs)
         if plan is None:
             return y
+        pool = self._pool
+        plan = rescaling(plan, pool, self) if pool.has_gains else plan
         if kind is None:
-            return plan.add(y, x, self._pool, self.mux_owns_output)
-        return kind.add(plan, y, here, self._pool, self._parameters.get("weight"))
+            return plan.add(y, x, pool, self.mux_owns_output)
+        return kind.add(plan, y, here, pool, self._parameters.get("weight"))
 
-    def _base(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def mux_base(self, x: Tensor, **kwargs: Any) -> Tensor:
         """What the layer computes without adapters."""
         # Transformers' closure around a shard calls this forward; any other computes the base part.
         patched = None if isinstance(self.mux_kind, sharding.Shard) else self.mux_patched
@@ -293,6 +296,7 @@ class MuxLinear(nn.Module):
         alpha: float | None = None,
         scaling: float | None = None,
         bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
     ) -> int:
         """Copy an adapter into the pool; returns its handle, to be put into an index tensor.
 
@@ -304,16 +308,19 @@ class MuxLinear(nn.Module):
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
             scaling: the factor itself.
             bias: [out_features], a bias on B (PEFT's lora_bias), scaled like the rest.
+            magnitude: [out_features], of DoRA: with g = magnitude / ||W + scaling * B A||, of rows
+                and as of now, a weight w adds w * ((g - 1) * (W x) + g * scaling * B (A x)).
 
         Raises:
-            AdapterError: a name in use, shapes that do not fit, values that are not finite.
+            AdapterError: a name in use, factors that do not fit, or that DoRA cannot have here.
             ArgumentTypeError: something of the wrong type.
         """
         self._refuse_attached("add_adapter")
         self.mux_slots.check_new(name)
         follow_materialised(self)
-        factor = scaling_from(alpha, scaling, A)
-        given = LoraWeights(A, B, factor, bias)
+        given = LoraWeights(A, B, scaling_from(alpha, scaling, A), bias)
+        if magnitude is not None:
+            given = with_gain(self, given, magnitude, self.mux_pool.A_rows.dtype, "adapter")
         weights = cut_and_check(self.mux_pool, self.mux_kind, given, "adapter")
         self._mend()
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
@@ -327,7 +334,7 @@ class MuxLinear(nn.Module):
         """Make room for that many adapters of up to that rank, so that buffers stay in place.
 
         What a captured CUDA graph reads cannot grow: reserve before capturing. A bias counts as
-        one more rank.
+        one more rank, and so does DoRA's magnitude.
         """
         self._refuse_attached("reserve")
         check_reservation(self.mux_slots, adapters, rank)

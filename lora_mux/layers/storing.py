@@ -49,7 +49,12 @@ def write(slots: Slots, handle: int, parts: Iterable[tuple[Pool, LoraWeights | N
 
 
 def check_room(slots: Slots, pool: Pool, weights: LoraWeights, argument: str) -> None:
-    """Refuse to move a pool that a CUDA graph reads: the graph would go on reading the old one."""
+    """Refuse what a CUDA graph that reads the pool would not see: another place, or gains."""
+    if slots.captured and weights.gain is not None and not pool.has_gains:
+        raise PoolCapacityError(
+            f"`{argument}` must not be DoRA's, because a captured CUDA graph computes this layer "
+            "without; load an adapter of DoRA before capturing, and then any may follow"
+        )
     if slots.captured and not pool.fits(weights, slots.next_slot()):
         raise PoolCapacityError(
             f"`{argument}` must fit into the pool, which cannot grow because a captured CUDA "

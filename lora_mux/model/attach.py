@@ -111,8 +111,11 @@ def attach_peft(
     set_adapters gave them as weights. Use `mux.model` from now on: the PeftModel passes calls on to
     it, and raises a TargetError for PEFT's own methods.
 
+    DoRA is taken over as it is in force now, with its scale in the norms and a weight of 1. Weights
+    and sums mean something else here than in PEFT, see docs/from_peft.md.
+
     Args:
-        peft_model: a model whose adapters are LoRA on linear layers.
+        peft_model: a model whose adapters are LoRA or DoRA on linear layers.
         backend: as in `attach`.
         batch_invariant: as in `attach`.
         fused: as in `attach`.
@@ -122,10 +125,11 @@ def attach_peft(
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than plain LoRA, is merged, has no values, or is in
-            force in a part of its layers only.
+        CheckpointError: an adapter is more than LoRA or DoRA, is merged, has no values, is in
+            force in a part of its layers only, or is DoRA on top of other adapters.
         TargetError: a layer cannot carry adapters, or the adapters were taken over already.
-        AdapterError: values are not finite in the layer's dtype.
+        AdapterError: values are not finite in the layer's dtype, or DoRA needs a weight that cannot
+            be read.
         BackendError: the backend does not exist, or cannot run here.
     """
     settings = ops.Settings(backend, batch_invariant, fused)

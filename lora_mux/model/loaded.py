@@ -72,7 +72,8 @@ class LoadedAdapters:
         """Load a checkpoint of PEFT or diffusers.
 
         With `attach(memory=...)` the config and the header are checked now. The values are read
-        when the adapter is first used.
+        when the adapter is first used, but those of DoRA at once, with the base's weights: a row
+        with a weight w gets that share of what such an adapter changes, see docs/from_peft.md.
 
         Args:
             name: any new str other than `"__base__"`.
@@ -96,7 +97,8 @@ class LoadedAdapters:
         Raises:
             CheckpointError: the folder is missing, broken or unsafe, or holds more than LoRA and
                 saved modules of the base's shapes.
-            AdapterError: the name is taken, or a module of the checkpoint is not a target here.
+            AdapterError: the name is taken, a module of the checkpoint is not a target here, or
+                DoRA needs a weight that cannot be read.
             ArgumentTypeError: key_mapping is no mapping of patterns.
             PoolCapacityError: there is no room for the adapter, alone or beside those in use.
             RoutingError: it replaces an adapter in the sticky rows, beside one that saved other
@@ -250,8 +252,8 @@ class LoadedAdapters:
         Args:
             adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
                 loaded, on the device or not. One that saved modules as a whole counts as two.
-            rank: the largest rank among them. A bias counts as one more rank. A saved linear layer
-                has the rank of its shorter side.
+            rank: the largest rank among them. A bias counts as one more rank, and so does DoRA. A
+                saved linear layer has the rank of its shorter side.
 
         Raises:
             AdapterError: an argument is less than 1.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import Pool, Span, Version, computed_once
+from ..core import AnyPool, Span, Version, computed_once
 from . import reference
 from .cpu_groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
 from .forms import tracked
@@ -70,7 +70,7 @@ class Product(NamedTuple):
     strength: Tensor | None  # [G, m, R] weight * scaling where it is not
     mask: Tensor | None  # [G, m, R] int as wide as h: -1 = selected, 0 = not; None = all are
 
-    def factors(self, pool: Pool, dtype: torch.dtype) -> Factors:
+    def factors(self, pool: AnyPool, dtype: torch.dtype) -> Factors:
         """A^T and B; views of the pool where dtype and the order of rank rows allow it."""
         (G, _, R), N = self.shape, pool.out_features
         K = _even(pool.in_features, dtype)
@@ -147,7 +147,11 @@ class Plan:
         """The plan with another tensor of equal values there."""
         return Plan(strength, self.slots)
 
-    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+    def touches(self, pool: AnyPool) -> bool:
+        """Whether a row selects what is in a pool."""
+        return any(pool.span(slot) is not None for slot in self.used)
+
+    def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan.
 
         Rows that select none keep every bit.
@@ -202,7 +206,7 @@ class Plan:
         used: list[int] = np.unique(self.selections[1]).tolist()
         return used
 
-    def _in(self, pool: Pool, x: torch.dtype, y: torch.dtype) -> Prepared:
+    def _in(self, pool: AnyPool, x: torch.dtype, y: torch.dtype) -> Prepared:
         """What is prepared in a pool for x and y of these dtypes."""
         version = pool.version  # read once: another thread may write to the pool meanwhile
         known = self._prepared.get(version)
@@ -216,7 +220,7 @@ class Plan:
             known = self._prepared[version] = self._prepare(pool, x, y)
         return known
 
-    def _prepare(self, pool: Pool, x: torch.dtype, y: torch.dtype) -> Prepared:
+    def _prepare(self, pool: AnyPool, x: torch.dtype, y: torch.dtype) -> Prepared:
         A_rows, B_rows = pool.A_rows, pool.B_rows
         bf16 = x == y == A_rows.dtype == torch.bfloat16 and bf16_is_fast()
         dtype = x if bf16 else torch.promote_types(x, torch.float32)
@@ -227,13 +231,14 @@ class Plan:
         sums = dtype if one_each else torch.promote_types(dtype, torch.float32)
 
         sizes = pool.in_features, pool.out_features
-        key = dtype, sizes, tuple(map(pool.spans.get, self.used))
+        spans = {slot: span for slot in self.used if (span := pool.span(slot)) is not None}
+        key = dtype, sizes, tuple(spans.items())
         if key not in self._products:
             groups = [all_with_all(*self.selections)] if whole else by_slot(*self.selections)
             self._products[key] = [
                 product
                 for group in groups
-                for product in _products(group, pool, dtype, len(self.slots))
+                for product in _products(group, spans, sum(sizes), dtype, len(self.slots))
             ]
         # Views are kept, copies are not.
         views = A_rows.dtype == dtype
@@ -248,19 +253,22 @@ class Plan:
         return Plan, (self.weight, self.slots)  # a copy prepares for pools of its own
 
 
-def _products(group: Group, pool: Pool, dtype: torch.dtype, M: int) -> Iterator[Product]:
+def _products(
+    group: Group, spans: Mapping[int, Span], width: int, dtype: torch.dtype, M: int
+) -> Iterator[Product]:
     """A group in a layer: cut where ranks differ, and by what is moved at once.
 
     Args:
+        spans: of the slots that have any in this layer.
+        width: of x and y together.
         M: the rows of the whole batch.
     """
-    spans = pool.spans
     alike: dict[tuple[int, ...], list[int]] = {}  # members by the ranks that their slots have here
     for g, slots in enumerate(group.slots.tolist()):
-        ranks = tuple(spans[slot].rows if slot in spans else 0 for slot in slots)
+        ranks = tuple(spans[slot].rank if slot in spans else 0 for slot in slots)
         if any(ranks):
             alike.setdefault(ranks, []).append(g)
-    moved = group.rows.shape[1] * (pool.in_features + pool.out_features)  # by each member
+    moved = group.rows.shape[1] * width  # by each member
     at_once = max(1, MOVED // moved)
     for ranks, members in alike.items():
         here = np.flatnonzero(ranks)
@@ -275,7 +283,7 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
         some = selects[0].any(1)
         rows, weight, selects = rows[:, some], weight[:, some], selects[:, some]
     (G, m), found = rows.shape, [[spans[slot] for slot in member] for member in slots.tolist()]
-    ranks = [span.rows for span in found[0]]
+    ranks = [span.rank for span in found[0]]
     odd = _even(sum(ranks), dtype) - sum(ranks)  # 1: the last rank row stands there once more
 
     def for_rank_rows(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
@@ -292,9 +300,9 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
         mask = for_rank_rows(-selects.astype(np.int8), INTS[dtype.itemsize])
         mask[..., sum(ranks) :] = 0
     in_order = [span for member in found for span in member]
-    rank_rows = np.concatenate([np.arange(s.offset, s.offset + s.rows) for s in in_order])
+    rank_rows = np.concatenate([np.arange(s.offset, s.offset + s.rank) for s in in_order])
     constant = np.zeros(len(rank_rows), np.bool_)
-    constant[np.cumsum([span.rows for span in in_order]) - 1] = [span.bias for span in in_order]
+    constant[np.cumsum([span.rank for span in in_order]) - 1] = [span.bias for span in in_order]
     if odd:
         rank_rows, constant = (_last_twice(v.reshape(G, -1)) for v in (rank_rows, constant))
     biases = torch.from_numpy(constant).view((G, 1, -1) if G > 1 else (1, -1))

@@ -178,9 +178,10 @@ def method(
         return REFERENCE
     from ..kernels.config import fused_tile_rows, tile_rows
 
-    # Under autocast the base may answer in another dtype, and then products are fp32.
+    # Under autocast the base may answer in another dtype, and then products are fp32. Where gains
+    # rescale what it answers, sums are kept in fp32.
     dtype = _dtype(x, pool)
-    half = dtype == pool.A_rows.dtype and dtype.itemsize == 2
+    half = dtype == pool.A_rows.dtype and dtype.itemsize == 2 and not pool.has_gains
     half = half and not torch.is_autocast_enabled(x.device.type)
     if triton and half and weight is not None and _fuses(settings, x, rows, pool, weight):
         return Method("fused", fused_tile_rows(rows))
@@ -197,7 +198,8 @@ def like(x: Tensor, pool: Pool, weight: Tensor | None) -> object:
     assert adapters is not None
     fused = weight if weight is None else (weight.shape, weight.stride(), weight.dtype)
     autocast = torch.is_autocast_enabled(device.type)
-    return x.shape, x.dtype, device, adapters.dtype, autocast, fused, pool.max_rank
+    of_pool = adapters.dtype, pool.max_rank, pool.has_gains
+    return x.shape, x.dtype, device, autocast, fused, of_pool
 
 
 def _dtype(x: Tensor, pool: Pool) -> torch.dtype:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core import Pool
+from ..core import AnyPool
 
 # "operators" is the reference behind operators, "triton" the kernels behind the same ones, and
 # "fused" the kernels with the base layer in the same launch.
@@ -35,7 +35,14 @@ class Plan(Protocol):
     def with_strength(self, strength: Tensor) -> "Plan":
         """The plan with another tensor of equal values there."""
 
-    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+    @property
+    def selecting(self) -> Tensor | None:
+        """[M, 1] bool: the rows that select an adapter; None = all do."""
+
+    def touches(self, pool: AnyPool) -> bool:
+        """Whether a row may select what is in a pool; True where only the device knows."""
+
+    def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; y itself when no adapter is here.
 
         Args:

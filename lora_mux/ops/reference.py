@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Pool, RankRows
+from ..core import AnyPool, RankRows
 
 
 class Plan(NamedTuple):
@@ -28,7 +28,16 @@ class Plan(NamedTuple):
         """The plan with another tensor of equal values there."""
         return self._replace(strength=strength)
 
-    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+    @property
+    def selecting(self) -> Tensor:
+        """[M, 1] bool: the rows that select an adapter."""
+        return self.selects.any(1, keepdim=True)
+
+    def touches(self, pool: AnyPool) -> bool:
+        """True: which slots there are is not looked at on the host."""
+        return True
+
+    def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K], a new tensor even where y is owned."""
         y_rows, x_rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         return add_lora(y_rows, x_rows, pool.rows, self).reshape(y.shape)

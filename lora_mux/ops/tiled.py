@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Pool, RankRows
-from ..kernels.tensors import ALIGNMENT
+from ..core import AnyPool, Pool, RankRows
+from ..kernels.tensors import ALIGNMENT, BASE
 from . import operators
 from .forms import plain, tracked
 
@@ -36,7 +36,16 @@ class TiledPlan(NamedTuple):
         """The plan with another tensor of equal values there."""
         return self._replace(tensors=self.tensors._replace(strength=strength))
 
-    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+    @property
+    def selecting(self) -> Tensor:
+        """[M, 1] bool: the rows that select an adapter, alive or not."""
+        return (self.tensors.state != BASE)[:, None]
+
+    def touches(self, pool: AnyPool) -> bool:
+        """True: only the device knows the slots."""
+        return True
+
+    def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
         arguments = (
             *(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *pool.rows, *self.tensors),
@@ -69,7 +78,16 @@ class EagerPlan(NamedTuple):
         """The plan with another tensor of equal values there."""
         return self.tiled.with_strength(strength)
 
-    def add(self, y: Tensor, x: Tensor, pool: Pool, owned: bool) -> Tensor:
+    @property
+    def selecting(self) -> Tensor:
+        """[M, 1] bool: the rows that select an adapter, alive or not."""
+        return (self.now.tensors.state != BASE)[:, None]
+
+    def touches(self, pool: AnyPool) -> bool:
+        """True: only the device knows the slots."""
+        return True
+
+    def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
         if not (owned and plain(y, x) and not tracked(y, x) and y.is_contiguous()):
             return self.tiled.add(y, x, pool, owned)
@@ -190,9 +208,10 @@ def _aligned(own: int, pointers: tuple[int, ...]) -> bool:
     return not own & (ALIGNMENT - 1)
 
 
-def _rows_now(pool: Pool) -> RankRows:
+def _rows_now(pool: AnyPool) -> RankRows:
     """pool.rows, without nn.Module's own look-ups, which take a microsecond each."""
-    return RankRows(*pool._buffers.values())  # type: ignore[arg-type]  # registered in this order
+    A, B, constant, offset, rank, scaling, *_ = pool._buffers.values()  # registered in this order
+    return RankRows(A, B, constant, offset, rank, scaling)  # type: ignore[arg-type]
 
 
 def _pointers(rows: RankRows) -> tuple[int, ...]:

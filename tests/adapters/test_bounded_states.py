@@ -24,7 +24,7 @@ from lora_mux.errors import PoolCapacityError, UnknownAdapterError
 from tenants import SIZES, Model, Row, Tenant, attached, check, tenant
 
 ALL = "abcdefgh"
-CAPACITY = 14  # rank rows of each layer; an adapter takes 0 to 7 of them in each
+CAPACITY = 14  # rank rows of each layer; an adapter takes 0 to 8 of them in each
 NAMES = st.sampled_from(ALL)
 SAVED = -1  # instead of a rank: the adapter saved the layer as a whole, and all with equal values
 RANKS = st.sampled_from(
@@ -67,10 +67,12 @@ class Tenancy(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
 
-    def make(self, ranks: tuple[int, int]) -> Tenant:
+    def make(self, ranks: tuple[int, int], plain: bool = False) -> Tenant:
+        """A new tenant; of DoRA every third time, if it need not be plain."""
         seed = next(self.seed)
         held = {path: r for path, r in zip(SIZES, ranks, strict=True) if r > 0}
-        return tenant(self.folder / str(seed), held, seed, 0 if SAVED in ranks else None)
+        saved, dora = 0 if SAVED in ranks else None, not plain and seed % 3 == 2
+        return tenant(self.folder / str(seed), held, seed, saved, dora)
 
     def fits(self, names: set[str]) -> bool:
         """Nothing else is in the way, because idle adapters can move or go."""
@@ -94,7 +96,7 @@ class Tenancy(RuleBasedStateMachine):
             with pytest.raises(lora_mux.errors.AdapterError, match="already loaded"):
                 self.mux.load(name, self.make(ranks).folder)
             return
-        new = self.make(ranks)
+        new = self.make(ranks, plain=from_tensors)
         if name not in self.loaded:
             self.loaded[name] = new
             if from_tensors and new.saved is None:

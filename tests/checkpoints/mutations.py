@@ -27,10 +27,13 @@ MUTATIONS = {
     "peft_model: the switch of no layer": Mutation(
         PEFT_MODEL, "0 if layer.disable_adapters else", "", TEST_ATTACH_PEFT
     ),
+    "peft_model: DoRA on a running sum": Mutation(
+        PEFT_MODEL, "for name in active[1:]:", "for name in ():", ("model/test_dora.py",)
+    ),
     "peft_model: a scale is baked in": Mutation(
         PEFT_MODEL,
-        "_scalings(path, layer, name)[0], bias)",
-        "float(layer.scaling[name]), bias)",
+        "return LoraWeights(A, B, trained, bias)",
+        "return LoraWeights(A, B, now, bias)",
         TEST_ATTACH_PEFT,
     ),
     "peft_model: layers of any class": Mutation(

@@ -159,8 +159,8 @@ CONFIG_REFUSED: dict[str, tuple[str, str]] = {
     "too long": (" " * (1 << 20) + "{}", "must be at most 1048576 bytes"),
     "a list": ("[1]", "must hold a JSON object"),
     "DoRA": (
-        json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", 1)]}),
-        "`use_dora` must be unset",
+        json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("use_dora", True)]}),
+        "must have the config's rank 8",
     ),
     "another rank": (
         json.dumps({f"transformer.{k}": v for k, v in [("peft_type", "LORA"), ("r", 3)]}),

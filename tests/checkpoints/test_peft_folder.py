@@ -256,7 +256,14 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
         {**tensors(), "emb.lora_embedding_A": torch.ones(4, 8)},
         "'emb' must have both",
     ),
-    "magnitude": ({**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "DoRA"),
+    "unasked magnitude": (
+        {**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)},
+        "not have lora_magnitude_vector, because its config says use_dora=False",
+    ),
+    "a magnitude of a matrix": (
+        {**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(1, 8, 1)},
+        "as long as lora_B, got shape \\[1, 8, 1\\]",
+    ),
     "base bias": ({**tensors(), f"{KEY}.base_layer.bias": torch.ones(8)}, "copy of .*bias"),
     "unasked bias": ({**tensors(), f"{KEY}.lora_B.bias": torch.ones(8)}, "lora_bias"),
     "rank of A": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(5, 8)}, "rank 4"),

@@ -42,7 +42,10 @@ MUTATIONS = {
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: one version before and after a write": Mutation(
-        POOL, "self.version = Version()\n        if weights", "if weights", TEST_CPU_AND_TEST_LINEAR
+        POOL,
+        "self.version = Version()\n        self.expect(weights, slots)",
+        "self.expect(weights, slots)",
+        TEST_CPU_AND_TEST_LINEAR,
     ),
     "pool: a version of buffers of before": Mutation(
         POOL,
@@ -58,6 +61,21 @@ MUTATIONS = {
     ),
     "pool: always fits": Mutation(
         POOL, "return all(n <= h", "return True or all(n <= h", TEST_TRITON_BACKEND
+    ),
+    "pool: a gain that moved is looked for where it was": Mutation(
+        POOL,
+        "self.gain_offset[move.slot].fill_(start + move.span.rank)",
+        "pass",
+        ("model/test_dora.py",),
+    ),
+    "pool: one state for factors and gains": Mutation(
+        POOL,
+        "return self._pool.version.gains",
+        "return self._pool.version",
+        ("model/test_dora.py",),
+    ),
+    "pool: a gain that was erased": Mutation(
+        POOL, "self.gain_rank.index_fill_(0, those, 0)", "pass", ("model/test_dora.py",)
     ),
     "slots: a removed adapter stays alive": Mutation(
         SLOTS, "self._write(slot_of(handle), NONE)", "pass", TEST_TRITON_BACKEND

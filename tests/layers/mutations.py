@@ -2,6 +2,7 @@
 
 from mutation import Mutation
 
+GAINS = "layers/gains.py"
 HANDED_IN = "layers/handed_in.py"
 KINDS = "layers/kinds.py"
 LINEAR = "layers/linear.py"
@@ -12,7 +13,20 @@ TEST_MODULE = ("layers/test_module.py",)
 TEST_ON_CUDA = ("model/test_compile_on_cuda.py",)
 TEST_SHARDED = ("layers/test_sharded.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
+TEST_DORA = ("model/test_dora.py",)
 MUTATIONS = {
+    "gains: infinity times 0 in rows without": Mutation(
+        GAINS, "own = torch.where((gain == 0) & ~own.isfinite(), 0.0, own)", "pass", TEST_DORA
+    ),
+    "gains: the base's bias is rescaled": Mutation(
+        GAINS, "y.to(dtype) - bias.to(dtype) if", "y.to(dtype) if", TEST_DORA
+    ),
+    "gains: what a base rounds beside its bias": Mutation(
+        GAINS, "MUCH = 64.0", "MUCH = 1.0", TEST_DORA
+    ),
+    "gains: a row without an adapter is computed": Mutation(
+        GAINS, "if selecting is None:", "if True:", TEST_DORA
+    ),
     "fused: whatever the base": Mutation(LINEAR, "not self.mux_owns_output or", "", TEST_FUSED),
     "fused: gradients are lost": Mutation(
         LINEAR, "None if ops.tracked(x, weight, bias) else weight", "weight", TEST_FUSED

@@ -116,6 +116,29 @@ def test_values(name: str) -> None:
     assert type(model[0]) is kind and torch.equal(model(x), base)
 
 
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_dora(name: str) -> None:
+    """Norms are those of the weight that the layer computes with, in spite of a large bias."""
+    linear = nn.Linear(IN, OUT)
+    linear.bias.data.mul_(30)
+    base = BASES[name](linear)
+    layer = lora_mux.MuxLinear(copy.deepcopy(base))
+    made, magnitude = make_adapter(4, IN, OUT, 4, torch.float32), 0.5 + torch.rand(OUT)
+    handle = layer.add_adapter("a", made.A, made.B, alpha=4, magnitude=magnitude)
+    x = torch.randn(3, IN)
+    got = layer(x, lora_mux.Routing(torch.tensor([[handle], [-1], [handle]])))
+    # One by one, as a row of its own may choose scales of its own.
+    weight = torch.cat([base(row[None]) - base.bias for row in torch.eye(IN)]).double().T
+    own = base(x).double() - base.bias.double()
+    whole = weight + made.scaling * made.B.double() @ made.A.double()
+    g = magnitude.double() / whole.norm(dim=1)
+    wanted = g * (own + made.scaling * (x.double() @ made.A.double().T) @ made.B.double().T)
+    wanted = torch.stack([wanted[0], own[1], wanted[2]]) + base.bias.double()
+    assert (got.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert torch.equal(got[1], base(x)[1])
+
+
 @torch.no_grad()
 def test_quantised_after_attaching() -> None:
     """torchao changes the weight, and leaves the layer's class alone."""

@@ -71,6 +71,7 @@ def test_detached(results: dict[str, Any]) -> None:
     [
         ("shapes of a part", "A [r, 64] and B [64, r], got [2, 64] and [32, 2]"),
         ("uneven", "split evenly"),
+        ("DoRA", "needs the whole weight of its base layer, got one that is split"),
         ("patched", "patched on the instance, by something other than transformers"),
     ],
 )

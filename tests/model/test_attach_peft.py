@@ -244,9 +244,10 @@ def changed() -> Any:
     return peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
 
 
-def plain_beside_dora() -> Any:
+def plain_beside_kasa() -> Any:
     model = small()
-    model.add_adapter("b", peft.LoraConfig(target_modules=["0"], use_dora=True))
+    model.add_adapter("b", peft.LoraConfig(target_modules=["0"]))
+    model.peft_config["b"].kasa_config = {"beta": 1}
     return model
 
 
@@ -259,10 +260,6 @@ def without_values() -> Any:
 def mixed() -> Any:
     model = nn.Sequential(nn.Linear(8, 8))
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]), mixed=True)
-
-
-def dora() -> Any:
-    return small(use_dora=True)
 
 
 def merged() -> Any:
@@ -292,8 +289,7 @@ def lora_in_a_saved_module() -> Any:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a plain model": (lambda: nn.Linear(2, 2), "peft.PeftModel, or .* got Linear without any"),
-    "DoRA": (dora, "adapter 'a'.*`use_dora` must be unset"),
-    "DoRA beside a plain one": (plain_beside_dora, "adapter 'b'.*`use_dora`.*delete_adapter"),
+    "KaSA beside a plain one": (plain_beside_kasa, "adapter 'b'.*`kasa_config`.*delete_adapter"),
     "another class": (changed, "PEFT's own classes, got Doubled"),
     "no values": (without_values, r"'0\.lora_A\.weight' must hold values"),
     "mixed methods": (mixed, "got a PeftMixedModel"),

@@ -20,6 +20,12 @@ TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
 TEST_AUTOCAST = ("ops/test_autocast.py",)
 TEST_LARGE_WEIGHTS = ("ops/test_large_weights.py",)
 MUTATIONS = {
+    "dispatch: one launch that knows no gains": Mutation(
+        "ops/dispatch.py", " and not pool.has_gains", "", ("model/test_dora.py",)
+    ),
+    "dispatch: the method of before the first gain": Mutation(
+        "ops/dispatch.py", "pool.max_rank, pool.has_gains", "pool.max_rank", ("model/test_dora.py",)
+    ),
     "fused: rows that are no multiple of 16 bytes": Mutation(
         DISPATCH, "if N % 8 or K % 8", "if False", TEST_FUSED
     ),
@@ -53,7 +59,7 @@ MUTATIONS = {
     ),
     "cpu: layers share a cut whatever they hold": Mutation(
         CPU,
-        "key = dtype, sizes, tuple(map(pool.spans.get, self.used))",
+        "key = dtype, sizes, tuple(spans.items())",
         "key = dtype",
         TEST_CPU_AND_TEST_LINEAR,
     ),

@@ -15,6 +15,7 @@ class Adapter:
     B: Tensor
     scaling: float
     bias: Tensor | None = None
+    magnitude: Tensor | None = None  # of DoRA
 
 
 def make_adapter(
@@ -30,7 +31,8 @@ def forward(
     linear: nn.Linear, x: Tensor, rows: Sequence[Sequence[tuple[Adapter, float]]]
 ) -> Tensor:
     """y [M, N] in fp64; `rows` holds each row's adapters with their weights."""
-    y = x.double() @ linear.weight.detach().double().T
+    own = x.double() @ linear.weight.detach().double().T
+    y = own.clone()
     if linear.bias is not None:
         y = y + linear.bias.detach().double()
     for m, selected in enumerate(rows):
@@ -39,8 +41,20 @@ def forward(
             delta = adapter.B.double() @ low
             if adapter.bias is not None:
                 delta = delta + adapter.bias.double()
-            y[m] += weight * adapter.scaling * delta
+            delta = adapter.scaling * delta
+            if adapter.magnitude is not None:
+                g = magnitude_by_norm(linear, adapter)
+                delta = (g - 1) * own[m] + g * delta
+            y[m] += weight * delta
     return y
+
+
+def magnitude_by_norm(linear: nn.Linear, adapter: Adapter) -> Tensor:
+    """g [N] of an adapter of DoRA, as the paper has it."""
+    assert adapter.magnitude is not None
+    whole = linear.weight.detach().double()
+    whole = whole + adapter.scaling * adapter.B.double() @ adapter.A.double()
+    return adapter.magnitude.double() / whole.norm(dim=1)
 
 
 # The largest error allowed, in units of eps(dtype) * max|y|. In half precision 1.0 is one rounding

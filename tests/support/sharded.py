@@ -27,6 +27,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lora_mux
+from lora_mux.core import LoraWeights
+from lora_mux.layers import with_gain
 from quick_interpreter import without_repetitions
 
 warnings.simplefilter("ignore")
@@ -162,6 +164,8 @@ def main() -> None:
     report("columns held", [layer.mux_pool.B_rows.shape[1], layer.out_features])
     shapes = {mux.targets[0]: (torch.ones(2, 64), torch.ones(32, 2))}
     report("refused: shapes of a part", refusal(lambda: mux.add_adapter("x", shapes, alpha=1)))
+    dora = LoraWeights(torch.ones(2, 64), torch.ones(64, 2), 1.0), torch.ones(64), torch.float32
+    report("refused: DoRA", refusal(lambda: with_gain(layer, *dora, "x")))
     mux.detach()
     with torch.no_grad():
         report("detached: error", (model(IDS).logits - base).abs().max().item())

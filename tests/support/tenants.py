@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,7 +39,7 @@ class Tenant:
 
     @property
     def rows(self) -> dict[str, int]:
-        return {path: part.A.shape[0] for path, part in self.parts.items()}
+        return {p: len(part.A) + (part.magnitude is not None) for p, part in self.parts.items()}
 
     @property
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -46,7 +47,11 @@ class Tenant:
 
 
 def tenant(
-    folder: Path, ranks: Mapping[str, int], seed: int, saved_seed: int | None = None
+    folder: Path,
+    ranks: Mapping[str, int],
+    seed: int,
+    saved_seed: int | None = None,
+    dora: bool = False,
 ) -> Tenant:
     """A tenant's adapter, saved as PEFT would; with a seed for "second" that as a whole."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,13 +60,17 @@ def tenant(
         K, N = SIZES[path]
         A = torch.randn(r, K, generator=generator) / K**0.5
         B = torch.randn(N, r, generator=generator) / r**0.5
-        parts[path] = Adapter(A, B, 4.0 / r)
+        magnitude = 0.5 + torch.rand(N, generator=generator) if dora else None
+        parts[path] = Adapter(A, B, 4.0 / r, magnitude=magnitude)
+        if magnitude is not None:
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude
         tensors |= {
             f"base_model.model.{path}.lora_A.weight": A,
             f"base_model.model.{path}.lora_B.weight": B,
         }
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "lora_alpha": 4, "rank_pattern": dict(ranks)}
+    config: dict[str, Any] = {"peft_type": "LORA", "lora_alpha": 4, "use_dora": dora}
+    config["rank_pattern"] = dict(ranks)
     config["target_modules"] = list(ranks)
     saved = None
     if saved_seed is not None:

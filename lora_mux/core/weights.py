@@ -1,0 +1,106 @@
+"""One adapter's part of one layer, and what must be true of it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, ArgumentTypeError
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One adapter's part of one layer, where y is the base's own output:
+
+    delta(x) = scaling * (B (A x) + bias + gain * (y - the base's bias))
+    """
+
+    A: Tensor  # [r, in_features]
+    B: Tensor  # [out_features, r]
+    scaling: float  # alpha / r, or alpha / sqrt(r) for rsLoRA
+    bias: Tensor | None = None  # [out_features]: PEFT's lora_bias
+    gain: Tensor | None = None  # [out_features]: DoRA's, magnitude / norm - 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        named = {"A": self.A, "B": self.B, "bias": self.bias, "gain": self.gain}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "LoraWeights":
+        """The same on a device, in a dtype."""
+        moved: dict[str, Any] = {
+            name: tensor.detach().to(device, dtype) for name, tensor in self.tensors().items()
+        }
+        return replace(self, **moved)
+
+    def check_shapes(self, in_features: int, out_features: int, argument: str) -> None:
+        """Refuse factors of other shapes than the layer's, by an error that names `argument`."""
+        K, N = in_features, out_features
+        check_shape(self.A, f"{argument}.A", (None, K), "[r, in_features]")
+        r = self.A.shape[0]
+        if r < 1:
+            raise AdapterError(f"`{argument}.A` must have a rank of at least 1, got 0")
+        check_shape(self.B, f"{argument}.B", (N, r), "[out_features, r]")
+        for name in ("bias", "gain"):
+            if getattr(self, name) is not None:
+                check_shape(getattr(self, name), f"{argument}.{name}", (N,), "[out_features]")
+
+    def check_values(self, dtype: torch.dtype, argument: str) -> None:
+        """Refuse factors that are not finite in a pool's dtype, or that have no values."""
+        for name, tensor in self.tensors().items():
+            if tensor.is_meta:
+                raise AdapterError(
+                    f"`{argument}.{name}` must hold values, got a tensor on the meta device"
+                )
+            # 0 x NaN is NaN: one tenant's bad weights could reach another tenant's rows.
+            if not is_finite(tensor, dtype):
+                values = tensor.detach().to(dtype)
+                raise AdapterError(
+                    f"`{argument}.{name}` must be finite in the pool's {dtype}, got "
+                    f"{int((~values.isfinite()).sum())} values that are not"
+                )
+
+
+def rank_of(weights: LoraWeights) -> int:
+    """The rank that kernels see: a bias is one more."""
+    return weights.A.shape[0] + (weights.bias is not None)
+
+
+def rank_rows(weights: LoraWeights) -> int:
+    """How many rank rows it takes: those of its rank, and one for a gain."""
+    return rank_of(weights) + (weights.gain is not None)
+
+
+def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite, in another dtype."""
+    if not tensor.numel():
+        return True
+    # What is not shows in the smallest and the largest value: 15 times faster than isfinite().
+    values = tensor.detach()
+    extremes = (values.float() if values.element_size() == 1 else values).aminmax()
+    limit = torch.finfo(dtype).max
+    if all(-limit <= extreme.item() <= limit for extreme in extremes):
+        return True
+    return bool(torch.stack(extremes).to(dtype).isfinite().all())  # as it is rounded
+
+
+def check_shape(tensor: object, argument: str, shape: tuple[int | None, ...], words: str) -> None:
+    """Refuse what is no floating tensor of a shape, in which None is any number.
+
+    Args:
+        argument: what error messages call it.
+        words: what they call the shape.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"`{argument}` must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise ArgumentTypeError(f"`{argument}` must have a floating dtype, got {tensor.dtype}")
+    fits = tensor.ndim == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join("r" if n is None else str(n) for n in shape)
+        raise AdapterError(
+            f"`{argument}` must have shape {words} = [{want}], got {list(tensor.shape)}"
+        )
