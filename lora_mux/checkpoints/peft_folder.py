@@ -16,20 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..configs import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
 from ..core import LoraWeights
 from ..errors import CheckpointError
+from .base_copies import TOKENS, check_copies
 from .base_model import BaseModel
-from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
-from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
+from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFolder, open_folder
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
     adapter_in_file,
-    check_finite,
     file_outline,
     parse_header,
     read_header,
-    read_tensor,
     shared_outline,
 )
 from .stored_adapter import StoredAdapter, TensorPlace, saved_modules
@@ -52,7 +51,6 @@ NAMED = re.compile(
 )
 # What methods of training keep beside the factors, which compute without.
 TRAINING = re.compile(r"\.lora_velora_embed|\.lora_monteclora_sampler\..+")
-TOKENS = ".token_adapter.trainable_tokens_delta"  # a few rows of a weight
 # The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
@@ -62,7 +60,6 @@ OTHER_SUFFIXES = {
 MAX_RANK_OF_SMALL_LAYERS = 8192
 BIASES = ("none", "lora_only", "all")
 MAX_PATHS_IN_WARNING = 3
-COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the base
 
 
 class Keys(NamedTuple):
@@ -108,7 +105,7 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
     if config.blocks > 1:
         stored = _with_zeros(stored, config.blocks, model)
     stored = model.with_gains(stored)
-    shifts, saved = _check_copies(opened, file, outline.copies, model, config)
+    shifts, saved = check_copies(opened, file, outline.copies, model, config)
     if shifts:
         stored = _shifted(stored, shifts, model)
     modules = {path: (model.module(path), values) for path, values in saved.items()}
@@ -134,106 +131,6 @@ def peft_outline(
     scaling = {path: strength.scaling for path, strength in strengths.items()}
     remarks = (*_remarks(config, keys.modules.keys(), base.targets), *_unsaved(config, keys, base))
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
-
-
-def _check_copies(
-    folder: OpenedFolder,
-    looked_at: OpenedFile,
-    copies: Mapping[str, TensorPlace],
-    base: BaseModel,
-    config: PeftConfig,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Refuse copies of the base's parameters that are not equal to them, unless they may differ.
-
-    Those of saved modules may, and biases of targets, if the config says so.
-
-    Returns:
-        Target -> how much its bias is more than the base's, where it differs. And the path of a
-        saved module -> the values of its parameters that differ.
-    """
-    shifts: dict[str, Tensor] = {}
-    saved: dict[str, dict[str, Tensor]] = {}
-    if not copies:
-        return shifts, saved
-    shifting = config.bias != "none"
-    with open_folder(folder.absolute) as opened:
-        file = opened.open(WEIGHTS_FILE)
-        if file.state != looked_at.state:
-            raise CheckpointError(f"{file.path} must stay as it is while it is read, load it again")
-        for name, place in copies.items():
-            path = name.removesuffix(TOKENS)
-            own = base.value(name if path == name else f"{path}.weight")
-            if own is None:
-                raise CheckpointError(
-                    f"{file.path}: the copy of {name!r} must be equal to the base's, got a base "
-                    "that is quantised, split or offloaded, with which nothing compares; load the "
-                    "base with this layer as it is, or save the adapter without the copy "
-                    "(save_embedding_layers=False)"
-                )
-            if path != name:
-                weight = _with_tokens(file, name, place, own, config.tokens(path))
-                sharing = () if _equal(weight, own) else base.tied(f"{path}.weight")
-                modules = {shared.removesuffix(".weight") for shared in sharing}
-                saved |= {module: {"weight": weight} for module in modules & {*base.targets}}
-                continue
-            copy = read_tensor(file, place) if own.shape == place.shape else None
-            if copy is not None and _equal(copy, own):
-                continue
-            if _is_saved(name, base, config):
-                module, _, part = name.rpartition(".")
-                saved.setdefault(module, {})[part] = _saved_copy(file.path, name, copy, own, place)
-                continue
-            path = name.removesuffix(".bias")
-            if not (shifting and name.endswith(".bias") and path in base.targets) or copy is None:
-                raise CheckpointError(
-                    f"{file.path}: the copy of {name!r} must be equal to the base's, which all "
-                    f"adapters share, got another of shape {list(place.shape)}; load the base "
-                    "model that the adapter was trained on"
-                )
-            check_finite(file.path, name, copy)
-            shifts[path] = copy.float() - own.float().cpu()
-    return shifts, saved
-
-
-def _with_tokens(
-    file: OpenedFile,
-    name: str,
-    place: TensorPlace,
-    own: Tensor,
-    rows: Sequence[int],
-) -> Tensor:
-    """A weight in which trained tokens have their rows."""
-    if not rows or place.shape != (len(rows), *own.shape[1:]) or max(rows) >= len(own):
-        raise CheckpointError(
-            f"{file.path}: {name!r} must be the {len(rows)} rows that the config's "
-            f"`trainable_token_indices` name, of the base's {list(own.shape)}, got "
-            f"{list(place.shape)}; load the base with the vocabulary that the adapter was trained "
-            "with (resize_token_embeddings)"
-        )
-    trained = read_tensor(file, place)
-    check_finite(file.path, name, trained)
-    weight = own.detach().to("cpu", torch.promote_types(own.dtype, trained.dtype), copy=True)
-    weight[list(rows)] = trained.to(weight)
-    return weight
-
-
-def _is_saved(name: str, base: BaseModel, config: PeftConfig) -> bool:
-    """Whether a parameter lies in a module that the config saves, or is tied to one that does."""
-    names = base.tied(name) if config.ensure_weight_tying else (name,)
-    return any(config.saves(other.rpartition(".")[0]) for other in names)
-
-
-def _saved_copy(
-    source: str, name: str, copy: Tensor | None, own: Tensor, place: TensorPlace
-) -> Tensor:
-    if copy is None:
-        raise CheckpointError(
-            f"{source}: the saved {name!r} must have the shape of the base's, {list(own.shape)}, "
-            f"got {list(place.shape)}; load the base as it was trained: for another number of "
-            "labels with num_labels=, for a larger vocabulary after resize_token_embeddings()"
-        )
-    check_finite(source, name, copy)
-    return copy
 
 
 def _with_zeros(stored: StoredAdapter, blocks: int, base: BaseModel) -> StoredAdapter:
@@ -265,17 +162,6 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
         constant = shift / part.scaling + (0 if part.bias is None else part.bias.float())
         weights[path] = replace(part, bias=constant)
     return stored.holding(weights)
-
-
-def _equal(copy: Tensor, own: Tensor) -> bool:
-    there, here = copy.flatten(), own.flatten()
-    parts = (slice(i, i + COMPARED_AT_ONCE) for i in range(0, len(here), COMPARED_AT_ONCE))
-    return all(_same(there[part].to(own.device), here[part]) for part in parts)
-
-
-def _same(copy: Tensor, own: Tensor) -> bool:
-    """Whether values are equal, or those of one dtype are what the others are rounded to."""
-    return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
 
 
 def _digest(fields: Mapping[str, Any]) -> bytes:

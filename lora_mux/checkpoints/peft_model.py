@@ -15,12 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configs import parse_config
 from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
 from ..layers import Target, check_target, common_dtype, device_of, dtype_of, with_gain
-from .peft_config import parse_config
-from .safetensors_file import check_finite
-from .stored_adapter import StoredAdapter, saved_modules
+from .peft_wrappers import (
+    check_values,
+    check_wrappers,
+    held_by,
+    plain_module,
+    saved_by,
+    source_of,
+)
+from .stored_adapter import StoredAdapter
 
 # The layers show which modules the config means, so that its patterns need not be understood.
 TARGETING = (
@@ -29,7 +36,6 @@ TARGETING = (
 )
 # What holds a factor: one that computes anything else is of another method.
 FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Parameter)
-WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
@@ -72,7 +78,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         for path, module in base.named_modules()
         if isinstance(module, others.AuxiliaryTrainingWrapper)
     }
-    _check_wrappers(wrappers, layers)
+    check_wrappers(wrappers, layers)
     tokens = [w.token_adapter for w in wrappers.values() if hasattr(w, "token_adapter")]
     if any(layer.merged for layer in (*layers.values(), *tokens)):
         raise CheckpointError(
@@ -97,11 +103,13 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         )
     saved, active = {}, {}
     for name, parts in adapters.items():
-        wrapping = {path: w for path, w in wrappers.items() if name in _held_by(w)}
-        modules = _saved(name, wrapping)
+        wrapping = {path: w for path, w in wrappers.items() if name in held_by(w)}
+        modules = saved_by(name, wrapping)
         if modules is not None:
             saved[name] = modules
-            targets |= {p: _target(p, _plain(p, base, wrapping)) for p in modules.outline.keys}
+            targets |= {
+                p: _target(p, plain_module(p, base, wrapping)) for p in modules.outline.keys
+            }
         weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:
             active[name] = weight
@@ -175,10 +183,6 @@ def _own(layer: Any) -> nn.Module:
     return own
 
 
-def _source(name: str) -> str:
-    return f"adapter {name!r} of `peft_model`"
-
-
 def _base(peft_model: Any) -> Any:
     if isinstance(peft_model, TakenOver):
         raise TargetError(
@@ -206,87 +210,12 @@ def _check_plain(name: str, config: Any, beside_others: bool) -> None:
     """Refuse an adapter that is more than LoRA, whatever the others are."""
     fields = {k: v for k, v in config.to_dict().items() if k not in TARGETING}
     try:
-        parse_config(fields, _source(name))
+        parse_config(fields, source_of(name))
     except CheckpointError as error:
         if not beside_others:
             raise
         way_out = f"delete_adapter({name!r}) first, to take over the others"
         raise CheckpointError(f"{error}; {way_out}") from None
-
-
-def _check_wrappers(wrappers: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
-    """Refuse what PEFT wraps around modules for other ends than saving them."""
-    for path, wrapper in wrappers.items():
-        inside = [other for other in layers if f"{other}.".startswith(f"{path}.")]
-        kind = type(wrapper)
-        if kind.__name__ not in WRAPPERS or not kind.__module__.startswith("peft."):
-            raise CheckpointError(
-                f"`peft_model`: {path!r} must be a layer, or one of modules_to_save or "
-                f"trainable_token_indices, got PEFT's {kind.__name__}; delete_adapter() the one "
-                "that made it"
-            )
-        if inside:
-            raise CheckpointError(
-                f"`peft_model`: {path!r} must not be saved as a whole by one adapter and hold LoRA "
-                f"of another, got LoRA in {inside[0]!r}; save the adapters, and mux.load() them"
-            )
-
-
-def _plain(path: str, base: nn.Module, wrappers: Mapping[str, Any]) -> nn.Module:
-    """A module of the base model, which may lie in one of PEFT's wrappers."""
-    for outer, wrapper in wrappers.items():
-        if f"{path}.".startswith(f"{outer}."):
-            inner = path.removeprefix(outer).removeprefix(".")
-            own: nn.Module = wrapper.original_module.get_submodule(inner)
-            return own
-    return base.get_submodule(path)
-
-
-def _held_by(wrapper: Any) -> Any:
-    """What one of PEFT's wrappers holds, by adapter: modules, or rows of a weight."""
-    if hasattr(wrapper, "token_adapter"):
-        return wrapper.token_adapter.trainable_tokens_delta
-    return wrapper.modules_to_save
-
-
-def _saved_parameters(name: str, path: str, wrapper: Any) -> dict[str, nn.Parameter]:
-    """What a wrapped module has in its place, with an adapter."""
-    if not hasattr(wrapper, "token_adapter"):
-        return dict(wrapper.modules_to_save[name].named_parameters())
-    own = dict(wrapper.original_module.named_parameters())
-    rows = wrapper.token_adapter.token_indices[name]
-    trained = wrapper.token_adapter.trainable_tokens_delta[name].detach()
-    _check_values(_source(name), f"{path}.trainable_tokens_delta", trained)
-    weight = own["weight"].detach().to(torch.promote_types(own["weight"].dtype, trained.dtype))
-    index = torch.tensor(rows, device=weight.device)
-    changed = weight.index_copy(0, index, trained.to(weight))
-    return {**own, "weight": nn.Parameter(changed, requires_grad=False)}
-
-
-def _saved(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
-    """The modules that an adapter saved, where they differ from the base's."""
-    differing: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
-    for outer, wrapper in wrappers.items():
-        own = dict(wrapper.original_module.named_parameters())
-        held = _saved_parameters(name, outer, wrapper)
-        for key in held.keys() | own.keys():
-            path, _, part = f"{outer}.{key}".rpartition(".")
-            what = f"{_source(name)}: the saved {path + '.' + part!r}"
-            if key not in own or key not in held or own[key].shape != held[key].shape:
-                raise CheckpointError(
-                    f"{what} must have the shape of the base's, got another, or another module"
-                )
-            if any(type(p) is not nn.Parameter or p.is_meta for p in (own[key], held[key])):
-                raise CheckpointError(
-                    f"{what} must be a plain tensor, as the base's, got one that is quantised, "
-                    "split or without values"
-                )
-            if torch.equal(own[key].detach(), held[key].detach().to(own[key])):
-                continue
-            _check_values(_source(name), f"{path}.{part}", held[key])
-            module = _plain(path, wrapper, wrappers)
-            differing.setdefault(path, (module, {}))[1][part] = held[key]
-    return saved_modules(_source(name), differing) if differing else None
 
 
 def _held(path: str, layer: Any) -> set[str]:
@@ -382,24 +311,13 @@ def _part(path: str, layer: Any, name: str, default: torch.dtype) -> LoraWeights
     factors["lora_magnitude_vector"] = _magnitude(layer, name)
     for key, tensor in factors.items():
         if tensor is not None:
-            _check_values(_source(name), f"{path}.{key}", tensor)
+            check_values(source_of(name), f"{path}.{key}", tensor)
     A, B, bias, magnitude = factors.values()
     trained, now = _scalings(path, layer, name)
     if magnitude is None:
         return LoraWeights(A, B, trained, bias)
     linear, given = layer.base_layer, LoraWeights(A, B, now, bias)
     return with_gain(linear, given, magnitude, dtype_of(linear, default), f"peft_model: {path}")
-
-
-def _check_values(source: str, key: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
-    if tensor.is_meta:
-        raise CheckpointError(
-            f"{source}: key {key!r} must hold values, got a tensor on the meta device; load the "
-            "adapter without low_cpu_mem_usage, or materialise it first"
-        )
-    check_finite(source, key, tensor)
 
 
 def _scalings(path: str, layer: Any, name: str) -> tuple[float, float]:
@@ -441,7 +359,7 @@ def _weight(
     uniform = all(math.isclose(scale, scales[0], rel_tol=SAME) for scale in scales)
     if not uniform or any(now for trained, now in scalings.values() if not trained):
         warn(
-            f"{_source(name)} has scales that differ from layer to layer; they stay part of it, "
+            f"{source_of(name)} has scales that differ from layer to layer; they stay part of it, "
             "and a weight of 1 means all of them"
         )
         for path, (_, now) in scalings.items():

@@ -527,8 +527,8 @@ def test_patterns_that_take_too_long(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are refused before anything changes, those that only a warning needs as well."""
-    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS", 150)
-    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS_PER_PATH", 0)
+    monkeypatch.setattr("lora_mux.configs.patterns.MAX_STEPS", 150)
+    monkeypatch.setattr("lora_mux.configs.patterns.MAX_STEPS_PER_PATH", 0)
     hostile = "(?:(?:(?:(?:.l*)*a*)*y*)*e*)*"
     value = hostile if field == "target_modules" else {hostile: 4}
     refuse(write(tmp_path / "bad", {field: value}), "work of at most .* steps; list the modules")

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import lora_mux
-from lora_mux.checkpoints import patterns
-from lora_mux.checkpoints.peft_config import (
+from lora_mux.checkpoints.peft_folder import OTHER_SUFFIXES, PICKLE_FILE
+from lora_mux.configs import patterns
+from lora_mux.configs.peft_config import (
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
     REFUSED,
@@ -23,7 +24,6 @@ from lora_mux.checkpoints.peft_config import (
     parse_config,
     parse_fields,
 )
-from lora_mux.checkpoints.peft_folder import OTHER_SUFFIXES, PICKLE_FILE
 from lora_mux.errors import CheckpointError
 from paths import ROOT
 from peft_oracle import peft
@@ -173,7 +173,7 @@ def _count_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
             super().__init__(paths)
             made.append(self)
 
-    monkeypatch.setattr("lora_mux.checkpoints.peft_config.Steps", Counted)
+    monkeypatch.setattr("lora_mux.configs.peft_config.Steps", Counted)
 
     def taken() -> int:
         return max(steps.limit - steps.left for steps in (made.pop() for _ in range(len(made))))
