@@ -60,6 +60,7 @@ MAX_DEPTH = 20  # of the values in a config
 MAX_DIGITS = 30  # of an int; reading a million digits takes Python seconds
 MAX_RANK = (1 << 31) - 1
 MAX_ALPHA = 1e30  # which also keeps out the ints that overflow a float
+MAX_NAMES = 1000
 MAX_NAMES_IN_WARNING = 3
 
 Value = TypeVar("Value")
@@ -91,7 +92,7 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None = None
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
-    modules_to_save: frozenset[str] = frozenset()
+    modules_to_save: tuple[str, ...] = ()  # sorted
     ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
     source: str = field(default="", compare=False)  # what error messages call it
 
@@ -118,7 +119,7 @@ class PeftConfig:
         """
         ends = [i for i, c in enumerate(name) if c == "."]
         paths = (name[:end] for end in [*ends, len(name)])
-        return any(path.endswith(part) for path in paths for part in self.modules_to_save)
+        return any(path.endswith(self.modules_to_save) for path in paths)
 
     def targeted(self, paths: Collection[str]) -> set[str]:
         """Those of the paths that the config targets, by PEFT's rules.
@@ -353,8 +354,11 @@ class _Checker:
             return self._pattern(name, value)
         return None if value is None else frozenset(self._strings(name, value))
 
-    def names(self, name: str) -> frozenset[str]:
-        return frozenset(self._strings(name, self._values.get(name) or []))
+    def names(self, name: str) -> tuple[str, ...]:
+        names = self._strings(name, self._values.get(name) or [])
+        if len(names) > MAX_NAMES:  # each path is compared with each
+            raise self._error(name, f"a list of at most {MAX_NAMES} names", names)
+        return tuple(sorted({*names}))
 
     def layer_names(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)

@@ -512,7 +512,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     ),
     "a parameter that is not there": (
         lambda t: t.update({"base_model.model.score.bias": torch.ones(3)}),
-        "'base_model.model.score.bias'",
+        "'base_model.model.score.bias'.* that is not there; load the base with the head",
     ),
 }
 
