@@ -20,7 +20,7 @@ from ..configs import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, pars
 from ..core import LoraWeights
 from ..errors import CheckpointError
 from .base_copies import TOKENS, check_copies
-from .base_model import BaseModel
+from .base_model import PREFIX, BaseModel
 from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFolder, open_folder
 from .safetensors_file import (
     FileOutline,
@@ -120,7 +120,7 @@ def peft_outline(
     base: BaseModel,
 ) -> FileOutline:
     """The outline of the adapter that has these tensors, whose keys are PEFT's."""
-    keys = _keys(source, places, base)
+    keys = _keys(source, places, base, config)
     strengths = config.strengths(keys.modules)
     for path, parts in keys.modules.items():
         shapes = {part: list(places[key].shape) for part, key in parts.items()}
@@ -233,7 +233,7 @@ def _refuse_pickle(folder: OpenedFolder) -> None:
         )
 
 
-def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
+def _keys(source: str, keys: Iterable[str], base: BaseModel, config: PeftConfig) -> Keys:
     """Every key is understood, and every pair is whole."""
     modules: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
@@ -247,7 +247,7 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
             if own is not None and name.endswith(TOKENS):
                 own = own.removesuffix(".weight") + TOKENS
             if own is None or own in copies:
-                raise _unknown_key(source, key)
+                raise _unknown_key(source, key, config)
             copies[own] = key
             continue
         parts = modules.setdefault(base.path(name.removesuffix(suffix)), {})
@@ -270,7 +270,13 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
     return Keys(modules, copies)
 
 
-def _unknown_key(source: str, key: str) -> CheckpointError:
+def _unknown_key(source: str, key: str, config: PeftConfig) -> CheckpointError:
+    if config.saves(key.removeprefix(PREFIX).rpartition(".")[0]):
+        return CheckpointError(
+            f"{source}: key {key!r} must be of a module that the base has, got one of a saved "
+            "module that is not there; load the base with the head that was trained, as "
+            "AutoModelForSequenceClassification does"
+        )
     reason = next((why for ending, why in OTHER_SUFFIXES.items() if key.endswith(ending)), None)
     hint = f": {reason}" if reason else ""
     return CheckpointError(f"{source}: key {key!r} must end in {', '.join(SUFFIXES)}{hint}")

@@ -9,6 +9,7 @@ from .patterns import PatternError, Steps
 
 MAX_RANK = (1 << 31) - 1
 MAX_ALPHA = 1e30  # which also keeps out the ints that overflow a float
+MAX_NAMES = 1000
 
 Value = TypeVar("Value")
 
@@ -57,8 +58,11 @@ class Fields:
             return self._pattern(name, value)
         return None if value is None else frozenset(self._strings(name, value))
 
-    def names(self, name: str) -> frozenset[str]:
-        return frozenset(self._strings(name, self._values.get(name) or []))
+    def names(self, name: str) -> tuple[str, ...]:
+        names = self._strings(name, self._values.get(name) or [])
+        if len(names) > MAX_NAMES:  # each path is compared with each
+            raise self._error(name, f"a list of at most {MAX_NAMES} names", names)
+        return tuple(sorted({*names}))
 
     def blocks(self, name: str) -> int:
         value = self._values.get(name) or {}

@@ -86,7 +86,7 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None = None
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
-    modules_to_save: frozenset[str] = frozenset()
+    modules_to_save: tuple[str, ...] = ()  # sorted
     blocks: int = 1  # on the diagonal of A or of B, beside which BD-LoRA has zeros
     trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name -> rows of its weight
     ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
@@ -115,7 +115,7 @@ class PeftConfig:
         """
         ends = [i for i, c in enumerate(name) if c == "."]
         paths = (name[:end] for end in [*ends, len(name)])
-        return any(path.endswith(part) for path in paths for part in self.modules_to_save)
+        return any(path.endswith(self.modules_to_save) for path in paths)
 
     def tokens(self, path: str) -> tuple[int, ...]:
         """The rows of a module's weight that were trained, if some were.

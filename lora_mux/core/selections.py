@@ -300,7 +300,8 @@ class Companions:
         there = table.to(index.device) if tracing else to_device([table], index.device)[0]
         handles, companions = there
         place = torch.searchsorted(handles, index.long()).clamp(max=len(handles) - 1)
-        return companions[place].where(handles[place] == index, NONE)
+        found: Tensor = companions[place].where(handles[place] == index, NONE)
+        return found
 
     def left_out(self, routing: Routing) -> Routing:
         """A routing on the host, made from names, without the companions in its rows."""

@@ -69,6 +69,6 @@ def _is_one_product(module: nn.Module) -> bool:
 
 
 def _more(saved: Tensor, own: Tensor) -> Tensor:
-    own = own.detach().cpu()
     wide = torch.promote_types(own.dtype, torch.float32)
-    return (saved.detach().cpu().to(wide) - own.to(wide)).to(own.dtype)
+    more = saved.detach().to("cpu", wide, copy=True)
+    return more.sub_(own.detach().cpu()).to(own.dtype)

@@ -270,3 +270,12 @@ def test_the_docs_name_all_that_is_refused() -> None:
     for init in SHIFTED_BASE:
         with pytest.raises(CheckpointError, match="relative to a changed base"):
             parse_config({"peft_type": "LORA", "init_lora_weights": init}, "config")
+
+
+def test_saved_modules_are_compared_with_few_names() -> None:
+    fields = {"peft_type": "LORA", "modules_to_save": [f"layer{i}" for i in range(1000)]}
+    config = parse_config(fields, "config")
+    assert config.saves("model.layer7.dense") and config.saves("my_layer7")
+    assert not config.saves("model.layer7_of_all") and not config.saves("layer")
+    with pytest.raises(CheckpointError, match="`modules_to_save` must be a list of at most 1000"):
+        parse_config({**fields, "modules_to_save": ["a"] * 1001}, "config")

@@ -34,8 +34,9 @@ class Tenant:
 
     folder: Path
     parts: Mapping[str, Adapter]
-    # The weight and the bias of "second", if the adapter saved that as a whole.
+    # The weight and the bias of "second", if the adapter saved that as a whole, and their seed.
     saved: tuple[Tensor, Tensor] | None = None
+    saved_seed: int | None = None
 
     @property
     def rows(self) -> dict[str, int]:
@@ -82,7 +83,7 @@ def tenant(
         tensors |= {f"base_model.model.second.{n}": t for n, t in zip(KINDS, saved, strict=True)}
     (folder / CONFIG).write_text(json.dumps(config))
     save_file(tensors, folder / WEIGHTS)
-    return Tenant(folder, parts, saved)
+    return Tenant(folder, parts, saved, saved_seed)
 
 
 Row = Sequence[tuple[Tenant, float]]  # what one row selects
