@@ -394,3 +394,16 @@ class TestGraphs:
         with stage.mux.route(["b"]):
             graph.replay()
         stage.mux.prefetch([*"cd"])
+
+
+def test_rows_that_are_chosen_during_a_capture(stage: Stage) -> None:
+    """They are copied by the graph, and no stream outside can wait for an event inside of it."""
+    graph = Graph()
+    index = CUDA.put(torch.tensor([[stage.mux.adapters["a"]]]))
+    with CUDA.capture(graph):
+        stage.mux.set_route(index)
+    graph.replay()
+    CUDA.synchronize()
+    for stream in (Stream(), Stream()):
+        with torch.no_grad(), CUDA.stream(stream):
+            check(stage.model, X[:1], [[(stage.tenants["a"], 1.0)]])

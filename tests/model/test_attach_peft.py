@@ -285,6 +285,19 @@ def head() -> Any:
     return small(modules_to_save=["2"])
 
 
+def emptied() -> Any:
+    """Its only adapter is in none of the layers any more."""
+    model = small()
+    model.base_model.model[0].delete_adapter("a")
+    return model
+
+
+def without_a_base() -> Any:
+    model = small()
+    model.base_model.model[0].base_layer.to("meta")
+    return model
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a plain model": (lambda: nn.Linear(2, 2), "peft.PeftModel, or .* got Linear without any"),
     "DoRA": (dora, "adapter 'a'.*`use_dora` must be unset"),
@@ -292,6 +305,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another class": (changed, "PEFT's own classes, got Doubled"),
     "token adapters": (tokens, "`trainable_token_indices` must be unset"),
     "no values": (without_values, r"'0\.lora_A\.weight' must hold values"),
+    "no layers": (emptied, "at least one adapted layer.* got 1 adapters in 1 layers"),
+    "a base without values": (without_a_base, "layer '0' must have weights, got one on the meta"),
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
     "convolution": (conv, "LoRA on a linear layer, got PEFT.s Conv2d"),
