@@ -260,6 +260,59 @@ def test_export_with_the_routing_as_an_input() -> None:
     assert mux.active_adapters == []
 
 
+class Handed(nn.Module):
+    """A layer that is handed its routing."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Any:
+        return self.layer(x, lora_mux.Routing(index, weight))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, pytest.param({"backend": "triton"}, marks=pytest.mark.interpreter)], ids=str
+)
+@pytest.mark.parametrize("attached", [False, True])
+@torch.no_grad()
+def test_export_of_a_layer_with_the_routing_as_an_input(
+    attached: bool, how: dict[str, Any]
+) -> None:
+    """By itself, and in a model of which it does not see the rows."""
+    linear = nn.Linear(16, 8).half()
+    pairs = [(torch.randn(3, 16) / 4, torch.randn(8, 3) / 4) for _ in range(2)]
+    if attached:
+        model: Any = nn.Sequential(linear)
+        mux = lora_mux.attach(model, **how)
+        layer = model[0]
+        a, b = (mux.add_adapter(n, {"0": p}, alpha=3) for n, p in zip("ab", pairs, strict=True))
+    else:
+        layer = lora_mux.MuxLinear(linear, **how)
+        a, b = (layer.add_adapter(n, *p, alpha=3) for n, p in zip("ab", pairs, strict=True))
+    x, handed = torch.randn(3, 16).half(), Handed(layer)
+    indices = [torch.tensor(index) for index in ([[a, -1], [-1, -1], [b, a]], [[b, a]] * 3)]
+    weight = torch.rand(3, 2)
+    program = torch.export.export(handed, (x, indices[0], weight), strict=False)
+    names = [str(node.target) for node in program.graph.nodes if "lora_mux" in str(node.target)]
+    assert names == ["lora_mux.plan.default", "lora_mux.add_lora_.default"]
+    for index in indices:
+        got, want = program.module()(x, index, weight), handed(x, index, weight)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+        assert not torch.equal(want[0], linear(x)[0])
+
+
+def test_rows_that_are_given_with_a_call_are_no_input_of_an_exported_model() -> None:
+    model, _, _ = small()
+
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return model(x, adapter_names=["a", None, "b"])
+
+    with pytest.raises(lora_mux.errors.RoutingError, match="inside `with mux.route"):
+        torch.export.export(Calling(), (torch.randn(3, 8),), strict=False)
+
+
 @torch.no_grad()
 def test_export_leaves_nothing_of_its_trace_behind() -> None:
     model, mux, handles = small()
