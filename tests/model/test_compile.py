@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lora_mux
+from lora_mux import ops
+from lora_mux.routes.compiled import ROUTERS
 from peft_oracle import llama
 
 pytestmark = pytest.mark.usefixtures("no_old_graphs")
@@ -155,6 +157,10 @@ def test_other_kinds_of_routes() -> None:
         (lambda: mux.route_tokens(["a", None, "b", "c", None, "a"]), x),
         (lambda: mux.route(["a", None], expand="tile"), twice),
         (lambda: mux.route(["a", None], expand="interleave"), twice),
+        (
+            lambda: mux.route(["a", None], expand={"interleave": 2, "tile": 2}),
+            twice.repeat(2, 1, 1),
+        ),
         (lambda: mux.route(torch.tensor([handles[:2], [-1, -1]]), torch.rand(2, 2)), x),
     ]
     seen = []
@@ -164,6 +170,75 @@ def test_other_kinds_of_routes() -> None:
             torch.testing.assert_close(got, model(batch))
             seen.append(got)
     assert not torch.equal(seen[1], seen[2])
+
+
+class TestRowsOfAGraph:
+    """What a graph asks for, which was made for rows of one kind: [rows, places], repeated or not.
+
+    Another task of its thread may have opened another block since.
+    """
+
+    def ask(
+        self,
+        mux: lora_mux.Mux,
+        rows: int = 2,
+        places: int = 1,
+        kind: str = "samples",
+        more: str = "",
+    ) -> Any:
+        (number,) = (n for n, router in ROUTERS.items() if router is mux._router)
+        index, weight = torch.full((rows, places), -9), torch.zeros(rows, places)
+        return torch.ops.lora_mux.rows_now(index, weight, number, kind, more, False)
+
+    def refused(self, mux: lora_mux.Mux, **kind: Any) -> None:
+        with pytest.raises(lora_mux.errors.RoutingBusyError, match="another task has changed them"):
+            self.ask(mux, **kind)
+
+    def test_they_fit_or_are_refused(self) -> None:
+        _, mux, (a, b, _) = small()
+        with mux.route(["a", {"b": 0.5}]):
+            index, weight = self.ask(mux)
+            assert index.tolist() == [[a], [b]] and weight.tolist() == [[1.0], [0.5]]
+            assert self.ask(mux, places=3)[0].tolist() == [[a, -1, -1], [b, -1, -1]]
+            self.refused(mux, rows=3)
+            self.refused(mux, kind="tokens")
+            self.refused(mux, kind="first")
+        with mux.route([("a", "b"), None]):
+            assert self.ask(mux, places=2)[0].tolist() == [[a, b], [-1, -1]]
+            self.refused(mux, places=1)
+        with mux.route_tokens(["a", "b"]):
+            assert self.ask(mux, kind="tokens")[0].tolist() == [[a], [b]]
+            self.refused(mux)
+
+    @pytest.mark.parametrize(
+        ("expand", "said"), [("tile", "tile"), ({"tile": 3, "interleave": 2}, "tile3interleave2")]
+    )
+    def test_repeated_samples(self, expand: Any, said: str) -> None:
+        _, mux, (a, b, _) = small()
+        with mux.route(["a", "b"], expand=expand):
+            assert self.ask(mux, more=said)[0].tolist() == [[a], [b]]
+            self.refused(mux, more="interleave")
+
+    def test_of_all_rows_alike(self) -> None:
+        _, mux, (a, *_) = small()
+        for kind in ("samples", "tokens", "first"):
+            mux.set_adapter("a")
+            assert self.ask(mux, 3, 2, kind)[0].tolist() == [[a, -1]] * 3
+            mux.set_adapter(None)
+            assert self.ask(mux, 3, 2, kind)[0].tolist() == [[-1, -1]] * 3
+
+    def test_where_nobody_can_be_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The model is gone, or a CUDA graph is captured, which keeps what it is given."""
+        _, mux, _ = small()
+        given = torch.tensor([[5], [6]]), torch.tensor([[0.5], [0.25]])
+        with mux.route(["a", "b"]):
+            gone = torch.ops.lora_mux.rows_now(*given, 10**9, "samples", "", False)
+            monkeypatch.setattr(ops, "capturing", lambda device: True)
+            (number,) = (n for n, router in ROUTERS.items() if router is mux._router)
+            captured = torch.ops.lora_mux.rows_now(*given, number, "samples", "", False)
+        for made in (gone, captured):
+            for one, other in zip(made, given, strict=True):
+                assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
 
 
 @torch.no_grad()
