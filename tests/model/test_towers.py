@@ -1,6 +1,8 @@
 """Sub-models with a batch of images: each sample as alone, rows per image, or a refusal."""
 
 import copy
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from vision_language import MODELS, make, noise, prompts, samples, together
 
 import lora_mux
+from lora_mux import ops
 from lora_mux.errors import PoolCapacityError, RoutingError, UnknownAdapterError
+from lora_mux.routes import towers
 from peft_oracle import transformers as T
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -247,6 +251,146 @@ def test_models_of_other_makes() -> None:
     with mux.route(ROWS, towers={"vision": ["a"] * 3, "head": ROWS}):  # the way out
         got = model(tokens, images)
     assert_equal(got[0], with_adapter(mux, "a", lambda: model(tokens, images))[0])
+
+
+class Seeing(nn.Module):
+    """It may be given words, pixels or both, and adds each image to a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.llm = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.kept = noise(3, 8, seed=5)
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None) -> Tensor:
+        images = self.kept if pixel_values is None else pixel_values
+        seen = self.vision(images.flatten(0, -2)).reshape(len(images), -1, 8).sum(1)
+        if input_ids is None:
+            return seen  # type: ignore[no-any-return]
+        return self.llm(nn.functional.one_hot(input_ids, 8).float()).sum(1) + seen  # type: ignore[no-any-return]
+
+
+class TestSeeing:
+    @pytest.fixture
+    def model(self) -> Any:
+        return Seeing().eval()
+
+    @pytest.fixture
+    def mux(self, model: Any) -> lora_mux.Mux:
+        mux = lora_mux.attach(model)
+        add_adapters(model, mux)
+        add_adapters(model, mux, "cd", lambda path: path == "llm")
+        return mux
+
+    IDS = torch.tensor([[1, 2], [3, 4], [5, 6]])
+
+    @torch.no_grad()
+    def test_images_alone_are_the_batch(self, model: Any, mux: lora_mux.Mux) -> None:
+        images = noise(3, 8)
+        with mux.route(ROWS):
+            got = model(pixel_values=images)
+        for i, row in enumerate(ROWS):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(pixel_values=images))[i])
+        assert differ(got, model(pixel_values=images))
+
+    @torch.no_grad()
+    def test_images_that_are_none_of_the_arguments(self, model: Any, mux: lora_mux.Mux) -> None:
+        with mux.route(ROWS), pytest.raises(RoutingError, match="called without images or sounds"):
+            model(self.IDS)
+        with mux.route(ROWS, towers={"vision": ROWS}):  # the way out
+            got = model(self.IDS)
+        for i, row in enumerate(ROWS):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(self.IDS))[i])
+
+    @pytest.mark.parametrize("shape", [(3, 8), (3, 1, 2, 8)], ids=str)
+    @torch.no_grad()
+    def test_images_of_unknown_kinds(
+        self, shape: tuple[int, ...], model: Any, mux: lora_mux.Mux
+    ) -> None:
+        """Vectors, and images of which the tower sees the parts one by one."""
+        images = noise(*shape)
+        with mux.route(ROWS), pytest.raises(RoutingError, match="not certain which sample"):
+            model(self.IDS, images)
+        with mux.route(["c", "d", None]):  # adapters that leave the tower alone
+            got = model(self.IDS, images)
+        for i, row in enumerate(["c", "d", None]):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(self.IDS, images))[i])
+
+    @torch.no_grad()
+    def test_rows_of_another_number_of_images(self, model: Any, mux: lora_mux.Mux) -> None:
+        for rows in (["a", "b"], ["a"] * 4):
+            with mux.route(ROWS, towers={"vision": rows}):
+                with pytest.raises(
+                    RoutingError, match=rf"one entry per item .*\(3\), got {len(rows)}"
+                ):
+                    model(self.IDS, noise(3, 8))
+
+    @torch.no_grad()
+    def test_in_a_graph_of_cuda_s(
+        self, model: Any, mux: lora_mux.Mux, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        for own in (None, {"vision": ROWS}):
+            with mux.route(ROWS, towers=own), pytest.raises(RoutingError, match="is captured"):
+                model(self.IDS, noise(3, 8))
+
+    @torch.no_grad()
+    def test_in_a_program_that_is_exported(self, model: Any, mux: lora_mux.Mux) -> None:
+        """It knows no arguments, so that the tower's rows must all be equal, or none of its own."""
+        batch = self.IDS, noise(3, 8)
+        with mux.route(["a", "b", None]), pytest.raises(RoutingError, match="a compiled model has"):
+            torch.export.export(model, batch, strict=False)
+        mux.set_adapter("a")
+        program = torch.export.export(model, batch, strict=False)
+        assert_equal(program.module()(*batch), model(*batch))
+        mux.set_adapter(None)
+        for name in "ab":
+            mux.remove(name)
+        with mux.route(["c", "d", None]):
+            program = torch.export.export(model, batch, strict=False)
+            want = model(*batch)
+        assert_equal(program.module()(*batch), want)
+        assert differ(want, model(*batch))
+
+
+@torch.no_grad()
+def test_images_that_are_not_where_their_tokens_are() -> None:
+    """As many of them in all: transformers puts them in, one after the other."""
+    model = make("idefics3")
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    batch = together("idefics3", samples("idefics3", [1, 2, 0]))
+    batch["pixel_values"] = batch["pixel_values"][[1, 0, 2]]
+    with mux.route(ROWS), pytest.raises(RoutingError, match="not certain which sample"):
+        model(**batch)
+    with mux.route(ROWS, towers={"vision_model": ["b", "b", "a"]}):  # the way out
+        model(**batch)
+
+
+def test_images_are_shared_out_in_order() -> None:
+    """Against all ways to share them out."""
+    found = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        images = [draw.randint(0 if seed % 9 == 0 else 1, 3) for _ in range(draw.randint(0, 5))]
+        samples = [draw.randint(0, 5) for _ in range(draw.randint(1, 4))]
+        if seed % 2:  # cut where images end
+            cuts = sorted(draw.randint(0, len(images)) for _ in samples[1:])
+            bounds = [0, *cuts, len(images)]
+            samples = [sum(images[a:b]) for a, b in itertools.pairwise(bounds)]
+        ways = [
+            counts
+            for counts in itertools.product(range(len(images) + 1), repeat=len(samples))
+            if sum(counts) == len(images)
+            and all(
+                sum(images[sum(counts[:i]) : sum(counts[: i + 1])]) == tokens
+                for i, tokens in enumerate(samples)
+            )
+        ]
+        got = towers._counts(samples, images)
+        found += got is not None
+        # An image without tokens may be anybody's.
+        assert got == (list(ways[0]) if len(ways) == 1 and 0 not in images else None)
+    assert 100 < found < 300
 
 
 @torch.no_grad()
