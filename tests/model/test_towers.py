@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import add_adapters, assert_equal, differ, with_adapter
 from torch import Tensor, nn
-from vision_language import MODELS, make, noise, prompts, samples, together
+from vision_language import MODELS, TEXT, VISION, make, noise, prompts, samples, together
 
 import lora_mux
 from lora_mux import ops
@@ -350,6 +350,66 @@ class TestSeeing:
             want = model(*batch)
         assert_equal(program.module()(*batch), want)
         assert differ(want, model(*batch))
+
+
+class Sine(nn.Module):
+    """A forward that shows no arguments: it is written in C."""
+
+    forward = torch.sin  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def test_a_part_whose_forward_shows_no_arguments() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Sine(), nn.Linear(8, 8))
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    x = noise(3, 8)
+    with mux.route(ROWS):
+        got = model(x)
+    for i, row in enumerate(ROWS):
+        assert_equal(got[i], with_adapter(mux, row, lambda: model(x))[i])
+
+
+@torch.no_grad()
+def test_words_and_pixels_in_one_sequence() -> None:
+    """ViLT has one model for both, of which no part is the images' alone."""
+    torch.manual_seed(0)
+    config = T.ViltConfig(**VISION | {"num_hidden_layers": 1}, vocab_size=64)
+    model = T.ViltModel(config).eval()
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    batch = {"input_ids": torch.randint(1, 64, (3, 4)), "pixel_values": noise(3, 3, 16, 16)}
+
+    def run() -> Tensor:
+        torch.manual_seed(0)  # it draws the order of the patches
+        return model(**batch).last_hidden_state  # type: ignore[no-any-return]
+
+    with mux.route(ROWS):
+        got = run()
+    for i, row in enumerate(ROWS):
+        want = with_adapter(mux, row, run)
+        assert_equal(got[i], want[i])
+        assert row is None or differ(want, run())
+
+
+@torch.no_grad()
+def test_a_decoder_that_reads_images_as_words() -> None:
+    """Chameleon's images are tokens of its vocabulary: all but what makes them is the text's."""
+    torch.manual_seed(0)
+    vq = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32}
+    vq |= {"channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 16}
+    words = {f"IMGIMGBS{letter}Z": 20 + i for i, letter in enumerate("ABCDEFGHIJKLMNOP")}
+    config = T.ChameleonConfig(
+        **TEXT | {"num_key_value_heads": 2}, vq_config=vq, vocabulary_map=words | {"<image>": 5}
+    )
+    model = T.ChameleonModel(config).eval()
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    ids = prompts([[], [], []])
+    with mux.route(ROWS):
+        got = model(input_ids=ids).last_hidden_state
+    for i, row in enumerate(ROWS):
+        assert_equal(got[i], with_adapter(mux, row, lambda: model(ids).last_hidden_state)[i])
 
 
 @torch.no_grad()
