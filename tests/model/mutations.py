@@ -25,6 +25,12 @@ TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
+    "continuous: the batch that is not computed": Mutation(
+        CONTINUOUS_BATCHING,
+        "batch.current_pair]",
+        "1 - batch.current_pair]",
+        TEST_CONTINUOUS_BATCHING,
+    ),
     "continuous: prefixes are shared": Mutation(
         CONTINUOUS_BATCHING, "config.allow_block_sharing", "False", TEST_CONTINUOUS_BATCHING
     ),
