@@ -277,8 +277,8 @@ class BoundedAdapters(Adapters):
         """Each pool with what it is to hold of an adapter, whose weights are on every device."""
         for path, layer in self._layers.items():
             part = weights[layer.mux_pool.A_rows.device].get(path)
-            if part is not None and layer.mux_shard is not None:
-                part = layer.mux_shard.cut(part, path)
+            if part is not None and layer.mux_kind is not None:
+                part = layer.mux_kind.cut(part, path)
             yield layer.mux_pool, part
 
     def _put_out(self, handles: Iterable[int]) -> None:

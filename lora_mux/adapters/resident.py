@@ -231,7 +231,7 @@ class Adapters:
         shapes = stored.shapes()
         return {
             path: cut_and_check_shapes(
-                layer.mux_pool, layer.mux_shard, shapes[path], f"{stored.source}[{path!r}]"
+                layer.mux_pool, layer.mux_kind, shapes[path], f"{stored.source}[{path!r}]"
             )
             for path, layer in self._touched_layers(shapes, stored.source).items()
         }
@@ -240,7 +240,7 @@ class Adapters:
         """Path -> checked factors, as the pool is to hold them."""
         return {
             path: cut_and_check(
-                layer.mux_pool, layer.mux_shard, weights[path], f"{source}[{path!r}]"
+                layer.mux_pool, layer.mux_kind, weights[path], f"{source}[{path!r}]"
             )
             for path, layer in self._touched_layers(weights, source).items()
         }

@@ -5,6 +5,7 @@ of the model's own and the changed one is, so that nothing is ever guessed.
 """
 
 import importlib
+import math
 import re
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import computed_once
 from ..errors import ArgumentTypeError
-from ..layers import features, is_dtensor
+from ..layers import in_features, is_dtensor
 
 PREFIX = "base_model.model."  # of keys of PEFT's
 # What torch.compile, FSDP and checkpointing put into paths; and data parallelism, in front of them.
@@ -107,15 +108,15 @@ class BaseModel:
             return None, []
 
     def fits(self, path: str, shape: tuple[int, ...]) -> bool:
-        """Whether an A of this shape [r, in_features] could be of a target."""
+        """Whether an A of this shape could be of a target."""
         if self._model is None:
             return True
-        return shape[1:] == (self.in_features(path),)
+        return math.prod(shape[1:]) == self.in_features(path)
 
     def in_features(self, path: str) -> int:
         """The size of a target's input."""
         assert self._model is not None
-        return features(self._model.get_submodule(path))[0]
+        return in_features(self._model.get_submodule(path))
 
     @computed_once
     def _parameters(self) -> Mapping[str, nn.Parameter]:

@@ -7,6 +7,7 @@ compared with the config before a value is read.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from os import PathLike, fspath
@@ -35,19 +36,22 @@ from .stored_adapter import StoredAdapter, TensorPlace, copy_to_host
 
 PICKLE_FILE = "adapter_model.bin"
 
-SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = (".lora_A.default.", ".lora_B.default.")
-# The endings of keys that PEFT writes for other things than LoRA on a linear layer.
+NAMED = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default\b")
+# The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
-    ".lora_embedding_A": "LoRA on an embedding is not supported",
-    ".lora_embedding_B": "LoRA on an embedding is not supported",
     ".lora_magnitude_vector": "DoRA rescales the base's own output",
     ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
-DIMENSIONS = {"A": 2, "B": 2, "bias": 1}  # of the factors of a linear layer
 # Nobody trains a rank above the longer side of a layer. A small layer gets the rank of the others.
 MAX_RANK_OF_SMALL_LAYERS = 8192
 BIASES = ("none", "lora_only", "all")
@@ -230,9 +234,7 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
     modules: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     for key in sorted(keys):
-        name = base.renamed(key)
-        for named in NAMED:
-            name = name.replace(named, named.replace("default.", ""))
+        name = NAMED.sub(r"\1", base.renamed(key))
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         if suffix is None:
             own = base.parameter(name.replace(".base_layer.", "."))
@@ -273,18 +275,24 @@ def _check_shapes(
     rank: int,
     shapes: dict[str, list[int]],
 ) -> None:
-    for part, dimensions in DIMENSIONS.items():
-        if part in shapes and len(shapes[part]) != dimensions:
+    A, B = shapes["A"], shapes["B"]
+    for part, fits, dimensions in (
+        ("A", 2 <= len(A) <= 5, "2-dimensional, or as the kernel of a convolution"),
+        ("B", len(B) == len(A) and all(n == 1 for n in B[2:]), "as lora_A, with a kernel of 1"),
+        ("bias", len(shapes.get("bias", [0])) == 1, "1-dimensional"),
+    ):
+        if not fits:
             raise CheckpointError(
-                f"{source}: key {parts[part]!r} must be {dimensions}-dimensional (of a linear "
-                f"layer), got shape {shapes[part]}"
+                f"{source}: key {parts[part]!r} must be {dimensions}, got shape {shapes[part]}"
             )
-    if shapes["A"][0] != rank or shapes["B"][1] != rank:
+    # B of a convolution in groups has the part of h that a group uses.
+    of_group = B[1] if len(B) == 2 or not B[1] or rank % B[1] else rank
+    if A[0] != rank or of_group != rank:
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
-            f"{shapes['A']} and lora_B {shapes['B']}"
+            f"{A} and lora_B {B}"
         )
-    most = max(MAX_RANK_OF_SMALL_LAYERS, shapes["A"][1], shapes["B"][0])
+    most = max(MAX_RANK_OF_SMALL_LAYERS, A[1], B[0])
     if rank > most:
         raise CheckpointError(
             f"{source}: module {path!r} must have a rank of at most {most}, got {rank}: more "

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
-from ..layers import Target, check_linear, device_of
+from ..layers import Target, check_target, device_of
 from .peft_config import parse_config
 from .safetensors_file import check_finite
 
 # The layers show which modules the config targets, so that its patterns need not be understood.
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What holds a factor: one that computes anything else is of another method.
+FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Parameter)
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
@@ -193,15 +195,22 @@ def _held(path: str, layer: Any) -> set[str]:
             f"`peft_model`: layer {path!r} must be one of PEFT's own classes, got "
             f"{type(layer).__name__}, which may compute anything"
         )
-    linear = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
-    kinds = {type(factors[name]) for name in names for factors in linear if name in factors}
-    if not all(name in factors for name in names for factors in linear) or kinds - {nn.Linear}:
+    pairs = [_modules(layer, name) for name in names]
+    if any(type(factor) not in FACTORS for pair in pairs for factor in pair):
         raise CheckpointError(
-            f"`peft_model`: layer {path!r} must hold LoRA on a linear layer, got PEFT's "
-            f"{type(layer).__name__} over {type(layer.base_layer).__name__}; leave such layers "
-            "out of the adapter's target_modules"
+            f"`peft_model`: layer {path!r} must hold LoRA on a linear layer, an embedding or a "
+            f"convolution, got PEFT's {type(layer).__name__} over "
+            f"{type(layer.base_layer).__name__}; leave such layers out of the adapter's "
+            "target_modules"
         )
     return names
+
+
+def _modules(layer: Any, name: str) -> tuple[Any, Any]:
+    """What holds an adapter's A and B: modules, or the parameters of an embedding."""
+    embedded = getattr(layer, "lora_embedding_A", {}), getattr(layer, "lora_embedding_B", {})
+    A, B = embedded if name in embedded[0] else (layer.lora_A, layer.lora_B)
+    return A[name] if name in A else None, B[name] if name in B else None
 
 
 def _target(path: str, linear: nn.Module) -> Target:
@@ -210,16 +219,16 @@ def _target(path: str, linear: nn.Module) -> Target:
             f"`peft_model`: layer {path!r} must have weights, got one on the meta device; "
             "materialise the model first"
         )
-    return check_linear(linear, f"peft_model: {path}")
+    return check_target(linear, f"peft_model: {path}")
 
 
 def _part(path: str, layer: Any, name: str) -> LoraWeights:
     """What an adapter does to a layer, scaled as it was trained."""
-    factors = {
-        "lora_A.weight": layer.lora_A[name].weight,
-        "lora_B.weight": layer.lora_B[name].weight,
-        "lora_B.bias": layer.lora_B[name].bias,
-    }
+    A, B = _modules(layer, name)
+    if isinstance(A, nn.Parameter):
+        factors = {"lora_embedding_A": A, "lora_embedding_B": B, "lora_B.bias": None}
+    else:
+        factors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight, "lora_B.bias": B.bias}
     for key, tensor in factors.items():
         if tensor is not None:
             _check_values(_source(name), f"{path}.{key}", tensor)

@@ -1,6 +1,7 @@
-"""Linear layers that carry adapters.
+"""Layers that carry adapters.
 
 linear     MuxLinear
+kinds      embeddings and convolutions, which are linear maps of other rows
 swapping   how a layer of a model becomes one in place, and is changed back
 handed_in  a Routing that is handed to a layer, without a model around it
 storing    how an adapter gets into the pools of its layers
@@ -21,10 +22,11 @@ from .swapping import swap_in as swap_in
 from .swapping import swap_out as swap_out
 from .targets import Target as Target
 from .targets import as_targets as as_targets
-from .targets import check_linear as check_linear
+from .targets import check_target as check_target
 from .targets import common_dtype as common_dtype
 from .targets import device_of as device_of
 from .targets import dtype_of as dtype_of
-from .targets import features as features
 from .targets import find_heads as find_heads
+from .targets import find_others as find_others
 from .targets import find_targets as find_targets
+from .targets import in_features as in_features

@@ -15,9 +15,9 @@ from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Place, Router
 from . import sharding
 from .handed_in import LastPlan, spread
-from .sharding import Shard
+from .kinds import Embedding, Kind
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, write
-from .targets import check_linear, device_of, dtype_of, features
+from .targets import Target, check_target, device_of, dtype_of
 
 STAND_ALONE = Place("")
 
@@ -29,12 +29,14 @@ class MuxLinear(nn.Module):
 
     `MuxLinear(linear)` is a new module of the linear's own class and of this one. It shares the
     linear's parameters, which stay as they are, and calls the linear's own forward, so that any
-    layer that maps [..., in_features] to [..., out_features] works, quantised ones included.
+    layer that maps [..., in_features] to [..., out_features] works, quantised ones included. So do
+    embeddings and convolutions, which are linear maps of one-hot rows and of patches.
     A batch that selects no adapter gets the base's tensor untouched; rows that select none keep
     every bit in a mixed batch.
 
     Args:
-        linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features.
+        linear: nn.Linear, transformers' Conv1D, or a layer with in_features and out_features;
+            nn.Embedding; nn.Conv1d, nn.Conv2d or nn.Conv3d.
         backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
             elsewhere), "triton" or "reference".
         batch_invariant: with Triton, what the adapters add to a row has the same bits whatever
@@ -46,7 +48,8 @@ class MuxLinear(nn.Module):
             summing.
 
     Raises:
-        TargetError: not a linear layer, or one that is split in a way that is not supported.
+        TargetError: no such layer, or one that is split, dilated or normed in a way that is not
+            supported.
         BackendError: a backend that does not exist or cannot run.
 
     Examples:
@@ -65,7 +68,7 @@ class MuxLinear(nn.Module):
     mux_router: Router | None  # of the model that the layer is attached in; None = stand-alone
     mux_place: Place  # in that model
     mux_settings: ops.Settings
-    mux_shard: Shard | None  # what tensor parallelism has left here; None = the whole layer
+    mux_kind: Kind | None  # what the layer is, if not a whole linear layer
     mux_patched: Callable[..., Tensor] | None = None  # the forward that was on the instance
     mux_owns_output: bool  # the base's forward returns a tensor that is nobody else's
     mux_last: LastPlan | None  # of the routings handed in on the CPU
@@ -81,7 +84,7 @@ class MuxLinear(nn.Module):
     ) -> "MuxLinear":
         if linear is None:  # DataParallel and the strict export of torch 2.6 ask for a bare module
             return object.__new__(cls)
-        check_linear(linear, "linear")
+        check_target(linear, "linear")
         twin = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
         # The registries are copied, so that a buffer or hook of one is not one of the other.
         twin.__dict__.update(
@@ -98,33 +101,32 @@ class MuxLinear(nn.Module):
         fused: ops.Fused = "auto",
     ) -> None:
         settings = ops.Settings(backend, batch_invariant, fused)
-        shard = check_linear(linear, "linear").shard
+        target = check_target(linear, "linear")
         dtype = dtype_of(linear, torch.get_default_dtype())
-        self.mux_equip(shard, Slots(), None, settings, dtype)
+        self.mux_equip(target, Slots(), None, settings, dtype)
 
     def mux_equip(
         self,
-        shard: Shard | None,
+        target: Target,
         slots: Slots,
         router: Router | None,
         settings: ops.Settings,
         dtype: torch.dtype,
     ) -> None:
-        """Give a linear layer that has become a MuxLinear its empty pool."""
+        """Give a layer that has become a MuxLinear its empty pool."""
         patched = vars(self).get("forward")
         if patched is not None:  # it would hide the class's forward, and the adapters with it
             # Past nn.Module's own setattr, which would register a forward that is a module.
             vars(self).update(mux_patched=patched, mux_owns_output=False)
             del vars(self)["forward"]
-            if shard is not None:
+            if isinstance(target.kind, sharding.Shard):
                 sharding.reinstall(self, patched)
-        sizes = features(self) if shard is None else shard.sizes
-        self.mux_pool = Pool(*sizes, dtype, device_of(self))
+        self.mux_pool = Pool(*target.sizes, dtype, device_of(self))
         self.mux_slots = slots
         self.mux_router = router
         self.mux_place = STAND_ALONE
         self.mux_settings = settings
-        self.mux_shard = shard
+        self.mux_kind = target.kind
         self.mux_last = self.mux_last_method = None
         self._follow_device()
 
@@ -147,30 +149,48 @@ class MuxLinear(nn.Module):
         """y [..., out_features] for x [..., in_features].
 
         Args:
-            x: [..., in_features].
-            routing: one row per row of x (x.shape[:-1] flattened), or per sample (x.shape[0], for
-                x of at least three dimensions). None: the route of the attached model, else base.
+            x: [..., in_features]. Of an embedding, ids [...]; of a convolution, [samples,
+                in_channels, *sizes].
+            routing: one row per row of x (x.shape[:-1] flattened; each id, and each place of a
+                convolution's output, is a row), or per sample (x.shape[0], for rows of at least
+                two dimensions). None: the route of the attached model, else base.
 
         Raises:
-            InputError: x does not end in in_features.
+            InputError: x is no input of such a layer.
             RoutingError: the routing's rows fit neither the rows nor the samples of x.
             UnknownAdapterError: the index holds a handle whose adapter is not there. On a GPU the
                 row's output becomes NaN instead, and routing.check() raises.
             BackendError: Triton was asked for by name, and cannot run on x.
         """
-        shard = self.mux_shard
-        here = x if shard is None else shard.local(x)
+        kind = self.mux_kind
+        if kind is not None and self._is_idle(routing):  # its rows may be dear
+            return self._base(x, **kwargs)
+        here = x if kind is None else kind.local(x)
         plan = self._plan(here, routing, fusable=not kwargs)
         if isinstance(plan, ops.FusedPlan):
             return plan.linear(x, self.weight, self.bias, self.mux_pool)
-        # Transformers' closure around a shard calls this forward; any other computes the base part.
-        patched = self.mux_patched if shard is None else None
-        y: Tensor = (patched or super().forward)(x, **kwargs)
+        y = self._base(x, **kwargs)
         if plan is None:
             return y
-        if shard is None:
+        if kind is None:
             return plan.add(y, x, self._pool, self.mux_owns_output)
-        return shard.add(plan, y, here, self._pool, self._parameters["weight"])
+        return kind.add(plan, y, here, self._pool, self._parameters.get("weight"))
+
+    def _base(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """What the layer computes without adapters."""
+        # Transformers' closure around a shard calls this forward; any other computes the base part.
+        patched = None if isinstance(self.mux_kind, sharding.Shard) else self.mux_patched
+        y: Tensor = (patched or super().forward)(x, **kwargs)
+        return y
+
+    def _is_idle(self, routing: Routing | None) -> bool:
+        """Whether it is plain that nothing is to be added."""
+        router = self.mux_router
+        if routing is not None:
+            return False
+        if router is None or router.now() is None:
+            return True
+        return not is_compiling() and not self._pool.spans  # which a graph would guard
 
     @property
     def _pool(self) -> Pool:
@@ -235,7 +255,7 @@ class MuxLinear(nn.Module):
         """
         if not self.mux_settings.may_fuse(x):
             return None
-        if not self.mux_owns_output or self.mux_shard is not None:
+        if not self.mux_owns_output or self.mux_kind is not None:
             return None
         own = self._parameters  # nn.Module's own look-up takes 1 us
         weight, bias = own.get("weight"), own.get("bias", x)  # x: it is none of the layer's own
@@ -249,7 +269,8 @@ class MuxLinear(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         width = self._pool.in_features
-        if x.ndim == 0 or x.shape[-1] != width:
+        numbers = isinstance(self.mux_kind, Embedding)  # of one-hot rows
+        if x.ndim == 0 or x.shape[-1] != (1 if numbers else width):
             raise InputError(f"`x` must have shape [..., in_features={width}], got {list(x.shape)}")
 
     def extra_repr(self) -> str:
@@ -277,8 +298,9 @@ class MuxLinear(nn.Module):
 
         Args:
             name: any new str other than `"__base__"`.
-            A: [r, in_features], any floating dtype; stored in the layer's own.
-            B: [out_features, r].
+            A: [r, in_features], any floating dtype; stored in the layer's own. Of an embedding
+                [r, num_embeddings], of a convolution [r, in_channels, *kernel].
+            B: [out_features, r]; of a convolution also [out_channels, r / groups, 1, ...].
             alpha: scaling = alpha / r. Give alpha or scaling, not both.
             scaling: the factor itself.
             bias: [out_features], a bias on B (PEFT's lora_bias), scaled like the rest.
@@ -292,7 +314,7 @@ class MuxLinear(nn.Module):
         follow_materialised(self)
         factor = scaling_from(alpha, scaling, A)
         given = LoraWeights(A, B, factor, bias)
-        weights = cut_and_check(self.mux_pool, self.mux_shard, given, "adapter")
+        weights = cut_and_check(self.mux_pool, self.mux_kind, given, "adapter")
         self._mend()
         check_room(self.mux_slots, self.mux_pool, weights, "adapter")
         handle = self.mux_slots.allot()

@@ -6,39 +6,39 @@ from torch import Tensor
 
 from ..core import LoraWeights, Pool, Slots, check_number, slot_of
 from ..errors import AdapterError, ArgumentTypeError, PoolCapacityError
-from .sharding import Shard
+from .kinds import Kind
 
 
 def cut_and_check(
-    pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str
+    pool: Pool, kind: Kind | None, weights: LoraWeights, argument: str
 ) -> LoraWeights:
     """The factors that a pool is to hold, in its dtype and on its device.
 
     Args:
-        shard: the part of the layer that this process holds; None = all of it.
-        weights: the factors for the whole layer.
+        kind: what the layer is; None = a whole linear layer.
+        weights: the factors as they are given.
         argument: what error messages call them.
 
     Raises:
         AdapterError: shapes or values do not fit the layer.
         ArgumentTypeError: a factor is not a floating tensor.
     """
-    return pool.check(_cut(shard, weights, argument), argument)
+    return pool.check(_cut(kind, weights, argument), argument)
 
 
 def cut_and_check_shapes(
-    pool: Pool, shard: Shard | None, weights: LoraWeights, argument: str
+    pool: Pool, kind: Kind | None, weights: LoraWeights, argument: str
 ) -> LoraWeights:
     """As `cut_and_check`, for factors that have shapes but no values yet."""
-    cut = _cut(shard, weights, argument)
+    cut = _cut(kind, weights, argument)
     pool.check_fit(cut, argument)
     return cut
 
 
-def _cut(shard: Shard | None, weights: LoraWeights, argument: str) -> LoraWeights:
+def _cut(kind: Kind | None, weights: LoraWeights, argument: str) -> LoraWeights:
     are_tensors = isinstance(weights.A, Tensor) and isinstance(weights.B, Tensor)
-    if shard is not None and are_tensors:  # the pool refuses anything else
-        return shard.cut(weights, argument)
+    if kind is not None and are_tensors:  # the pool refuses anything else
+        return kind.cut(weights, argument)
     return weights
 
 
@@ -82,8 +82,8 @@ def scaling_from(alpha: object, scaling: object, A: object) -> float:
         )
     if alpha is None:
         return check_number(scaling, "scaling", AdapterError)
-    # The pool will refuse an A that has no rank rows, or that is no matrix at all.
-    rank = A.shape[0] if isinstance(A, Tensor) and A.ndim == 2 and len(A) else 1
+    # The pool will refuse an A that has no rank rows, or that is no matrix or kernel at all.
+    rank = A.shape[0] if isinstance(A, Tensor) and A.ndim > 1 and len(A) else 1
     return check_number(alpha, "alpha", AdapterError) / rank
 
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from ..routes import Place, Router
 from .linear import MuxLinear, mux_class
+from .sharding import Shard
 from .targets import Target
 
 
@@ -14,12 +15,12 @@ def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) ->
     made: MuxLinear = object.__new__(mux_class(type(linear)))  # type: ignore[arg-type]
     # Another thread may be calling the layer: it is equipped as a twin with the same attributes,
     # before it changes. transformers' closure around a shard holds the layer itself.
-    if target.shard is None:
+    if not isinstance(target.kind, Shard):
         object.__setattr__(made, "__dict__", vars(linear))
     else:
         linear.__class__ = type(made)
         made = linear  # type: ignore[assignment]
-    made.mux_equip(target.shard, router.slots, router, router.settings, dtype)
+    made.mux_equip(target, router.slots, router, router.settings, dtype)
     made.mux_place = place
     linear.__class__ = type(made)
     assert isinstance(linear, MuxLinear)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentTypeError, TargetError
-from .sharding import Shard, is_dtensor, shard_of
+from .kinds import Kind, kind_of
+from .sharding import is_dtensor, shard_of
 
 # The names of the head in transformers' sequence classifiers. PEFT's "all-linear" skips it too.
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -29,13 +30,18 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class Target(NamedTuple):
-    """A linear layer that can carry adapters."""
+    """A layer that can carry adapters."""
 
     linear: nn.Module
-    shard: Shard | None = None  # the part of it that this process holds; None = all of it
+    kind: Kind | None = None  # what it is, if not a whole linear layer
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in_features, out_features) of what its pool holds."""
+        return features(self.linear) if self.kind is None else self.kind.sizes
 
 
-def check_linear(module: object, argument: str, gathered: bool = False) -> Target:
+def check_target(module: object, argument: str, gathered: bool = False) -> Target:
     """The layer as a target.
 
     Args:
@@ -45,7 +51,8 @@ def check_linear(module: object, argument: str, gathered: bool = False) -> Targe
 
     Raises:
         ArgumentTypeError: it is not a module.
-        TargetError: it is not a plain linear layer, or is split in a way that is not supported.
+        TargetError: it is no plain layer that can carry adapters, or is split in a way that is not
+            supported.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"`{argument}` must be a linear layer, got {type(module).__name__}")
@@ -56,12 +63,24 @@ def check_linear(module: object, argument: str, gathered: bool = False) -> Targe
             f"`{argument}` must be a plain linear layer, got PEFT's {type(module).__name__}; "
             "attach to the base model without the PeftModel around it, or use attach_peft"
         )
-    if not is_linear(module):
+    if is_linear(module):
+        return Target(module, None if gathered else shard_of(module, argument))
+    kind = kind_of(module, argument)
+    if kind is None:
         raise TargetError(
             f"`{argument}` must be a linear layer (nn.Linear, Conv1D, or one with in_features and "
-            f"out_features), got {type(module).__name__}"
+            f"out_features), an nn.Embedding or a convolution, got {type(module).__name__}"
         )
-    return Target(module, None if gathered else shard_of(module, argument))
+    return Target(module, kind)
+
+
+def in_features(module: nn.Module) -> int:
+    """The size of the rows of a layer that can carry adapters, whether it does so or not."""
+    if is_linear(module):
+        return features(module)[0]
+    kind = kind_of(module, "module")
+    assert kind is not None
+    return kind.sizes[0]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -129,7 +148,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
 
 
 def find_heads(model: nn.Module, targets: object) -> dict[str, nn.Module]:
-    """The layers that "all-linear" does not mean, but that an adapter may touch all the same.
+    """The linear layers that "all-linear" does not mean, but that an adapter may touch.
 
     They are the output heads. Other `targets` say all that may carry adapters.
     """
@@ -138,6 +157,14 @@ def find_heads(model: nn.Module, targets: object) -> dict[str, nn.Module]:
     modules = {path: module for path, module in model.named_modules() if path}
     heads = _heads(model, modules) - _bypassed(modules)
     return {path: modules[path] for path in sorted(heads) if is_linear(modules[path])}
+
+
+def find_others(model: nn.Module, targets: object) -> dict[str, nn.Module]:
+    """The embeddings and convolutions, which "all-linear" does not mean either."""
+    if not _is_all_linear(targets):
+        return {}
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {p: m for p, m in model.named_modules() if p and isinstance(m, kinds)}
 
 
 def as_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Target]:
@@ -151,7 +178,7 @@ def as_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, T
     def gathered(path: str) -> bool:
         return any(not p or f"{path}.".startswith(f"{p}.") for p in gathering)
 
-    return {p: check_linear(m, f"targets: {p}", gathered(p)) for p, m in layers.items()}
+    return {p: check_target(m, f"targets: {p}", gathered(p)) for p, m in layers.items()}
 
 
 def _is_all_linear(targets: object) -> bool:

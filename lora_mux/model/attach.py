@@ -8,7 +8,7 @@ from .. import ops
 from ..adapters import parse_size
 from ..checkpoints import read_peft_model, retire_peft, without_peft
 from ..errors import ArgumentTypeError, TargetError
-from ..layers import MuxLinear, as_targets, find_heads, find_targets
+from ..layers import MuxLinear, as_targets, find_heads, find_others, find_targets
 from .mux import Mux
 from .top import mux_of, unwrapped
 
@@ -31,8 +31,9 @@ def attach(
     Args:
         model: any nn.Module. Of one in a wrapper of torch.compile or data parallelism, the model
             inside.
-        targets: "all-linear" (every linear layer except the output head, as in PEFT; the head
-            joins when an adapter touches it, or at once with `memory`), a list of path suffixes
+        targets: "all-linear" (every linear layer except the output head, as in PEFT; the head,
+            embeddings and convolutions join when an adapter touches them; with `memory`, the head
+            at once and the others not), a list of path suffixes
             (["q_proj", "v_proj"]), or a regular expression that matches whole paths.
         backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
             elsewhere), "triton" or "reference".
@@ -73,9 +74,12 @@ def attach(
     _check_plain(model)
     size = None if memory is None else parse_size(memory)
     found, heads = find_targets(model, targets), find_heads(model, targets)
+    others = find_others(model, targets)
     if size is not None:  # pools of a fixed size share it from the beginning
-        found, heads = found | as_targets(model, heads), {}
-    return Mux(model, found, settings, size, heads)
+        found, joining = found | as_targets(model, heads), {}
+    else:
+        joining = heads | others
+    return Mux(model, found, settings, size, joining)
 
 
 def detach(model: nn.Module) -> None:

@@ -26,6 +26,11 @@ PROJECTOR = re.compile(r".*(project|connector|merger|resampl|perceiver|qformer|a
 MEDIA = {"picture": PICTURE, "film": FILM, "sound": SOUND}
 PICKED = re.compile(r"(.*\.)?experts\.\d+(\..*)?")
 
+# Embeddings of other numbers than tokens, in models that do not say which theirs are.
+NO_TOKENS = re.compile(
+    r"(.*_)?(w?pos\w*|wpe|relative\w*|time\w*|token_type\w*|type|segment\w*)(_.*)?"
+)
+
 # By model_type, from the sources of transformers 5.23.
 FLATTENED_IMAGES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 PADDED_IMAGES = {"idefics2", "idefics3", "smolvlm"}
@@ -34,6 +39,7 @@ TOKENS_FIRST = {
     "LongformerSelfAttention": r"(query|key|value)",
     "LEDEncoderSelfAttention": r"(query|key|value)",
     "XLNetLayer": r".*",
+    "XLNetModel": r"word_embedding",
     "FSMTEncoder": r"layers\..*",
     "FSMTDecoder": r"layers\..*",
     "Mask2FormerMaskedAttentionDecoder": r"layers\..*",
@@ -47,7 +53,7 @@ def find_layout(model: nn.Module, targets: Collection[str]) -> tuple[Layout, Map
         prefix = f"{path}." if path else ""
         below = [t.removeprefix(prefix) for t in targets if t.startswith(prefix)]
         tower_of |= {prefix + t: prefix + tower for t, tower in _towers(root, below).items()}
-    first = list(_tokens_first(model))
+    first, unknown = list(_tokens_first(model)), _lookups(model)
     places = {}
     for target in targets:
         place = Place(target, tower_of.get(target))
@@ -55,6 +61,8 @@ def find_layout(model: nn.Module, targets: Collection[str]) -> tuple[Layout, Map
             place = Place(target, place.tower, "tokens first")
         elif PICKED.fullmatch(target):
             place = Place(target, place.tower, "picked tokens")
+        elif target in unknown:
+            place = Place(target, place.tower, "not known")
         places[target] = place
     return _layout(model, set(tower_of.values())), places
 
@@ -188,6 +196,27 @@ def _decoders(root: nn.Module, paths: Collection[str]) -> set[str]:
             return set(paths)
         found |= {path for path in paths if modules[path] is module}
     return found
+
+
+def _lookups(model: nn.Module) -> set[str]:
+    """The embeddings that may be asked for other numbers than the tokens of the samples."""
+    modules = dict(model.named_modules())
+    asked = [_of_tokens(module) for module in modules.values()]
+    tokens = {id(found) for found in asked if found is not None}
+    return {
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Embedding)
+        and (id(module) not in tokens if tokens else NO_TOKENS.fullmatch(path.rpartition(".")[2]))
+    }
+
+
+def _of_tokens(module: Any) -> object:
+    """The embedding of tokens, where a model of transformers' says which it is."""
+    try:
+        return module.get_input_embeddings()
+    except Exception:  # a module of whatever make, which may have none
+        return None
 
 
 def _tokens_first(model: nn.Module) -> Iterator[re.Pattern[str]]:

@@ -22,9 +22,9 @@ from ..layers import (
     MuxLinear,
     as_targets,
     common_dtype,
+    cut_and_check_shapes,
     device_of,
     dtype_of,
-    features,
     swap_in,
     swap_out,
     weights_from_pairs,
@@ -176,7 +176,8 @@ class LoadedAdapters:
         Args:
             name: any new str other than `"__base__"`.
             weights: path of a target -> (A [r, in_features], B [out_features, r]), of any floating
-                dtype. The adapter changes nothing in targets that are left out.
+                dtype; `MuxLinear.add_adapter` has the shapes for embeddings and convolutions. The
+                adapter changes nothing in targets that are left out.
             alpha: scaling = alpha / r, with the rank r of each layer. Give alpha or scaling, not
                 both.
             scaling: the factor itself.
@@ -207,8 +208,8 @@ class LoadedAdapters:
 
     def _include_heads(self, weights: Mapping[str, LoraWeights], source: str) -> None:
         """Let output heads carry adapters, if this one touches them and fits."""
-        joining = weights.keys() & self._heads.keys()
-        if weights.keys() - self._layers.keys() - joining:
+        joining = [path for path in self._heads if path in weights]
+        if weights.keys() - self._layers.keys() - {*joining}:
             return  # it will be refused
         for path in joining:
             with self._router.changes:
@@ -224,9 +225,8 @@ class LoadedAdapters:
                 model = self._check_attached()
                 target = as_targets(model, {path: head})[path]
                 dtype = dtype_of(head, common_dtype(model))
-                if target.shard is None:
-                    empty = Pool(*features(head), dtype, device_of(head))
-                    empty.check_fit(weights[path], f"{source}[{path!r}]")
+                empty = Pool(*target.sizes, dtype, device_of(head))
+                cut_and_check_shapes(empty, target.kind, weights[path], f"{source}[{path!r}]")
                 swap_out(head)  # what an interrupt has left of another time
                 self._linears.append(head)
                 self._adapters.include(path, swap_in(target, place, self._router, dtype))

@@ -172,13 +172,15 @@ def method(
     triton = meant and _runs_triton(settings.backend, x, pool)
     form = choose_form(settings.backend, x.device.type, triton, torch.compiler.is_compiling())
     if form == "cpu":
-        return CPU
+        # That form has no products for the one-hot rows of an embedding.
+        return CPU if x.is_floating_point() else REFERENCE
     if form == "reference":
         return REFERENCE
     from ..kernels.config import fused_tile_rows, tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32.
-    half = x.dtype == pool.A_rows.dtype and x.element_size() == 2
+    dtype = _dtype(x, pool)
+    half = dtype == pool.A_rows.dtype and dtype.itemsize == 2
     half = half and not torch.is_autocast_enabled(x.device.type)
     if triton and half and weight is not None and _fuses(settings, x, rows, pool, weight):
         return Method("fused", fused_tile_rows(rows))
@@ -198,11 +200,16 @@ def like(x: Tensor, pool: Pool, weight: Tensor | None) -> object:
     return x.shape, x.dtype, device, adapters.dtype, autocast, fused, pool.max_rank
 
 
+def _dtype(x: Tensor, pool: Pool) -> torch.dtype:
+    """Of the computation: x's own, or the pool's where x holds numbers of one-hot rows."""
+    return x.dtype if x.is_floating_point() else pool.A_rows.dtype
+
+
 def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
     """Whether the kernels run for x; for "triton" by name an error where they do not."""
-    adapters = pool.A_rows.dtype
-    fits = x.dtype in TRITON_DTYPES and adapters in TRITON_DTYPES
-    bf16 = torch.bfloat16 in (x.dtype, adapters)
+    adapters, dtype = pool.A_rows.dtype, _dtype(x, pool)
+    fits = dtype in TRITON_DTYPES and adapters in TRITON_DTYPES
+    bf16 = torch.bfloat16 in (dtype, adapters)
     if backend == "auto":
         return fits and _auto_runs_triton(x.device, bf16)
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
@@ -212,7 +219,7 @@ def _runs_triton(backend: Backend, x: Tensor, pool: Pool) -> bool:
         )
     if not fits:
         raise BackendError(
-            f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {x.dtype} and "
+            f"`backend` 'triton' takes float32, float16 and bfloat16, got x of {dtype} and "
             f"adapters of {adapters}; use 'auto' or 'reference'"
         )
     _refuse_old(f"`backend` 'triton'{' for bfloat16' if bf16 else ''}", x.device, bf16)

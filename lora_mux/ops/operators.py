@@ -11,6 +11,7 @@ kernels, elsewhere the reference, unless `triton` says otherwise. An operator ta
 one: `rows` are the fields of lora_mux.core.RankRows, `plan` those of lora_mux.kernels.tensors.Plan.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, get_type_hints
 
@@ -193,7 +194,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *tensors = ctx.saved_tensors
     rows, plan, how = _unpack((*ctx.rows, *tensors, *ctx.how))
     # A base that answers in another dtype than x's would be multiplied in fp32 for nothing.
-    upstream = grad.to(x.dtype)
+    upstream = grad.to(x.dtype) if x.is_floating_point() else grad
     operators, gradients = torch.ops.lora_mux, {"y": grad}
     # Shorter where the call left options to their defaults.
     needed = dict(zip(ADD_LORA, ctx.needs_input_grad, strict=False))
@@ -235,6 +236,13 @@ def triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "
         return None
     pool = _pool(rows)
     given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
+    if not x.is_floating_point():
+        config = dataclasses.replace(_config(out, out, pool.B_rows, plan, how), split_k=1)
+        h = _columns(x, rows, plan, launch.h_shape(plan, how.max_rank, config))
+        launch.expand(h, out, plan, pool, config)
+        if out is not y:
+            y.copy_(out)
+        return None
     config = _config(x, out, pool.A_rows, plan, how)
     h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
     shrink = launch.shrink(x, h, plan, pool, config)
@@ -244,6 +252,29 @@ def triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "
     if shrink is None or expand is None or x is not given or out is not y:
         return None
     return ready.AddAgain(tuple(h.shape), shrink, expand)
+
+
+def _columns(
+    x: Tensor, rows: RankRows, plan: Plan, shape: tuple[int, ...], weighted: bool = True
+) -> Tensor:
+    """h [M, J, R, 1] as shrink makes it, for ints x [M, 1]: columns of A, which need no product."""
+    slots, S, place = (
+        plan.slots[:, :, None],
+        len(rows.rank),
+        torch.arange(shape[2], device=x.device),
+    )
+    if not (S and len(rows.A_rows)):
+        return x.new_zeros(*shape[:3], 1, dtype=torch.float32)
+    known = (slots >= 0) & (slots < S)
+    slot = torch.where(known, slots, 0).long()  # [M, J, 1]
+    held = known & (place < rows.rank[slot])
+    row = torch.where(held, rows.offset[slot] + place, 0)
+    h = rows.A_rows[row, x[:, :, None]].float()
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
+    if weighted:
+        h = h * (plan.strength[:, :, None] * rows.scaling[slot])
+    return torch.where(held, h, 0.0)[..., None].contiguous()
 
 
 def triton_linear(
@@ -279,6 +310,10 @@ def _triton_strength_gradient(
         return gradient
     products = []
     for vectors, pool in ((x, _pool(rows)), (grad, _pool(_transposed(rows)))):
+        if not vectors.is_floating_point():
+            shape = launch.h_shape(plan, how.max_rank, _config(grad, grad, pool.B_rows, plan, how))
+            products.append(_columns(vectors, rows, plan, shape, weighted=False).sum(3))
+            continue
         vectors = _row_major(computable(vectors))
         config = _config(vectors, vectors, pool.A_rows, plan, how)
         shape = launch.h_shape(plan, how.max_rank, config)

@@ -2,6 +2,8 @@
 
     y[m] += sum_j weight[m, j] * scaling[slot[m, j]] * B[slot[m, j]] (A[slot[m, j]] x[m])
 
+A row of ints [1] is the number k of a one-hot x, so that A x is column k of A (embeddings).
+
 Differentiable in x, y, weight and the pool; any floating dtype; accumulates in at least fp32, under
 autocast too, and rounds once. Weights are read once per distinct adapter of the batch, never copied
 per row. It shares nothing with the kernels.
@@ -42,20 +44,19 @@ def plan(slots: Tensor, weight: Tensor) -> Plan:
 
 
 def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
-    """y [M, N] plus what x [M, K] gets from its adapters; rows that select none keep every bit."""
+    """y [M, N] plus what x [M, K], or ints [M, 1], gets; rows that select none keep every bit."""
     if torch.is_autocast_enabled(y.device.type):
         with torch.autocast(y.device.type, enabled=False):
             return add_lora(y, x, rows, plan)
     row, owner = _rows_in_use(rows, plan.slots)
     if not len(row):
         return y
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    A = rows.A_rows[row, : x.shape[1]].to(dtype)
+    dtype = _wide(x, rows)
     B = rows.B_rows[row, : y.shape[1]].to(dtype)
     selects = plan.selects[:, owner]  # [M, R]
     strength = (plan.strength.to(dtype) * rows.scaling[plan.slots].to(dtype))[:, owner]  # [M, R]
 
-    h = torch.einsum("mk,rk->mr", x.to(dtype), A)
+    h = _shrunk(x, rows, row, dtype)
     if rows.constant is not None:
         h = torch.where(rows.constant[row], 1.0, h)
     h = torch.where(selects, strength * h, 0.0)
@@ -66,21 +67,34 @@ def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
 def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) -> Tensor:
     """scaling[i] * <B[i]^T grad[m], A[i] x[m]> for i = slots[m, j]: the gradient of strength[m, j].
 
-    [M, J] for grad [M, N], x [M, K] and slots [M, J]; 0 where slots is -1.
+    [M, J] for grad [M, N], x [M, K] or ints [M, 1], and slots [M, J]; 0 where slots is -1.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return strength_gradient(grad, x, rows, slots)
     used, place = torch.unique(slots, return_inverse=True)  # place [M, J] -> 0..U
     row, owner = _rows_in_use(rows, used.clamp(min=0))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    h = torch.einsum("mk,rk->mr", x.to(dtype), rows.A_rows[row, : x.shape[1]].to(dtype))
+    dtype = _wide(x, rows)
+    h = _shrunk(x, rows, row, dtype)
     if rows.constant is not None:
         h = torch.where(rows.constant[row], 1.0, h)
     g = torch.einsum("mn,rn->mr", grad.to(dtype), rows.B_rows[row, : grad.shape[1]].to(dtype))
     of_slot = h.new_zeros(len(h), len(used)).index_add(1, owner, h * g)
     of_slot = of_slot * rows.scaling[used.clamp(min=0)].to(dtype)
     return torch.where(slots >= 0, of_slot.gather(1, place), 0.0)
+
+
+def _wide(x: Tensor, rows: RankRows) -> torch.dtype:
+    """In which everything is computed."""
+    given = x if x.is_floating_point() else rows.A_rows
+    return torch.promote_types(given.dtype, torch.float32)
+
+
+def _shrunk(x: Tensor, rows: RankRows, row: Tensor, dtype: torch.dtype) -> Tensor:
+    """h [M, R] = A x for rank rows [R]."""
+    if not x.is_floating_point():
+        return rows.A_rows[row, x].to(dtype)
+    return torch.einsum("mk,rk->mr", x.to(dtype), rows.A_rows[row, : x.shape[1]].to(dtype))
 
 
 def _rows_in_use(rows: RankRows, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .compiled import Cell
 from .passes import BATCH_ARGUMENTS, Batch, Pass, Shape, batch_of
 from .route import Route
 
-Order: TypeAlias = Literal["samples", "tokens first", "picked tokens"]
+Order: TypeAlias = Literal["samples", "tokens first", "picked tokens", "not known"]
 
 TEXT_ARGUMENTS = {
     *("input_ids", "inputs_embeds", "ids", "tokens", "token_ids", "text", "texts", "text_ids"),
@@ -241,6 +241,7 @@ def _pick_in_order(now: Pass, route: Route, x: Tensor, place: Place, layout: Lay
         what = {
             "tokens first": "its inputs begin with the tokens instead of the samples",
             "picked tokens": "it computes tokens that were picked out of the batch",
+            "not known": "it may look up positions or other numbers that no sample has by itself",
         }
         _refuse(place, layout, what.get(place.order, ""))
     return _samples(now, route, samples).repeat(x.shape[0])

@@ -139,7 +139,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "half a pair": (tensors(PAIR[0]), "lora_B.weight is missing"),
     "not finite": ({PAIR[0]: torch.full((2, 8), torch.nan), **tensors(PAIR[1])}, "finite"),
     "no row": ({PAIR[0]: torch.ones(0, 8), PAIR[1]: torch.ones(8, 0)}, r"shape is \[0, 8\]"),
-    "a convolution": ({PAIR[0]: torch.ones(2, 8, 1, 1), **tensors(PAIR[1])}, "2-dimensional"),
+    "half a convolution": (
+        {PAIR[0]: torch.ones(2, 8, 1, 1), **tensors(PAIR[1])},
+        r"lora_B.weight' must be as lora_A, with a kernel of 1, got shape \[8, 2\]",
+    ),
     "nothing": ({}, "one component"),
 }
 

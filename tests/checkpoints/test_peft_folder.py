@@ -253,7 +253,10 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
         {**tensors(), f"{KEY}.lora_A.default.weight": torch.ones(4, 8)},
         "lora_A.default",
     ),
-    "embedding": ({**tensors(), "emb.lora_embedding_A": torch.ones(4, 8)}, "embedding"),
+    "half an embedding": (
+        {**tensors(), "emb.lora_embedding_A": torch.ones(4, 8)},
+        "'emb' must have both",
+    ),
     "magnitude": ({**tensors(), f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "DoRA"),
     "base bias": ({**tensors(), f"{KEY}.base_layer.bias": torch.ones(8)}, "copy of .*bias"),
     "unasked bias": ({**tensors(), f"{KEY}.lora_B.bias": torch.ones(8)}, "lora_bias"),
@@ -261,7 +264,25 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "rank of B": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(8, 3)}, "rank 4"),
     "in_features": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 9)}, "layers.0.q"),
     "out_features": ({**tensors(), f"{KEY}.lora_B.weight": torch.ones(9, 4)}, "layers.0.q"),
-    "conv": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8, 1, 1)}, "2-dimensional"),
+    "half a convolution": (
+        {**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8, 1, 1)},
+        "must be as lora_A, with a kernel of 1",
+    ),
+    "a kernel in B": (
+        {
+            f"{KEY}.lora_A.weight": torch.ones(4, 8, 3, 3),
+            f"{KEY}.lora_B.weight": torch.ones(8, 4, 3, 3),
+        },
+        "must be as lora_A, with a kernel of 1",
+    ),
+    "a convolution's factors for a linear layer": (
+        {
+            f"{KEY}.lora_A.weight": torch.ones(4, 8, 1, 1),
+            f"{KEY}.lora_B.weight": torch.ones(8, 4, 1, 1),
+        },
+        r"must have shape \[r, in_features\]",
+    ),
+    "one dimension": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4)}, "2-dimensional"),
     "NaN": ({**tensors(), f"{KEY}.lora_A.weight": torch.full((4, 8), math.nan)}, "lora_A.*finite"),
     "infinity": ({**tensors(), f"{KEY}.lora_B.weight": torch.full((8, 4), math.inf)}, "finite"),
     "integers": ({**tensors(), f"{KEY}.lora_A.weight": torch.ones(4, 8).int()}, "floating"),

@@ -3,9 +3,11 @@
 from mutation import Mutation
 
 HANDED_IN = "layers/handed_in.py"
+KINDS = "layers/kinds.py"
 LINEAR = "layers/linear.py"
 SHARDING = "layers/sharding.py"
 TEST_FUSED = ("kernels/test_fused.py",)
+TEST_KINDS = ("model/test_kinds.py",)
 TEST_MODULE = ("layers/test_module.py",)
 TEST_ON_CUDA = ("model/test_compile_on_cuda.py",)
 TEST_SHARDED = ("layers/test_sharded.py",)
@@ -20,6 +22,21 @@ MUTATIONS = {
     ),
     "fused: a wrapped weight": Mutation(
         LINEAR, "type(weight) is not nn.Parameter or", "", TEST_FUSED
+    ),
+    "kinds: the odd place comes first": Mutation(
+        KINDS, "((k - 1) // 2, k // 2)", "(k // 2, (k - 1) // 2)", TEST_KINDS
+    ),
+    "kinds: an embedding's own scale is lost": Mutation(
+        KINDS, "weights.scaling * self.scale", "weights.scaling", TEST_KINDS
+    ),
+    "kinds: each group sees all of h": Mutation(
+        KINDS, "torch.block_diag(*B.chunk(self.groups))", "B.repeat(1, self.groups)", TEST_KINDS
+    ),
+    "kinds: places before samples": Mutation(
+        KINDS, "x.movedim(1, 1 + dimensions)", "x.mT.movedim(1, 1 + dimensions)", TEST_KINDS
+    ),
+    "kinds: another layout": Mutation(
+        KINDS, "added.contiguous() if y.is_contiguous() else added", "added", TEST_KINDS
     ),
     "linear: a trace makes the table of handles": Mutation(
         LINEAR, "self.mux_slots.live(device)", "pass", TEST_ON_CUDA

@@ -18,6 +18,7 @@ TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
 TEST_CALL = ("model/test_call.py",)
 TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
 TEST_COPIES = ("model/test_copies.py",)
+TEST_KINDS = ("model/test_kinds.py",)
 TEST_TOKEN_INDEX = ("routes/test_token_index.py",)
 TEST_WRAPPERS = ("model/test_wrappers.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
@@ -30,6 +31,9 @@ MUTATIONS = {
         "batch.current_pair]",
         "1 - batch.current_pair]",
         TEST_CONTINUOUS_BATCHING,
+    ),
+    "layout: positions have the samples' rows": Mutation(
+        LAYOUT, "elif target in unknown:", "elif False:", TEST_KINDS
     ),
     "continuous: prefixes are shared": Mutation(
         CONTINUOUS_BATCHING, "config.allow_block_sharing", "False", TEST_CONTINUOUS_BATCHING

@@ -276,8 +276,13 @@ def merged() -> Any:
     return model
 
 
-def conv() -> Any:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+def attention() -> Any:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+
+
+def dilated() -> Any:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2))
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
 
 
@@ -309,7 +314,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a base without values": (without_a_base, "layer '0' must have weights, got one on the meta"),
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
-    "convolution": (conv, "LoRA on a linear layer, got PEFT.s Conv2d"),
+    "attention": (attention, "a linear layer .*got MultiheadAttention"),
+    "dilation": (dilated, "can carry adapters, got Conv2d with dilation"),
     "modules_to_save": (head, "`modules_to_save` must be unset"),
 }
 

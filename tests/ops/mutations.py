@@ -13,6 +13,7 @@ TEST_FUSED = ("kernels/test_fused.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_OPERATORS_AND_TEST_TRITON_BACKEND = ("ops/test_operators.py", "ops/test_triton_backend.py")
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
+TEST_KINDS = ("model/test_kinds.py",)
 TEST_READY = ("kernels/test_ready.py",)
 TEST_TUNED = ("measure/test_tune.py",)
 TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
@@ -24,6 +25,15 @@ MUTATIONS = {
     ),
     "fused: without having been measured": Mutation(
         DISPATCH, "tuned.fuses(launch", "not tuned.fuses(launch", TEST_TUNED
+    ),
+    "embedding: no scaling": Mutation(
+        OPERATORS,
+        "(plan.strength[:, :, None] * rows.scaling[slot])",
+        "plan.strength[:, :, None]",
+        TEST_KINDS,
+    ),
+    "embedding: numbers are vectors": Mutation(
+        REFERENCE, "if not x.is_floating_point():", "if False:", TEST_KINDS
     ),
     "cpu: repeated rows are added": Mutation(
         CPU_GROUPS,
