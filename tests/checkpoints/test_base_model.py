@@ -302,6 +302,25 @@ def test_biases_that_were_trained_along(name: str, memory: Any, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:.*not produce the same output")
 @torch.no_grad()
+def test_a_bias_that_was_trained_along_of_a_convolution(tmp_path: Path) -> None:
+    """Beside LoRA on another layer, so that it has no factors of its own."""
+    base = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 5))
+    config = peft.LoraConfig(r=2, target_modules=["2"], bias="all", init_lora_weights=False)
+    trained = peft.get_peft_model(copy.deepcopy(base), config)
+    trained.base_model.model[0].bias += torch.randn(4)
+    trained.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    model, x = copy.deepcopy(base), torch.randn(2, 3, 3, 3)
+    mux = lora_mux.attach(model, ["0", "2"])
+    mux.load("a", tmp_path)
+    with mux.route(["a", None]):
+        got = model(x)
+    close(got[0], theirs(x)[0])
+    assert torch.equal(got[1], base(x)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not produce the same output")
+@torch.no_grad()
 def test_biases_that_no_adapter_can_hold(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     config = peft.LoraConfig(target_modules=["0"], bias="all", init_lora_weights=False)

@@ -154,6 +154,22 @@ def test_a_fused_layer_that_a_mode_looks_on() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_embedding_before_and_after_its_first_adapter(dtype: torch.dtype) -> None:
+    """It has no rank rows then that numbers could be looked up in."""
+    base, x = nn.Embedding(11, 6).to(dtype), torch.randint(11, (2, 5))
+    model = nn.Sequential(copy.deepcopy(base))
+    mux = lora_mux.attach(model, ["0"], backend="triton")
+    with torch.no_grad():
+        assert torch.equal(model[0](x, Routing(torch.full((2, 1), -1))), base(x))
+        A, B = torch.randn(3, 11).to(dtype), torch.randn(6, 3).to(dtype)
+        handle = mux.add_adapter("a", {"0": (A, B)}, scaling=0.5)
+        got = model[0](x, Routing(torch.tensor([[handle], [-1]]), torch.tensor([[2.0], [1.0]])))
+    assert torch.equal(got[1], base(x)[1])
+    want = base(x)[0].double() + A.double()[:, x[0]].T @ B.double().T
+    torch.testing.assert_close(got[0].double(), want, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 def test_weights_of_a_batch_without_rows_have_gradients() -> None:
     case = LayerCase(ranks=(3,), size=(24, 40), backend="triton")
     weight = torch.ones(0, 2, requires_grad=True)
