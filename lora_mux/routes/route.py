@@ -210,7 +210,7 @@ class Route:
         """
         routed, expand = self.routing.rows, self.expand
         if isinstance(expand, Mapping):
-            times = prod(expand.values())
+            times = prod([*expand.values()])  # torch.compile traces no prod of a view
             # generate() repeats each sample as often, but in its own order: which one is it?
             if beams not in (None, 1) and times == beams:
                 raise RoutingError(

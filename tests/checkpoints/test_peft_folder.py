@@ -1,5 +1,6 @@
 """The PEFT reader: what it takes, and that it refuses everything else by name."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -568,3 +569,9 @@ def test_reading_changes_no_file(tmp_path: Path) -> None:
     lora_mux.attach(Model()).load("new", folder)
     after = load_file(folder / WEIGHTS)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_outline_is_one_in_copies_too(tmp_path: Path) -> None:
+    """It equals itself alone, so that a copy would be another shape of adapter."""
+    outline = read_peft_folder(write(tmp_path)).outline
+    assert copy.deepcopy({"a": [outline]}) == {"a": [outline]}

@@ -31,6 +31,12 @@ TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
+    "continuous: the batch that is not computed": Mutation(
+        CONTINUOUS_BATCHING,
+        "batch.current_pair]",
+        "1 - batch.current_pair]",
+        TEST_CONTINUOUS_BATCHING,
+    ),
     "layout: positions have the samples' rows": Mutation(
         LAYOUT, "elif target in unknown:", "elif False:", TEST_KINDS
     ),

@@ -287,11 +287,26 @@ def lora_in_a_saved_module() -> Any:
     return model
 
 
+def emptied() -> Any:
+    """Its only adapter is in none of the layers any more."""
+    model = small()
+    model.base_model.model[0].delete_adapter("a")
+    return model
+
+
+def without_a_base() -> Any:
+    model = small()
+    model.base_model.model[0].base_layer.to("meta")
+    return model
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a plain model": (lambda: nn.Linear(2, 2), "peft.PeftModel, or .* got Linear without any"),
     "KaSA beside a plain one": (plain_beside_kasa, "adapter 'b'.*`kasa_config`.*delete_adapter"),
     "another class": (changed, "PEFT's own classes, got Doubled"),
     "no values": (without_values, r"'0\.lora_A\.weight' must hold values"),
+    "no layers": (emptied, "at least one adapted layer.* got 1 adapters in 1 layers"),
+    "a base without values": (without_a_base, "layer '0' must have weights, got one on the meta"),
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
     "attention": (attention, "a linear layer .*got MultiheadAttention"),

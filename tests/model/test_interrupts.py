@@ -18,6 +18,7 @@ from interrupts import PATIENCE, Elsewhere, Interrupt, interrupted, raise_in
 from torch import Tensor
 
 import lora_mux
+from lora_mux.routes import Router
 from tenants import Model, Tenant, attached, tenant, truth
 
 # Python only reports what is raised in the callback of a weak reference.
@@ -280,6 +281,28 @@ def test_the_sticky_rows_follow_a_replaced_name(
         if not interrupted(lambda: replace(stage), line):
             break
         stage.check(sticky="a")
+
+
+def test_the_sticky_rows_follow_a_name_that_was_given_away_before_them(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt between the two."""
+    follow, calls = Router.replace_sticky, []
+
+    def interrupt_first(router: Router, old: int, new: int) -> None:
+        calls.append((old, new))
+        if len(calls) == 1:
+            raise Interrupt
+        follow(router, old, new)
+
+    monkeypatch.setattr(Router, "replace_sticky", interrupt_first)
+    stage.mux.set_adapter("a")
+    stage.check(sticky="a")
+    old = stage.mux.adapters["a"]
+    with pytest.raises(Interrupt):
+        replace(stage)
+    assert calls == [(old, stage.mux.adapters["a"])] * 2
+    stage.check(sticky="a")
 
 
 def test_detach(stage: Stage, request: pytest.FixtureRequest) -> None:
