@@ -203,6 +203,18 @@ def test_backends(small: SimpleNamespace, backend: Any) -> None:
         close(got[i], small.alone(name)[i])
 
 
+def test_a_long_side_in_the_kernels(tmp_path: Path) -> None:
+    """A head with more outputs than inputs, whose identity comes first, and an embedding."""
+    made = make("both", tmp_path)
+    model, mux = made.attached("a", "b", backend="triton")
+    with mux.route(["a", None, "b"]):
+        got = run(model, IDS[:3, :2])
+    for i, name in enumerate(["a", None, "b"]):
+        if name is not None:
+            made.peft.set_adapter(name)
+        close(got[i], run(made.peft if name else made.base, IDS[:3, :2])[i])
+
+
 def test_weights_are_those_of_lora_alone(small: SimpleNamespace) -> None:
     """As with PEFT's set_scale, which does not change a saved module."""
     theirs = copy.deepcopy(small.peft)
