@@ -270,6 +270,38 @@ def test_a_slot_for_another(backend: Any) -> None:
     assert_close(case.layer(x, case.routing(INDEX, WEIGHT)), case.truth(x, INDEX, WEIGHT))
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@torch.no_grad()
+def test_shapes_of_x(backend: Any, shape: tuple[int, ...]) -> None:
+    case, x = Layer(backend=backend), torch.randn(*shape, 40)
+    rows = x.reshape(-1, 40)
+    index = INDEX[: len(rows)]
+    y = case.layer(x, case.routing(index))
+    assert y.shape == (*shape, 33)
+    assert_close(y.reshape(-1, 33), case.truth(rows, index, torch.ones(index.shape)))
+
+
+class Exported(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return self.layer(x, Routing(index, weight))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_exported_with_the_routing_as_an_input() -> None:
+    case, x = Layer(), torch.randn(8, 40)
+    given = case.routing(INDEX, WEIGHT)
+    program = torch.export.export(
+        Exported(case.layer), (x, given.index, given.weight), strict=False
+    ).module()
+    turned = program(x, given.index.flip(0), given.weight)
+    assert_close(turned, case.truth(x, INDEX.flip(0), WEIGHT))
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("mended")
 @torch.no_grad()
