@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core import LoraWeights, computed_once, rank_rows
 from ..errors import CheckpointError
-from ..layers import difference
+from ..layers import difference, own_class
 
 ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, ...}
 
@@ -190,7 +190,7 @@ def saved_modules(
         if part is None:
             raise CheckpointError(
                 f"{source}: the saved module {path!r} must be a linear layer, an embedding or a "
-                f"plain convolution if it differs from the base's, got {type(module).__name__} "
+                f"plain convolution if it differs from the base's, got {own_class(module).__name__} "
                 f"with another {', '.join(sorted(values))}; leave it out of modules_to_save, or "
                 "merge the adapter into a model of its own"
             )

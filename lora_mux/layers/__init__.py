@@ -12,6 +12,7 @@ saved_modules  layers that an adapter saved as a whole, as what they are more th
 """
 
 from .gains import with_gain as with_gain
+from .kinds import own_class as own_class
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
 from .saved_modules import difference as difference

@@ -135,12 +135,37 @@ class Convolution(NamedTuple):
         return added.contiguous() if y.is_contiguous() else added
 
 
+def own_class(module: nn.Module) -> Any:
+    """The class of a layer before it became a MuxLinear."""
+    kind: type = type(module)
+    return kind.__bases__[1] if hasattr(module, "mux_pool") else kind
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer's class computes W x + b as torch's own does, and nothing else.
+
+    Subclasses may look up positions, standardise W or pad x. Scaled embeddings are plain, too.
+    """
+    kind = own_class(module)
+    if isinstance(module, nn.Embedding):
+        return kind.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, base):
+            torchs = base.forward, base._conv_forward
+            return (kind.forward, kind._conv_forward) == torchs
+    transformers = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return transformers or kind.forward is nn.Linear.forward
+
+
 def kind_of(module: nn.Module, argument: str) -> Embedding | Convolution | None:
     """The kind of an embedding or a convolution; None for any other module.
 
     Raises:
         TargetError: it is one that PEFT cannot adapt either, or whose adapters would be wrong.
     """
+    if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        own = "a forward of its own, with which adapters would mean something else"
+        _refuse(module, argument, not is_plain(module), own)
     if isinstance(module, nn.Embedding):
         _refuse(module, argument, module.max_norm is not None, "max_norm, which changes A as well")
         scale = getattr(module, "embed_scale", 1.0)

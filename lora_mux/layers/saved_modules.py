@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import LoraWeights
+from .kinds import is_plain
 from .targets import features, in_features
 
 
@@ -63,6 +64,8 @@ def _of_rows(W: Tensor, changed: Tensor, is_embedding: bool, bias: Tensor | None
 
 def _is_one_product(module: nn.Module) -> bool:
     """Whether a layer is W x + b, with the same x for W as for an adapter's A."""
+    if not is_plain(module):
+        return False
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.groups == 1 and module.padding_mode == "zeros"
     return isinstance(module, nn.Embedding) or features(module)[0] > 0

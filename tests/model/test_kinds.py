@@ -356,15 +356,44 @@ def test_one_graph_for_every_route(tmp_path: Path) -> None:
         assert len(graphs) == first
 
 
+class Causal(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Normed(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+@torch.no_grad()
+def test_an_embedding_with_a_forward_of_its_own_stays_what_it_was() -> None:
+    """OPT's positions are counted from an attention mask: no row of the batch is a number there."""
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.OPTModel(config).eval()
+    ids = torch.randint(2, 60, (2, 4))
+    before = model(ids).last_hidden_state
+    mux = lora_mux.attach(model)
+    table = model.decoder.embed_positions
+    factors = torch.ones(2, table.num_embeddings), torch.ones(16, 2)
+    with pytest.raises(TargetError, match="with a forward of its own"):
+        mux.add_adapter("a", {"decoder.embed_positions": factors}, alpha=2)
+    assert torch.equal(model(ids).last_hidden_state, before) and not mux.adapters
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
+        (Causal(3, 3, 3), "a forward of its own"),
+        (Normed(4, 3), "a forward of its own"),
         (nn.Embedding(4, 3, max_norm=1.0), "max_norm"),
         (nn.Conv2d(3, 3, 3, dilation=2), "dilation"),
         (nn.ConvTranspose2d(3, 3, 3), "a linear layer .* an nn.Embedding or a convolution"),
         (nn.EmbeddingBag(4, 3), "a linear layer .* an nn.Embedding or a convolution"),
     ],
-    ids=["max_norm", "dilation", "transposed", "bag"],
+    ids=["causal", "normed", "max_norm", "dilation", "transposed", "bag"],
 )
 def test_what_cannot_carry_adapters(layer: nn.Module, why: str) -> None:
     with pytest.raises(TargetError, match=why):

@@ -629,3 +629,25 @@ def test_what_peft_saves_only_is_not_in_force_alone(small: SimpleNamespace) -> N
     theirs.base_model.model.score.set_adapter("b")
     with pytest.raises(CheckpointError, match="same adapters in force in all layers"):
         lora_mux.attach_peft(theirs)
+
+
+class NormedHead(nn.Linear):
+    """As Baichuan 2's: the rows of its weight have no length of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("how", ["load", "attach_peft"])
+def test_a_layer_with_a_forward_of_its_own_may_not_differ(how: str, tmp_path: Path) -> None:
+    base = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=NormedHead(8, 3)))
+    config = peft.LoraConfig(target_modules=["body"], modules_to_save=["head"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        nn.init.normal_(theirs.base_model.model.head.modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="saved module 'head' must be .* got NormedHead"):
+        if how == "load":
+            lora_mux.attach(base).load("a", tmp_path)
+        else:
+            lora_mux.attach_peft(theirs)
