@@ -19,7 +19,8 @@ ROOMS = {
     "ops": {"core", "errors", "kernels"},
     "routes": {"core", "errors", "ops"},
     "layers": {"core", "errors", "ops", "routes"},
-    "checkpoints": {"core", "errors", "layers"},
+    "configs": {"errors"},
+    "checkpoints": {"configs", "core", "errors", "layers"},
     "adapters": {"checkpoints", "core", "errors", "layers", "routes"},
     "model": {
         *("adapters", "checkpoints", "core", "errors"),

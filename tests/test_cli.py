@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def test_info_says_what_is_not_installed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cli.main(["info"])
     assert "peft          not installed" in capsys.readouterr().out
+
+
+def test_info_of_a_package_without_metadata(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of one that lies on the path by itself; triton is a part of some builds of torch."""
+
+    def version(name: str) -> str:
+        if name == "triton":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(cli, "version", version)
+    cli.main(["info"])
+    out = capsys.readouterr().out
+    assert "triton        installed, version unknown" in out and "torch         1.0" in out
 
 
 @pytest.mark.parametrize(

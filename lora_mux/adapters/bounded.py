@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -67,29 +68,50 @@ class BoundedAdapters(Adapters):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _known=WeakSet())
 
-    def prepare_weights(self, weights: Mapping[str, LoraWeights], source: str) -> Prepared:
+    def prepare_weights(
+        self,
+        weights: Mapping[str, LoraWeights],
+        source: str,
+        saved: StoredAdapter | None = None,
+    ) -> Prepared:
         """Register a copy of an adapter, which stays on the host."""
         self._cut(weights, source)
-        return self.prepare(copy_to_host(source, weights, self._on_gpu()))
+        return self.prepare(replace(copy_to_host(source, weights, self._on_gpu()), saved=saved))
 
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Register an adapter; its values are read when it becomes resident."""
-        if stored.outline not in self._known:
-            self._cut_shapes(stored)  # which raises
-        return self._registered(stored)
+        for part in filter(None, (stored, stored.saved)):
+            if part.outline not in self._known:
+                self._cut_shapes(part)  # which raises
+        if stored.saved is None:
+            return self._registered(stored)
+        self._cut(stored.saved.weights(stored.saved.read(False)), stored.source)
+        return self._registered(stored, stored.saved.digest)
 
     @synchronized
-    def _registered(self, stored: StoredAdapter) -> Prepared:
+    def _registered(self, stored: StoredAdapter, digest: bytes = b"") -> Prepared:
         self._change.recover()
         with self._change:
             self._free_unused()
-            if self._slots.captured:
-                for path, part in stored.shapes().items():
-                    check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
-            handle = self._slots.allot()
-            self._reserve_for(stored.outline)
-            self._loaded[handle] = stored
+            saved, companion = stored.saved, None
+            if saved is not None:
+                companion = self._slots.companions.of_modules(
+                    saved.outline.keys, digest, lambda: self._held(saved)
+                )
+            handle = self._held(replace(stored, saved=None))
+            if companion is not None:
+                self._slots.accompany(handle, companion)
             return self._claimed(handle)
+
+    def _held(self, stored: StoredAdapter) -> int:
+        """A new handle, whose values are on the host or in a file."""
+        if self._slots.captured:
+            for path, part in stored.shapes().items():
+                check_room(self._slots, self._pools[path], part, f"{stored.source}[{path!r}]")
+        handle = self._slots.allot()
+        self._reserve_for(stored.outline)
+        self._loaded[handle] = stored
+        return handle
 
     def _reserve_for(self, outline: Outline) -> None:
         """Let every pool have room for an adapter in any slot, so that a graph can read it."""
@@ -117,7 +139,7 @@ class BoundedAdapters(Adapters):
                 for handle, old in found.items()
                 if old is not None and (old in self._pinned or self._router.is_sticky(old))
             }
-            return follows, follows
+            return follows, self._slots.companions.beside(follows)
 
         def bind(follows: dict[int, int]) -> dict[str, int]:
             with self._change:
@@ -152,7 +174,8 @@ class BoundedAdapters(Adapters):
         """Make adapters resident, together."""
         wanted = list(names)
         self._made_resident(
-            lambda: (None, self._slots.lookup(wanted).values()), lambda nothing: nothing
+            lambda: (None, self._slots.companions.beside(self._slots.lookup(wanted).values())),
+            lambda nothing: nothing,
         )
 
     def pin(self, name: str) -> None:
@@ -160,7 +183,7 @@ class BoundedAdapters(Adapters):
 
         def handle_of_name() -> tuple[int, Collection[int]]:
             handle = self._slots.lookup([name])[name]
-            return handle, [handle]
+            return handle, self._slots.companions.beside([handle])
 
         self._made_resident(handle_of_name, self._pinned.add)
 
@@ -230,7 +253,7 @@ class BoundedAdapters(Adapters):
         present = *self._nameless - self._claims.alive(), *self._resident
         # A route that only the device knows may select any adapter that is present.
         idle = [h for h in present if reachable is not None and h not in reachable]
-        spared = self._pinned | set(wanted)
+        spared = self._slots.companions.beside(self._pinned).union(wanted)
         rows = {handle: self._loaded[handle].outline.rank_rows for handle in (*arriving, *idle)}
         return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
 

@@ -42,6 +42,7 @@ class MemoryReport:
     targets: Mapping[str, PoolMemory]  # by path
     adapters: Mapping[str, AdapterMemory]  # by name
     replaced: int  # bytes of adapters that were removed or replaced, and are still in use
+    saved_modules: int = 0  # bytes of the modules that adapters saved; equal ones are there once
 
     @property
     def capacity(self) -> int:
@@ -50,7 +51,7 @@ class MemoryReport:
 
     @property
     def used(self) -> int:
-        """Bytes of the used rank rows: exactly the sum of `adapters` and `replaced`."""
+        """Bytes of the used rank rows: the sum of `adapters`, `saved_modules` and `replaced`."""
         return sum(pool.used * pool.row_bytes for pool in self.targets.values())
 
     @property
@@ -105,6 +106,7 @@ def report_memory(
             for name, handle in slots.handles.items()
         },
         replaced=sum(size[slot_of(handle)] for handle in nameless),
+        saved_modules=sum(size[slot_of(handle)] for handle in slots.companions.handles),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -77,9 +78,15 @@ class Adapters:
     def prepare(self, stored: StoredAdapter) -> Prepared:
         """Read an adapter, and bring it to its place."""
         self._cut_shapes(stored)  # which raises before anything is read
-        return self.prepare_weights(stored.weights(stored.read(False)), stored.source)
+        weights = stored.weights(stored.read(False))
+        return self.prepare_weights(weights, stored.source, stored.saved)
 
-    def prepare_weights(self, weights: Mapping[str, LoraWeights], source: str) -> Prepared:
+    def prepare_weights(
+        self,
+        weights: Mapping[str, LoraWeights],
+        source: str,
+        saved: StoredAdapter | None = None,
+    ) -> Prepared:
         """Bring an adapter to its place.
 
         Everything is checked before anything is written, and a failure leaves nothing behind.
@@ -87,21 +94,47 @@ class Adapters:
         Args:
             weights: path -> factors.
             source: what error messages call them.
+            saved: the modules that it saved, which become its companion.
         """
-        return self._placed(self._cut(weights, source), source)
+        cut = self._cut(weights, source)
+        if saved is None:
+            return self._placed(cut, source)
+        modules = self._cut(saved.weights(saved.read(False)), saved.source)
+        return self._placed(cut, source, modules, saved.digest)
 
     @synchronized
-    def _placed(self, cut: Mapping[str, LoraWeights], source: str) -> Prepared:
+    def _placed(
+        self,
+        cut: Mapping[str, LoraWeights],
+        source: str,
+        saved: Mapping[str, LoraWeights] = MappingProxyType({}),
+        digest: bytes = b"",
+    ) -> Prepared:
         self._change.recover()
         with self._change:
             self._free_unused()
-            for path, part in cut.items():
-                check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
-            handle = self._slots.allot()
-            parts = ((pool, cut.get(path)) for path, pool in self._pools.items())
-            with self._growing([slot_of(handle)]):
-                write(self._slots, handle, parts)
+
+            def hold() -> int:
+                held = self._written(saved, source)
+                with self._writing([slot_of(held)]):
+                    self._slots.make_live(held)
+                return held
+
+            companion = self._slots.companions.of_modules(saved, digest, hold) if saved else None
+            handle = self._written(cut, source)
+            if companion is not None:
+                self._slots.accompany(handle, companion)
             return self._claimed(handle)
+
+    def _written(self, cut: Mapping[str, LoraWeights], source: str) -> int:
+        """A new handle, whose rank rows are in their places."""
+        for path, part in cut.items():
+            check_room(self._slots, self._pools[path], part, f"{source}[{path!r}]")
+        handle = self._slots.allot()
+        parts = ((pool, cut.get(path)) for path, pool in self._pools.items())
+        with self._growing([slot_of(handle)]):
+            write(self._slots, handle, parts)
+        return handle
 
     def _claimed(self, handle: int) -> Prepared:
         prepared = self._claims[handle] = Prepared(handle)
@@ -135,9 +168,12 @@ class Adapters:
         with self._change:
             self._free_unused()
 
-    def _check_names(self, names: Iterable[str], replace: bool) -> None:
-        for name in names:
+    def _check_names(self, prepared: Mapping[str, Prepared], replace: bool) -> None:
+        for name, new in prepared.items():
             self._slots.check_new(name, replace)
+            old, sticky = self._slots.get(name), self._router.sticky.route
+            if old is not None and sticky is not None and self._router.is_sticky(old):
+                sticky.with_replaced(old, new.handle, self._slots)  # which raises
 
     @synchronized
     def remove(self, name: str) -> None:
@@ -313,7 +349,7 @@ class Adapters:
     def _mend_pools(self) -> None:
         self._slots.mend()
         named = set(self._slots.handles.values())
-        self._nameless = self._slots.tenants - named
+        self._nameless = self._slots.tenants - named - self._slots.companions.handles
         self._pinned &= named
         kept = {slot_of(handle) for handle in self._slots.tenants if self._is_whole(handle)}
         for pool in self._pools.values():
@@ -325,25 +361,28 @@ class Adapters:
 
     def _free_unused(self) -> None:
         """Free the adapters without a name that no forward pass uses any more."""
-        if not self._nameless:
-            return
-        reachable, in_use = self._router.reachable(), self._router.in_use()
-        unused = []
-        for handle in self._nameless - self._claims.alive():
-            # A pass that begins now cannot use a handle that is not live.
-            users = reachable if self._slots.is_live(handle) else in_use
-            if users is not None and handle not in users:
-                unused.append(handle)
-        if unused:
+        while self._nameless:  # companions that nobody has any more come after their adapters
+            reachable, in_use = self._router.reachable(), self._router.in_use()
+            unused = []
+            for handle in self._nameless - self._claims.alive():
+                # A pass that begins now cannot use a handle that is not live.
+                users = reachable if self._slots.is_live(handle) else in_use
+                if users is not None and handle not in users:
+                    unused.append(handle)
+            if not unused:
+                return
             self._free(unused)
 
     def _free(self, handles: Iterable[int]) -> None:
         """Free the slots and the rank rows of adapters without a name."""
-        with self._writing(map(slot_of, handles)):
+        concerned = self._slots.companions.beside(handles)
+        with self._writing(map(slot_of, concerned)):
             self._erase(handles)
             for handle in handles:
-                self._slots.free(handle)
+                companion = self._slots.free(handle)
                 self._nameless.discard(handle)
+                if companion is not None:
+                    self._nameless.add(companion)
 
     def _erase(self, handles: Iterable[int]) -> None:
         slots = [slot_of(handle) for handle in handles]

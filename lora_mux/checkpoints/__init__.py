@@ -1,9 +1,9 @@
 """Adapters as other libraries save them. They come from strangers: everything is checked.
 
 peft_folder       PEFT's folders, adapter_config.json + adapter_model.safetensors
-peft_config       what the config in such a folder means
-patterns          the patterns of a config, which are strangers' programs
+base_copies       what PEFT saves beside factors: parameters of the base, or trained ones
 peft_model        a PeftModel in memory
+peft_wrappers     the modules in it that adapters have saved as a whole
 diffusers_file    the LoRA file of a diffusers pipeline
 base_model        the model that a checkpoint is for: its layers, by which names, and its weights
 opened_folder     a folder, here or on the hub, that its owner may change while it is read

@@ -156,6 +156,20 @@ class BaseModel:
         found = f"{self._first(path, owners)}.{part}" if owners else ""
         return found if found in self._parameters else None
 
+    def tied(self, name: str) -> Iterator[str]:
+        """All names of a parameter, which several modules may share."""
+        it = self._parameters[name]
+        return (other for other, parameter in self._parameters.items() if parameter is it)
+
+    def parameters(self) -> Iterable[str]:
+        """The names of all parameters."""
+        return self._parameters
+
+    def module(self, path: str) -> nn.Module:
+        """One of the model's modules."""
+        assert self._model is not None
+        return self._model.get_submodule(path)
+
     @computed_once
     def _owners(self) -> Mapping[str, frozenset[str]]:
         """The name of parameters -> the paths of the modules that have one."""

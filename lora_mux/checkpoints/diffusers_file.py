@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
+from ..configs import PeftConfig, Strength, parse_config, parse_fields
 from ..errors import CheckpointError
 from .base_model import BaseModel
 from .opened_folder import CONFIG_FILE, DIFFUSERS_FILE, open_folder
-from .peft_config import PeftConfig, Strength, parse_config, parse_fields
 from .peft_folder import peft_outline
 from .safetensors_file import (
     FileOutline,

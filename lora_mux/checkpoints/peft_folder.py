@@ -8,7 +8,7 @@ compared with the config before a value is read.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
@@ -16,23 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..configs import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
 from ..core import LoraWeights
 from ..errors import CheckpointError
-from .base_model import BaseModel
-from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
-from .peft_config import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
+from .base_copies import TOKENS, check_copies
+from .base_model import PREFIX, BaseModel
+from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFolder, open_folder
 from .safetensors_file import (
     FileOutline,
     Fingerprint,
     adapter_in_file,
-    check_finite,
     file_outline,
     parse_header,
     read_header,
-    read_tensor,
     shared_outline,
 )
-from .stored_adapter import StoredAdapter, TensorPlace
+from .stored_adapter import StoredAdapter, TensorPlace, saved_modules
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -47,10 +46,13 @@ SUFFIXES = {
     ".lora_magnitude_vector.weight": "gain",  # of a live model
 }
 # Of a dump of a live model, whose keys have the adapter's name in them: almost always this.
-NAMED = re.compile(r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.default\b")
+NAMED = re.compile(
+    r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector|\.trainable_tokens_delta)\.default\b"
+)
+# What methods of training keep beside the factors, which compute without.
+TRAINING = re.compile(r"\.lora_velora_embed|\.lora_monteclora_sampler\..+")
 # The endings of keys that PEFT writes for other things than LoRA on a layer.
 OTHER_SUFFIXES = {
-    ".trainable_tokens_delta": "trainable tokens replace rows of the embedding",
     ".base_layer.weight": "it is no weight of this model, which all adapters share",
     ".base_layer.bias": "it is no bias of this model, which all adapters share",
 }
@@ -58,7 +60,6 @@ OTHER_SUFFIXES = {
 MAX_RANK_OF_SMALL_LAYERS = 8192
 BIASES = ("none", "lora_only", "all")
 MAX_PATHS_IN_WARNING = 3
-COMPARED_AT_ONCE = 1 << 24  # elements of a copy, which go to the device of the base
 
 
 class Keys(NamedTuple):
@@ -73,7 +74,8 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     PEFT saves copies of the base's embeddings and head beside an adapter that touches them. Those
     are compared with the base model. Biases that were trained along are what they differ by from
-    the base's: constants that the adapter adds, as those of lora_bias. Of DoRA's magnitudes gains
+    the base's: constants that the adapter adds, as those of lora_bias. Modules that were saved as a
+    whole (modules_to_save) are what they differ by from the base's, too. Of DoRA's magnitudes gains
     are computed, with the base's weights as they are now.
 
     Args:
@@ -99,9 +101,15 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
         return peft_outline(file.path, config, fingerprint, places, model)
 
     outline = shared_outline(file, header, (_digest(fields), model.meaning), make)
-    stored = model.with_gains(adapter_in_file(opened, file, WEIGHTS_FILE, outline))
-    shifts = _check_copies(opened, file, outline.copies, model, config.bias != "none")
-    return _shifted(stored, shifts, model) if shifts else stored
+    stored = adapter_in_file(opened, file, WEIGHTS_FILE, outline)
+    if config.blocks > 1:
+        stored = _with_zeros(stored, config.blocks, model)
+    stored = model.with_gains(stored)
+    shifts, saved = check_copies(opened, file, outline.copies, model, config)
+    if shifts:
+        stored = _shifted(stored, shifts, model)
+    modules = {path: (model.module(path), values) for path, values in saved.items()}
+    return replace(stored, saved=saved_modules(stored.source, modules)) if saved else stored
 
 
 def peft_outline(
@@ -112,62 +120,33 @@ def peft_outline(
     base: BaseModel,
 ) -> FileOutline:
     """The outline of the adapter that has these tensors, whose keys are PEFT's."""
-    keys = _keys(source, places, base)
+    keys = _keys(source, places, base, config)
     strengths = config.strengths(keys.modules)
     for path, parts in keys.modules.items():
         shapes = {part: list(places[key].shape) for part, key in parts.items()}
-        _check_shapes(source, path, parts, strengths[path].rank, shapes)
+        _check_shapes(source, path, parts, strengths[path].rank, shapes, config.blocks)
         _check_part(source, path, "lora_B.bias", "bias" in parts, "lora_bias", config.lora_bias)
         magnitude = "lora_magnitude_vector"
         _check_part(source, path, magnitude, "gain" in parts, "use_dora", config.use_dora)
     scaling = {path: strength.scaling for path, strength in strengths.items()}
-    remarks = _remarks(config, keys.modules.keys(), base.targets)
+    remarks = (*_remarks(config, keys.modules.keys(), base.targets), *_unsaved(config, keys, base))
     return file_outline(fingerprint, keys.modules, scaling, places, keys.copies, remarks)
 
 
-def _check_copies(
-    folder: OpenedFolder,
-    looked_at: OpenedFile,
-    copies: Mapping[str, TensorPlace],
-    base: BaseModel,
-    shifting: bool,
-) -> dict[str, Tensor]:
-    """Refuse copies of the base's parameters that are not equal to them.
+def _with_zeros(stored: StoredAdapter, blocks: int, base: BaseModel) -> StoredAdapter:
+    """An adapter of BD-LoRA with whole factors, on the host.
 
-    Args:
-        shifting: biases of targets may differ.
-
-    Returns:
-        Target -> how much its bias is more than the base's, where it differs.
+    A [r, in_features / blocks] or B [out_features, r / blocks] holds the blocks of a diagonal.
     """
-    shifts: dict[str, Tensor] = {}
-    if not copies:
-        return shifts
-    with open_folder(folder.absolute) as opened:
-        file = opened.open(WEIGHTS_FILE)
-        if file.state != looked_at.state:
-            raise CheckpointError(f"{file.path} must stay as it is while it is read, load it again")
-        for name, place in copies.items():
-            own = base.value(name)
-            if own is None:
-                raise CheckpointError(
-                    f"{file.path}: the copy of {name!r} must be equal to the base's, got a base "
-                    "that is quantised, split or offloaded, with which nothing compares; save the "
-                    "adapter with save_embedding_layers=False"
-                )
-            copy = read_tensor(file, place) if own.shape == place.shape else None
-            if copy is not None and _equal(copy, own):
-                continue
-            path = name.removesuffix(".bias")
-            if not (shifting and name.endswith(".bias") and path in base.targets) or copy is None:
-                raise CheckpointError(
-                    f"{file.path}: the copy of {name!r} must be equal to the base's, which all "
-                    f"adapters share, got another of shape {list(place.shape)}; load the base "
-                    "model that the adapter was trained on"
-                )
-            check_finite(file.path, name, copy)
-            shifts[path] = copy.float() - own.float().cpu()
-    return shifts
+    weights = stored.weights(stored.read(False))
+    for path, part in weights.items():
+        A, B = part.A, part.B
+        if path in base.targets and A.shape[1] * blocks == base.in_features(path):
+            A = torch.block_diag(*A.chunk(blocks))  # type: ignore[no-untyped-call]
+        elif B.shape[1] * blocks == len(A):
+            B = torch.block_diag(*B.chunk(blocks))  # type: ignore[no-untyped-call]
+        weights[path] = replace(part, A=A, B=B)
+    return stored.holding(weights)
 
 
 def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseModel) -> StoredAdapter:
@@ -185,20 +164,9 @@ def _shifted(stored: StoredAdapter, shifts: Mapping[str, Tensor], base: BaseMode
     return stored.holding(weights)
 
 
-def _equal(copy: Tensor, own: Tensor) -> bool:
-    there, here = copy.flatten(), own.flatten()
-    parts = (slice(i, i + COMPARED_AT_ONCE) for i in range(0, len(here), COMPARED_AT_ONCE))
-    return all(_same(there[part].to(own.device), here[part]) for part in parts)
-
-
-def _same(copy: Tensor, own: Tensor) -> bool:
-    """Whether values are equal, or those of one dtype are what the others are rounded to."""
-    return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
-
-
 def _digest(fields: Mapping[str, Any]) -> bytes:
     """What a checked config means, in 32 bytes. PEFT writes modules, sets, in any order."""
-    modules = {"target_modules", "exclude_modules"}
+    modules = {"target_modules", "exclude_modules", "modules_to_save"}
     # An initialisation may be anything that is no string, and then means nothing.
     names = (HONOURED - {"init_lora_weights"}) & fields.keys()
     known = {name: fields[name] for name in sorted(names)}
@@ -212,16 +180,47 @@ def _remarks(config: PeftConfig, held: Set[str], targets: Iterable[str]) -> Iter
     wanted = targeted.intersection(targets)
     if config.target_modules is None or isinstance(config.target_modules, str):
         wanted &= held  # a pattern may also match layers that were never adapted
-    missing = sorted(wanted - held)
+    missing = sorted(path for path in wanted - held if not config.saves(path))
     extra = sorted(held - targeted)
     for paths, what in (
         (missing, "lacks modules that its config targets"),
         (extra, "holds modules that its config does not target"),
     ):
         if paths:
-            more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
-            some = (f"{path:.100}" for path in paths[:MAX_PATHS_IN_WARNING])
-            yield f"{what}: {', '.join(some)}{more}"
+            yield f"{what}: {_some(paths)}"
+
+
+def _unsaved(config: PeftConfig, keys: Keys, base: BaseModel) -> Iterator[str]:
+    """The parameters of modules to save that the file lacks; the base's are left then, as in PEFT.
+
+    Raises:
+        CheckpointError: a module was saved, and has LoRA as well.
+    """
+    names = base.parameters() if config.modules_to_save else ()
+    saved = [name for name in names if config.saves(name.rpartition(".")[0])]
+    for name in saved:
+        path = name.rpartition(".")[0]
+        if path in keys.modules and name in keys.copies:
+            raise CheckpointError(
+                f"{config.source}: `modules_to_save` must not name modules that have LoRA as well, "
+                f"got {path!r}; PEFT computes one of them only, so take the other out of the file"
+            )
+    for name in keys.copies:
+        path = name.removesuffix(TOKENS)
+        if path in keys.modules:
+            raise CheckpointError(
+                f"{config.source}: `trainable_token_indices` must not name modules that have LoRA "
+                f"as well, got {path!r}; train one of them"
+            )
+    missing = [name for name in saved if name not in keys.copies]
+    if missing:
+        yield f"lacks what its config saves: {_some(missing)}"
+
+
+def _some(paths: Sequence[str]) -> str:
+    """A few paths of many, for a warning."""
+    more = ", ..." if len(paths) > MAX_PATHS_IN_WARNING else ""
+    return ", ".join(f"{path:.100}" for path in paths[:MAX_PATHS_IN_WARNING]) + more
 
 
 def _refuse_pickle(folder: OpenedFolder) -> None:
@@ -234,17 +233,21 @@ def _refuse_pickle(folder: OpenedFolder) -> None:
         )
 
 
-def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
+def _keys(source: str, keys: Iterable[str], base: BaseModel, config: PeftConfig) -> Keys:
     """Every key is understood, and every pair is whole."""
     modules: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     for key in sorted(keys):
         name = NAMED.sub(r"\1", base.renamed(key))
+        if TRAINING.search(name):
+            continue
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            own = base.parameter(name.replace(".base_layer.", "."))
+            own = base.parameter(name.replace(TOKENS, ".weight").replace(".base_layer.", "."))
+            if own is not None and name.endswith(TOKENS):
+                own = own.removesuffix(".weight") + TOKENS
             if own is None or own in copies:
-                raise _unknown_key(source, key)
+                raise _unknown_key(source, key, config)
             copies[own] = key
             continue
         parts = modules.setdefault(base.path(name.removesuffix(suffix)), {})
@@ -267,7 +270,13 @@ def _keys(source: str, keys: Iterable[str], base: BaseModel) -> Keys:
     return Keys(modules, copies)
 
 
-def _unknown_key(source: str, key: str) -> CheckpointError:
+def _unknown_key(source: str, key: str, config: PeftConfig) -> CheckpointError:
+    if config.saves(key.removeprefix(PREFIX).rpartition(".")[0]):
+        return CheckpointError(
+            f"{source}: key {key!r} must be of a module that the base has, got one of a saved "
+            "module that is not there; load the base with the head that was trained, as "
+            "AutoModelForSequenceClassification does"
+        )
     reason = next((why for ending, why in OTHER_SUFFIXES.items() if key.endswith(ending)), None)
     hint = f": {reason}" if reason else ""
     return CheckpointError(f"{source}: key {key!r} must end in {', '.join(SUFFIXES)}{hint}")
@@ -279,6 +288,7 @@ def _check_shapes(
     parts: dict[str, str],
     rank: int,
     shapes: dict[str, list[int]],
+    blocks: int,
 ) -> None:
     A, B = shapes["A"], shapes["B"]
     of_kernel = [1, B[0], *B[2:]] if len(B) > 2 else B[:1]  # as PEFT has magnitudes
@@ -293,8 +303,8 @@ def _check_shapes(
                 f"{source}: key {parts[part]!r} must be {dimensions}, got shape {shapes[part]}"
             )
     # B of a convolution in groups has the part of h that a group uses.
-    of_group = B[1] if len(B) == 2 or not B[1] or rank % B[1] else rank
-    if A[0] != rank or of_group != rank:
+    in_groups = len(B) > 2 and B[1] > 0 and rank % B[1] == 0
+    if A[0] != rank or not (B[1] in (rank, rank / blocks) or in_groups):
         raise CheckpointError(
             f"{source}: module {path!r} must have the config's rank {rank}, got lora_A "
             f"{A} and lora_B {B}"

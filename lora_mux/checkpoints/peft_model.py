@@ -15,14 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configs import parse_config
 from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
 from ..layers import Target, check_target, common_dtype, device_of, dtype_of, with_gain
-from .peft_config import parse_config
-from .safetensors_file import check_finite
+from .peft_wrappers import (
+    check_values,
+    check_wrappers,
+    held_by,
+    plain_module,
+    saved_by,
+    source_of,
+)
+from .stored_adapter import StoredAdapter
 
-# The layers show which modules the config targets, so that its patterns need not be understood.
-TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# The layers show which modules the config means, so that its patterns need not be understood.
+TARGETING = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "modules_to_save",
+)
 # What holds a factor: one that computes anything else is of another method.
 FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Parameter)
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
@@ -33,8 +44,9 @@ class PeftModelAdapters:
     """The adapters of a model with PEFT's layers in it."""
 
     base: nn.Module
-    layers: dict[str, Any]  # PEFT's layers, by path in the base model
+    layers: dict[str, Any]  # PEFT's layers and wrappers, by path in the base model
     adapters: dict[str, dict[str, LoraWeights]]  # name -> path in the base model -> factors
+    saved: dict[str, StoredAdapter]  # name -> the modules that it saved, where they differ
     active: dict[str, float]  # name -> weight, of those that are in force
     targets: dict[str, Target]  # the base layers that they touch, by path
 
@@ -58,9 +70,17 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
     layers: dict[str, Any] = {
         path: module
         for path, module in base.named_modules()
-        if isinstance(module, tuner.BaseTunerLayer)
+        if isinstance(module, tuner.BaseTunerLayer) and not hasattr(module, "token_indices")
     }
-    if any(layer.merged for layer in layers.values()):
+    others = importlib.import_module("peft.utils.other")
+    wrappers: dict[str, Any] = {
+        path: module
+        for path, module in base.named_modules()
+        if isinstance(module, others.AuxiliaryTrainingWrapper)
+    }
+    check_wrappers(wrappers, layers)
+    tokens = [w.token_adapter for w in wrappers.values() if hasattr(w, "token_adapter")]
+    if any(layer.merged for layer in (*layers.values(), *tokens)):
         raise CheckpointError(
             "`peft_model` must have its original base weights, got merged adapters; "
             "call unmerge_adapter() first"
@@ -81,19 +101,26 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
             "`peft_model` must hold at least one adapted layer for each adapter, got "
             f"{len(adapters)} adapters in {len(layers)} layers; delete_adapter() those without"
         )
-    active = {}
+    saved, active = {}, {}
     for name, parts in adapters.items():
-        weight = _weight(name, {path: layers[path] for path in parts}, parts)
+        wrapping = {path: w for path, w in wrappers.items() if name in held_by(w)}
+        modules = saved_by(name, wrapping)
+        if modules is not None:
+            saved[name] = modules
+            targets |= {
+                p: _target(p, plain_module(p, base, wrapping)) for p in modules.outline.keys
+            }
+        weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:
             active[name] = weight
-    return PeftModelAdapters(base, layers, adapters, active, targets)
+    return PeftModelAdapters(base, layers | wrappers, adapters, saved, active, targets)
 
 
 @contextmanager
 def without_peft(live: PeftModelAdapters) -> Iterator[None]:
     """A block in which PEFT's layers are out of the base model; if it fails, they come back."""
     for path, layer in live.layers.items():
-        live.base.set_submodule(path, layer.base_layer)
+        live.base.set_submodule(path, _own(layer))
     try:
         yield
     except BaseException:
@@ -150,8 +177,10 @@ def _inside(outer: nn.Module) -> Any:
     return outer._modules.get("base_model", outer._modules.get("model"))
 
 
-def _source(name: str) -> str:
-    return f"adapter {name!r} of `peft_model`"
+def _own(layer: Any) -> nn.Module:
+    """The base model's module in one of PEFT's layers or wrappers."""
+    own: nn.Module = layer._modules.get("base_layer") or layer.original_module
+    return own
 
 
 def _base(peft_model: Any) -> Any:
@@ -181,7 +210,7 @@ def _check_plain(name: str, config: Any, beside_others: bool) -> None:
     """Refuse an adapter that is more than LoRA, whatever the others are."""
     fields = {k: v for k, v in config.to_dict().items() if k not in TARGETING}
     try:
-        parse_config(fields, _source(name))
+        parse_config(fields, source_of(name))
     except CheckpointError as error:
         if not beside_others:
             raise
@@ -202,7 +231,11 @@ def _held(path: str, layer: Any) -> set[str]:
             f"{type(layer).__name__}, which may compute anything"
         )
     pairs = [_modules(layer, name) for name in names]
-    if any(type(factor) not in FACTORS for pair in pairs for factor in pair):
+    if any(
+        type(factor) not in FACTORS and not _is_in_blocks(factor)
+        for pair in pairs
+        for factor in pair
+    ):
         raise CheckpointError(
             f"`peft_model`: layer {path!r} must hold LoRA on a linear layer, an embedding or a "
             f"convolution, got PEFT's {type(layer).__name__} over "
@@ -217,6 +250,21 @@ def _modules(layer: Any, name: str) -> tuple[Any, Any]:
     embedded = getattr(layer, "lora_embedding_A", {}), getattr(layer, "lora_embedding_B", {})
     A, B = embedded if name in embedded[0] else (layer.lora_A, layer.lora_B)
     return A[name] if name in A else None, B[name] if name in B else None
+
+
+def _is_in_blocks(factor: Any) -> bool:
+    """Whether a factor is BD-LoRA's, with blocks on a diagonal and zeros beside them."""
+    kind = type(factor)
+    return kind.__name__ == "BlockDiagonalLinear" and kind.__module__.startswith("peft.")
+
+
+def _matrix(factor: Any) -> Tensor:
+    """The weight of a factor, whole."""
+    weight: Tensor = factor.weight
+    if _is_in_blocks(factor):
+        blocks = weight.detach().chunk(factor.nblocks)
+        return torch.block_diag(*blocks)  # type: ignore[no-untyped-call,no-any-return]
+    return weight
 
 
 def _target(path: str, linear: nn.Module) -> Target:
@@ -258,28 +306,18 @@ def _part(path: str, layer: Any, name: str, default: torch.dtype) -> LoraWeights
     if isinstance(A, nn.Parameter):
         factors = {"lora_embedding_A": A, "lora_embedding_B": B, "lora_B.bias": None}
     else:
-        factors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight, "lora_B.bias": B.bias}
+        bias = getattr(B, "bias", None)
+        factors = {"lora_A.weight": _matrix(A), "lora_B.weight": _matrix(B), "lora_B.bias": bias}
     factors["lora_magnitude_vector"] = _magnitude(layer, name)
     for key, tensor in factors.items():
         if tensor is not None:
-            _check_values(_source(name), f"{path}.{key}", tensor)
+            check_values(source_of(name), f"{path}.{key}", tensor)
     A, B, bias, magnitude = factors.values()
     trained, now = _scalings(path, layer, name)
     if magnitude is None:
         return LoraWeights(A, B, trained, bias)
     linear, given = layer.base_layer, LoraWeights(A, B, now, bias)
     return with_gain(linear, given, magnitude, dtype_of(linear, default), f"peft_model: {path}")
-
-
-def _check_values(source: str, key: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
-    if tensor.is_meta:
-        raise CheckpointError(
-            f"{source}: key {key!r} must hold values, got a tensor on the meta device; load the "
-            "adapter without low_cpu_mem_usage, or materialise it first"
-        )
-    check_finite(source, key, tensor)
 
 
 def _scalings(path: str, layer: Any, name: str) -> tuple[float, float]:
@@ -292,14 +330,19 @@ def _scalings(path: str, layer: Any, name: str) -> tuple[float, float]:
     return check_number(trained, what, CheckpointError), now
 
 
-def _weight(name: str, layers: Mapping[str, Any], parts: dict[str, LoraWeights]) -> float | None:
+def _weight(
+    name: str,
+    layers: Mapping[str, Any],
+    wrappers: Mapping[str, Any],
+    parts: dict[str, LoraWeights],
+) -> float | None:
     """The weight that an adapter has in force; None if it is not.
 
     Scales that differ from layer to layer are no weight. They go into the scalings of the parts.
     """
     times = {
         path: 0 if layer.disable_adapters else layer.active_adapters.count(name)
-        for path, layer in layers.items()
+        for path, layer in (*layers.items(), *wrappers.items())
     }
     if len(set(times.values())) > 1:
         there = next(path for path, count in times.items() if count == max(times.values()))
@@ -316,7 +359,7 @@ def _weight(name: str, layers: Mapping[str, Any], parts: dict[str, LoraWeights])
     uniform = all(math.isclose(scale, scales[0], rel_tol=SAME) for scale in scales)
     if not uniform or any(now for trained, now in scalings.values() if not trained):
         warn(
-            f"{_source(name)} has scales that differ from layer to layer; they stay part of it, "
+            f"{source_of(name)} has scales that differ from layer to layer; they stay part of it, "
             "and a weight of 1 means all of them"
         )
         for path, (_, now) in scalings.items():

@@ -1,15 +1,18 @@
 """An adapter that is not in the pools: in a file, or packed in the host's memory."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import LoraWeights, computed_once, rank_rows
+from ..errors import CheckpointError
+from ..layers import difference
 
 ModuleKeys: TypeAlias = Mapping[str, Mapping[str, str]]  # path -> {"A": key, "B": key, ...}
 
@@ -101,6 +104,18 @@ class StoredAdapter:
     # Reads the values, as often as they are needed. True: into pinned memory, from which a GPU
     # copies without the host.
     read: Callable[[bool], PackedTensors]
+    # The modules that it saved as a whole, where they differ from the base's, on the host.
+    saved: "StoredAdapter | None" = None
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for adapters of equal values and a scaling of 1, in 32 bytes."""
+        values, made = self.read(False), hashlib.sha256()
+        for key, place in values.places.items():
+            made.update(repr((key, place.dtype, place.shape)).encode())
+            # Not all at once: what is between packed tensors is not theirs.
+            made.update(values.data[place.start : place.end].numpy().data)
+        return made.digest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredAdapter":
         return self  # nobody changes it, and it may be large
@@ -155,6 +170,32 @@ def copy_to_host(source: str, weights: Mapping[str, LoraWeights], pinned: bool) 
     scaling = {path: part.scaling for path, part in weights.items()}
     outline = Outline(keys, scaling, packed.places)
     return StoredAdapter(source, outline, functools.partial(_held, packed))
+
+
+def saved_modules(
+    source: str, modules: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]]
+) -> StoredAdapter | None:
+    """The modules that an adapter saved, as what they are more than the base's.
+
+    Args:
+        source: what error messages call them.
+        modules: path -> the base's module, and the values of its parameters that differ.
+
+    Raises:
+        CheckpointError: a module is one whose difference is no sum of low rank.
+    """
+    weights = {}
+    for path, (module, values) in sorted(modules.items()):
+        part = difference(module, values)
+        if part is None:
+            raise CheckpointError(
+                f"{source}: the saved module {path!r} must be a linear layer, an embedding or a "
+                f"plain convolution if it differs from the base's, got {type(module).__name__} "
+                f"with another {', '.join(sorted(values))}; leave it out of modules_to_save, or "
+                "merge the adapter into a model of its own"
+            )
+        weights[path] = part
+    return copy_to_host(source, weights, False) if weights else None
 
 
 def _held(packed: PackedTensors, pinned: bool) -> PackedTensors:

@@ -5,7 +5,7 @@
     free_runs   which of those rank rows are free
     slots       the adapters of a model: name <-> handle <-> slot
     routing     Routing, the index and weight of a batch
-    selections  names -> a Routing
+    selections  names -> a Routing; and what comes with adapters into a row
     arguments   checks of the numbers and names that users give
     methods     what methods are wrapped in: a lock, and values that are computed once
     streams     what waits for what, where a device works on several streams
@@ -34,6 +34,7 @@ from .routing import host_may_read as host_may_read
 from .routing import unchecked_routing as unchecked_routing
 from .routing import value_of as value_of
 from .selections import Selection as Selection
+from .selections import flattened as flattened
 from .selections import routing_from_names as routing_from_names
 from .selections import weighted_adapters as weighted_adapters
 from .slots import Slots as Slots

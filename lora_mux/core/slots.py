@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
-from .routing import BASE, NONE
+from .routing import BASE, NONE, Routing
+from .selections import Companion, Companions
 from .streams import has_streams, to_device
 
 # handle = generation << 16 | slot fits an int32 index: 65,536 slots with 32,768 tenants each.
@@ -47,6 +48,7 @@ class Slots:
         self._generation = list(generations)
         # Of loaded adapters, and of replaced ones that are still live.
         self._names: dict[int, str] = {}
+        self.companions = Companions()
         self._free = [s for s, g in reversed([*enumerate(generations)]) if g < GENERATIONS]
         # Slot -> the handle of its tenant, or -1: once for all loaded adapters, and for the live
         # ones once for each device that asked. These tables never move and never grow (256 KB
@@ -154,8 +156,21 @@ class Slots:
         self.suspend(handle)
         return handle
 
-    def free(self, handle: int) -> None:
-        """Free the slot of a handle that has no name, for the next adapter."""
+    def accompany(self, handle: int, companion: Companion) -> None:
+        """Let rows that will select a handle get a companion with it, while it has its slot."""
+        self.companions.add(handle, companion)
+        self._loaded[slot_of(companion.handle)] = companion.handle
+
+    def with_companions(self, routing: Routing, argument: str) -> Routing:
+        """A routing whose rows have the companions of what they select; see `Companions.joined`."""
+        return self.companions.joined(routing, argument, self._names)
+
+    def free(self, handle: int) -> int | None:
+        """Free the slot of a handle that has no name, for the next adapter.
+
+        Returns:
+            The handle of its companion, if nobody else has that. It is dead from now on.
+        """
         slot = slot_of(handle)
         self._names.pop(handle, None)
         if self.is_live(handle):
@@ -164,6 +179,11 @@ class Slots:
         del self._tenants[slot]
         if self._generation[slot] < GENERATIONS:  # a slot is retired after its last generation
             self._free.append(slot)
+        companion = self.companions.forget(handle)
+        if companion is not None:
+            self._loaded[slot_of(companion)] = NONE
+            self.suspend(companion)
+        return companion
 
     def successor(self, handle: int) -> int:
         """The handle that a replaced adapter's name means now; any other handle itself."""
@@ -180,18 +200,20 @@ class Slots:
         tenants = self.tenants
         replaced = {h: n for h, n in self._names.items() if h in tenants}
         self._names = replaced | named
+        self.companions.mend(tenants)
+        companions = self.companions.handles
         ends = range(len(self._generation) - 1, -1, -1)
         self._free = [
             s for s in ends if s not in self._tenants and self._generation[s] < GENERATIONS
         ]
         loaded = np.full_like(self._loaded, NONE)
-        for handle in named:
+        for handle in named.keys() | companions:
             loaded[slot_of(handle)] = handle
         differs = loaded != self._loaded  # other threads read the rest meanwhile
         self._loaded[differs] = loaded[differs]
         live = self._live[CPU].numpy()
         for handle in live[live != NONE].tolist():
-            if handle not in self._names:
+            if handle not in self._names and handle not in companions:
                 self.suspend(handle)
         for device in self._live.keys() - {CPU}:
             self._live[device].copy_(to_device([self._live[CPU]], device)[0])

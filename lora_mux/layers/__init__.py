@@ -8,11 +8,13 @@ gains      DoRA: what rescales the base's own output, and how it follows from th
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters
 sharding   layers that tensor parallelism has split
+saved_modules  layers that an adapter saved as a whole, as what they are more than the base's
 """
 
 from .gains import with_gain as with_gain
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
+from .saved_modules import difference as difference
 from .sharding import is_dtensor as is_dtensor
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room

@@ -98,8 +98,9 @@ def with_gain(
         raise AdapterError(
             f"`{argument}.bias` must be None for DoRA, got a tensor: PEFT has no formula for both"
         )
-    given = weights.A, weights.B, magnitude
+    given, groups = (weights.A, weights.B, magnitude), 1
     if isinstance(base.kind, Convolution) and all(isinstance(t, Tensor) for t in given):
+        groups = base.kind.groups
         weights = base.kind.cut(weights, argument)
         if magnitude.shape == (1, base.N, *[1] * len(base.kind.kernel)):
             magnitude = magnitude.flatten()
@@ -111,8 +112,14 @@ def with_gain(
     B = B * weights.scaling
     squares = torch.zeros(base.N, dtype=wide, device=base.device)
     with torch.autocast(base.device.type, enabled=False):
-        for part, columns in base.columns(argument):
-            squares += (columns.to(wide) + A[:, part].T @ B.T).square().sum(0)
+        if groups > 1 and base.weight is not None:
+            # As PEFT does, which takes B's numbers in another order than the convolution.
+            delta = (given[1].detach().to(B) * weights.scaling).reshape(-1, len(A)) @ A
+            squares = (base.weight.to(wide).flatten() + delta.flatten()).square()
+            squares = squares.view(base.N, -1).sum(1)
+        else:
+            for part, columns in base.columns(argument):
+                squares += (columns.to(wide) + A[:, part].T @ B.T).square().sum(0)
     g = m / squares.sqrt()
     if not g.isfinite().all():
         raise AdapterError(
@@ -148,14 +155,13 @@ class _Base(NamedTuple):
         tensors = [*layer.parameters(), *layer.buffers()]
         own = layer._parameters.get("weight")
         floating = type(own) is nn.Parameter and own.is_floating_point()
+        groups = kind.groups if isinstance(kind, Convolution) else 1
         got = ""
         if any(map(is_dtensor, tensors)):
             got = "one that is split over processes"
         elif any(tensor.is_meta for tensor in tensors):
             got = "one that is offloaded or not materialised"
-        elif isinstance(kind, Convolution) and kind.groups > 1:
-            got = "a convolution in groups, for which PEFT's formula is no norm of rows"
-        elif floating and own is not None and own.numel() != sizes[0] * sizes[1]:
+        elif floating and own is not None and own.numel() * groups != sizes[0] * sizes[1]:
             got = f"one of shape {list(own.shape)}, which is split or packed"
         elif kind is not None and not floating:
             got = "one that is quantised"

@@ -130,7 +130,7 @@ class Convolution(NamedTuple):
         places = y.movedim(-len(self.kernel) - 1, -1)
         rows = places.contiguous()
         owned = not places.is_contiguous()  # else it is y itself
-        added = plan.add(rows, x.view(*rows.shape[:-1], -1), pool, owned)
+        added = plan.add(rows, x.view(*rows.shape[:-1], x.shape[-1]), pool, owned)
         added = added.movedim(-1, -len(self.kernel) - 1)
         return added.contiguous() if y.is_contiguous() else added
 

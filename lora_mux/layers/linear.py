@@ -227,7 +227,7 @@ class MuxLinear(nn.Module):
         if last is not None and last.serves(x, routing, slots.suspensions):
             return last.plan  # for which x and routing were checked
         self._check_input(x)
-        each = spread(routing, x)
+        each = spread(slots.with_companions(routing, "routing"), x)
         trained = routing.weight.requires_grad
         weight = self._plain_weight(x) if fusable and not trained else None
         method = self._method(x, each.rows, weight)

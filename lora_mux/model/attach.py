@@ -139,7 +139,7 @@ def attach_peft(
     with without_peft(live):
         mux = Mux(live.base, live.targets, settings)
         try:
-            mux._add(live.adapters, "peft_model")
+            mux._add(live.adapters, "peft_model", live.saved)
             mux.set_adapter(live.active)
         except BaseException:
             mux.detach()

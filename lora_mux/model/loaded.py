@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from ..adapters import Adapters, MemoryReport, Prepared
 from ..checkpoints import (
     BaseModel,
+    StoredAdapter,
     is_diffusers_folder,
     local_folder,
     read_diffusers_file,
@@ -94,11 +96,13 @@ class LoadedAdapters:
 
         Raises:
             CheckpointError: the folder is missing, broken or unsafe, or holds more than LoRA and
-                DoRA.
+                saved modules of the base's shapes.
             AdapterError: the name is taken, a module of the checkpoint is not a target here, or
                 DoRA needs a weight that cannot be read.
             ArgumentTypeError: key_mapping is no mapping of patterns.
             PoolCapacityError: there is no room for the adapter, alone or beside those in use.
+            RoutingError: it replaces an adapter in the sticky rows, beside one that saved other
+                modules at the same place.
         """
         model = self._check_attached()
         self._slots.check_new(name, replace)
@@ -119,6 +123,8 @@ class LoadedAdapters:
                 f"`component` must be None for a PEFT checkpoint, got {component!r:.100}"
             )
         self._include_heads(stored.shapes(), stored.source)
+        if stored.saved is not None:
+            self._include_heads(stored.saved.shapes(), stored.source)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
@@ -198,13 +204,16 @@ class LoadedAdapters:
         return self._add({name: parts}, "weights")[name]
 
     def _add(
-        self, adapters: Mapping[str, Mapping[str, LoraWeights]], source: str
+        self,
+        adapters: Mapping[str, Mapping[str, LoraWeights]],
+        source: str,
+        saved: Mapping[str, StoredAdapter] = MappingProxyType({}),
     ) -> dict[str, int]:
-        """Load adapters from their factors, all or none."""
+        """Load adapters from their factors, and the modules that they saved, all or none."""
         for parts in adapters.values():
             self._include_heads(parts, source)
         prepare = {
-            name: partial(self._adapters.prepare_weights, parts, source)
+            name: partial(self._adapters.prepare_weights, parts, source, saved.get(name))
             for name, parts in adapters.items()
         }
         return self._publish(prepare)
@@ -242,8 +251,9 @@ class LoadedAdapters:
 
         Args:
             adapters: how many adapters there will be. With `attach(memory=...)`, how many will be
-                loaded, on the device or not.
-            rank: the largest rank among them. A bias counts as one more rank, and so does DoRA.
+                loaded, on the device or not. One that saved modules as a whole counts as two.
+            rank: the largest rank among them. A bias counts as one more rank, and so does DoRA. A
+                saved linear layer has the rank of its shorter side.
 
         Raises:
             AdapterError: an argument is less than 1.

@@ -6,7 +6,7 @@ the tensors until it ends, and the blocks of other threads wait for it.
 
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..core import NONE, Routing, site_on
 from ..errors import RoutingBusyError
@@ -66,9 +66,6 @@ class CapturedRoutings:
         self._all: list[CapturedRouting] = []
         self._changed = threading.Condition()
         self._holder: Scope | None = None  # None = the sticky rows
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CapturedRoutings, ()  # no graph reads a copy of the model
 
     def __bool__(self) -> bool:
         return bool(self._all)

@@ -18,6 +18,7 @@ from ..core import (
     Slots,
     check_counts,
     computed_once,
+    flattened,
     host_may_read,
     routing_from_names,
     slot_of,
@@ -112,12 +113,17 @@ class Route:
         for route in (self, *self.towers.values()):
             slots.check_loaded(route.routing.index)
 
-    def with_replaced(self, old: int, new: int) -> "Route":
-        """The route with one handle in the place of another."""
-        given = self.routing
+    def with_replaced(self, old: int, new: int, slots: Slots) -> "Route":
+        """The route, made from names, with one adapter in the place of another.
+
+        Raises:
+            RoutingError: the new one has saved other modules than one beside it.
+        """
+        given = slots.companions.left_out(self.routing)
         index = given.index.where(given.index != old, new)
         routing = unchecked_routing(index, given.weight, LastPass())
-        towers = {path: route.with_replaced(old, new) for path, route in self.towers.items()}
+        routing = slots.with_companions(routing, self.argument)
+        towers = {path: route.with_replaced(old, new, slots) for path, route in self.towers.items()}
         return self._with(routing, towers)
 
     def with_rows(self, rows: Sequence[int]) -> "Route":
@@ -204,7 +210,7 @@ class Route:
         """
         routed, expand = self.routing.rows, self.expand
         if isinstance(expand, Mapping):
-            times = prod(expand.values())
+            times = prod([*expand.values()])  # torch.compile traces no prod of a view
             # generate() repeats each sample as often, but in its own order: which one is it?
             if beams not in (None, 1) and times == beams:
                 raise RoutingError(
@@ -316,7 +322,9 @@ def make_route(
     if isinstance(rows, Tensor):
         if rows.ndim == 3:
             samples, per_token = len(rows), True
-            rows, weights = _flattened(rows, weights, expand, lengths, argument)
+            rows, weights = flattened(
+                rows, weights, {"expand": expand, "lengths": lengths}, argument
+            )
         given = Routing(rows, weights)  # type: ignore[arg-type]  # None = all 1
         if host_may_read(rows):
             slots.check_loaded(rows)
@@ -329,6 +337,7 @@ def make_route(
             f"`weights` must be None if `{argument}` holds names, got {type(weights).__name__}; "
             f"put mappings name -> weight into `{argument}`"
         )
+    routing = slots.with_companions(routing, argument)
     if lengths is not None:
         times = torch.tensor(check_counts(lengths, routing.rows, "lengths"))
         routing = routing.repeat_interleave(times)
@@ -343,30 +352,6 @@ def _of_tower(path: str, rows: Rows, named: bool, slots: Slots) -> Route:
             f"{'an index tensor' if named else type(rows).__name__}"
         )
     return make_route(rows, None, slots, argument=f"towers[{path!r}]")
-
-
-def _flattened(
-    index: Tensor,
-    weights: Tensor | None,
-    expand: Expand,
-    lengths: Sequence[int] | None,
-    argument: str,
-) -> tuple[Tensor, Tensor | None]:
-    """An index [samples, tokens, J] and its weights, with one row for each token."""
-    for name, value in (("expand", expand), ("lengths", lengths)):
-        if value is not None:
-            raise RoutingError(
-                f"`{name}` must be None if `{argument}` is [samples, tokens, J], which has a row "
-                f"for each token of the batch, got {value!r}"
-            )
-    if weights is None:
-        return index.flatten(0, 1), None
-    if not isinstance(weights, Tensor) or weights.shape != index.shape:
-        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise RoutingError(
-            f"`weights` must be a tensor of the index's shape {list(index.shape)}, got {got}"
-        )
-    return index.flatten(0, 1), weights.flatten(0, 1)
 
 
 class UniformRoutes:
@@ -396,5 +381,6 @@ class UniformRoutes:
             if len(self._routes) == MAX_ROUTES:
                 self._routes.clear()
             routing = routing_from_names([weights], self._slots.lookup)
+            routing = self._slots.with_companions(routing, "adapter")
             self._routes[key] = Route(routing, uniform=True, named=True)
         return self._routes[key]

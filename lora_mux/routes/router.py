@@ -87,7 +87,7 @@ class Router:
         if self.is_sticky(old):
             assert self.sticky.route is not None
             self._left(self.sticky.route)
-            self.sticky.route = self.sticky.route.with_replaced(old, new)
+            self.sticky.route = self.sticky.route.with_replaced(old, new, self.slots)
             self._follow_sticky()
 
     @synchronized

@@ -199,11 +199,11 @@ def _pick(now: Pass, own: Pass | None, x: Tensor, place: Place, layout: Layout) 
     assert route is not None
     if place.tower is None:
         return _pick_in_order(now, route, x, place, layout)
-    if layout.media and now.shape.samples is not None and not now.inputs.keys() & layout.media:
-        _refuse(place, layout, "the model was called without images or sounds")
     items = _items_of(now.inputs, x, layout)
     if own is not None:
         return _pick_own(own, x, items, place, layout)
+    if layout.media and now.shape.samples is not None and not now.inputs.keys() & layout.media:
+        _refuse(place, layout, "the model was called without images or sounds")
     if items is None or items.counts is None or route.per_token:
         _refuse(place, layout, "it is not certain which sample each of its images belongs to")
     samples = _samples(now, route, len(items.counts))

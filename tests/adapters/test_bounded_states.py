@@ -20,13 +20,29 @@ from hypothesis.stateful import (
 )
 
 import lora_mux
-from lora_mux.errors import PoolCapacityError, UnknownAdapterError
+from lora_mux.errors import PoolCapacityError, RoutingError, UnknownAdapterError
 from tenants import SIZES, Model, Row, Tenant, attached, check, tenant
 
 ALL = "abcdefgh"
 CAPACITY = 14  # rank rows of each layer; an adapter takes 0 to 8 of them in each
 NAMES = st.sampled_from(ALL)
-RANKS = st.sampled_from([(1, 1), (2, 0), (0, 3), (2, 2), (3, 3), (3, 5), (4, 4), (5, 2), (7, 1)])
+# A rank below 0: the adapter saved the layer as a whole, with values that it tells.
+RANKS = st.sampled_from(
+    [
+        (1, 1),
+        (2, 0),
+        (0, 3),
+        (2, 2),
+        (3, 3),
+        (3, 5),
+        (4, 4),
+        (5, 2),
+        (7, 1),
+        (2, -1),
+        (5, -1),
+        (3, -2),
+    ]
+)
 ROWS = st.lists(
     st.one_of(
         st.none(),
@@ -67,13 +83,22 @@ class Tenancy(RuleBasedStateMachine):
     def make(self, ranks: tuple[int, int], plain: bool = False) -> Tenant:
         """A new tenant; of DoRA every third time, if it need not be plain."""
         seed = next(self.seed)
-        held = {path: r for path, r in zip(SIZES, ranks, strict=True) if r}
-        return tenant(self.folder / str(seed), held, seed, not plain and seed % 3 == 2)
+        held = {path: r for path, r in zip(SIZES, ranks, strict=True) if r > 0}
+        saved_seed = ranks[1] + 10 if ranks[1] < 0 else None
+        return tenant(self.folder / str(seed), held, seed, saved_seed, not plain and seed % 3 == 2)
 
     def fits(self, names: set[str]) -> bool:
         """Nothing else is in the way, because idle adapters can move or go."""
-        wanted = [self.loaded[name].rows for name in names | self.pinned]
-        return all(sum(rows.get(path, 0) for rows in wanted) <= CAPACITY for path in SIZES)
+        wanted = [self.loaded[name] for name in names | self.pinned]
+        taken = {path: sum(one.rows.get(path, 0) for one in wanted) for path in SIZES}
+        saved = {one.saved_seed for one in wanted} - {None}
+        taken["second"] += len(saved) * (min(SIZES["second"]) + 1)  # with its bias
+        return all(rows <= CAPACITY for rows in taken.values())
+
+    def conflicts(self, chosen: list[dict[str, float]]) -> bool:
+        """Whether adapters in one row saved the same layer with different values."""
+        rows = [{self.loaded[name].saved_seed for name in row} - {None} for row in chosen]
+        return any(len(row) > 1 for row in rows)
 
     def rows(self, chosen: list[dict[str, float]]) -> list[Row]:
         return [[(self.loaded[name], w) for name, w in row.items()] for row in chosen]
@@ -92,12 +117,18 @@ class Tenancy(RuleBasedStateMachine):
         new = self.make(ranks, plain=from_tensors)
         if name not in self.loaded:
             self.loaded[name] = new
-            if from_tensors:
+            if from_tensors and new.saved is None:
                 self.mux.add_adapter(name, new.pairs, alpha=4)
             else:
                 self.mux.load(name, new.folder, replace=replace)
             return
-        old = self.mux.adapters[name]
+        old, before = self.mux.adapters[name], self.loaded[name]
+        self.loaded[name] = new
+        conflicts, self.loaded[name] = self.conflicts(self.sticky), before
+        if conflicts:
+            with pytest.raises(RoutingError, match="which both saved 'second'"):
+                self.mux.load(name, new.folder, replace=True)
+            return
         try:
             self.mux.load(name, new.folder, replace=True)
         except PoolCapacityError:  # both have to be there for a moment
@@ -128,6 +159,10 @@ class Tenancy(RuleBasedStateMachine):
             with pytest.raises(UnknownAdapterError):
                 self.mux.route(rows)
             return
+        if self.conflicts(chosen):
+            with pytest.raises(RoutingError):
+                self.mux.route(rows)
+            return
         try:
             with self.mux.route(rows):
                 check(self.model, X[: len(rows)], self.rows(chosen))
@@ -139,6 +174,8 @@ class Tenancy(RuleBasedStateMachine):
         """Others come, go and are replaced meanwhile: the block computes what it began with."""
         chosen = self.routable(rows)
         if chosen is None or not self.fits({name for row in chosen for name in row}):
+            return
+        if self.conflicts(chosen):
             return
         self.route_sticky([])
         with self.mux.route(rows):
@@ -158,6 +195,10 @@ class Tenancy(RuleBasedStateMachine):
         chosen = [{name: 1.0 for name in row if name in self.loaded} for row in rows]
         handles = [[self.mux.adapters[name] for name in row] for row in chosen]
         index = torch.tensor([row + [-1] * (2 - len(row)) for row in handles])
+        if self.conflicts(chosen):
+            with pytest.raises(RoutingError):
+                self.mux.route(index)
+            return
         try:
             with self.mux.route(index):
                 check(self.model, X[: len(rows)], self.rows(chosen))
@@ -167,7 +208,7 @@ class Tenancy(RuleBasedStateMachine):
     @rule(rows=ROWS)
     def route_sticky(self, rows: list[Any]) -> None:
         chosen = self.routable(rows)
-        if chosen is None:
+        if chosen is None or self.conflicts(chosen):
             return
         if not self.fits({name for row in chosen for name in row}):
             with pytest.raises(PoolCapacityError):
@@ -224,7 +265,7 @@ class Tenancy(RuleBasedStateMachine):
         memory = self.mux.memory()
         assert self.mux.adapters.keys() == self.loaded.keys() == memory.adapters.keys()
         held = sum(holding.bytes for holding in memory.adapters.values())
-        assert memory.used == held + memory.replaced
+        assert memory.used == held + memory.saved_modules + memory.replaced
         assert {n for n, holding in memory.adapters.items() if holding.pinned} == self.pinned
         for name, holding in memory.adapters.items():
             rows = sum(self.loaded[name].rows.values())

@@ -24,7 +24,7 @@ class Churn:
         draw = random.Random(0)
         ranks = [{path: draw.randint(1, 2 * RANK - 1) for path in SIZES} for _ in range(FOLDERS)]
         # Every fourth one is of DoRA.
-        tenants = [tenant(folder / str(i), r, i, i % 4 == 3) for i, r in enumerate(ranks)]
+        tenants = [tenant(folder / str(i), r, i, dora=i % 4 == 3) for i, r in enumerate(ranks)]
         self.model, self.mux = attached(64 * RANK)
         self.mux.reserve(adapters=2 * names, rank=2 * RANK)
         # Those that a name may mean at this moment: two where it is replaced.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lora_mux
-from cuda_streams import CUDA, Cuda, Event, Graph, Stream, cuda_streams
+from cuda_streams import CUDA, Cuda, Event, Graph, Stream, buffers_on_device, cuda_streams
 from lora_mux.checkpoints import PackedTensors
 from lora_mux.routes.compiled import ROUTERS
 from tenants import Model, attached, check, tenant
@@ -380,6 +380,24 @@ class TestGraphs:
                 stage.mux.prefetch([name])
                 graph.replay()
 
+    def test_of_a_route_that_other_streams_have_met(self, stage: Stage) -> None:
+        """The graph comes to own one of the copies of its rows, and follows later routes."""
+        graph = Graph()
+        buffers_on_device(stage.model)  # so that a replay computes the base again
+        with stage.mux.route(["a"]), torch.no_grad():
+            for stream in (CUDA.default, Stream()):
+                with CUDA.stream(stream):
+                    stage.model(X[:1])
+            CUDA.synchronize()
+            with CUDA.capture(graph):
+                y = stage.model(X[:1])
+        for name in "abc":
+            with stage.mux.route([name]), torch.no_grad():
+                stage.mux.prefetch([name])
+                graph.replay()
+                torch.testing.assert_close(y, stage.model(X[:1]))
+        assert len(stage.mux._router.captured._all) == 1
+
     def test_what_comes_during_a_capture(self, stage: Stage) -> None:
         """It is waited for by what replays the graph, and not inside of it."""
         graph, event = Graph(), Event()
@@ -394,3 +412,16 @@ class TestGraphs:
         with stage.mux.route(["b"]):
             graph.replay()
         stage.mux.prefetch([*"cd"])
+
+
+def test_rows_that_are_chosen_during_a_capture(stage: Stage) -> None:
+    """They are copied by the graph, and no stream outside can wait for an event inside of it."""
+    graph = Graph()
+    index = CUDA.put(torch.tensor([[stage.mux.adapters["a"]]]))
+    with CUDA.capture(graph):
+        stage.mux.set_route(index)
+    graph.replay()
+    CUDA.synchronize()
+    for stream in (Stream(), Stream()):
+        with torch.no_grad(), CUDA.stream(stream):
+            check(stage.model, X[:1], [[(stage.tenants["a"], 1.0)]])

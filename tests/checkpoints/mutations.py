@@ -2,11 +2,12 @@
 
 from mutation import Mutation
 
+BASE_COPIES = "checkpoints/base_copies.py"
 BASE_MODEL = "checkpoints/base_model.py"
 DIFFUSERS_FILE = "checkpoints/diffusers_file.py"
 OPENED_FOLDER = "checkpoints/opened_folder.py"
-PATTERNS = "checkpoints/patterns.py"
-PEFT_CONFIG = "checkpoints/peft_config.py"
+PATTERNS = "configs/patterns.py"
+PEFT_CONFIG = "configs/peft_config.py"
 PEFT_FOLDER = "checkpoints/peft_folder.py"
 PEFT_MODEL = "checkpoints/peft_model.py"
 SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
@@ -14,13 +15,26 @@ TEST_BASE_MODEL = ("checkpoints/test_base_model.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
 TEST_OPENED_FOLDER = ("checkpoints/test_opened_folder.py",)
-TEST_PATTERNS = ("checkpoints/test_patterns.py",)
-TEST_PEFT_CONFIG = ("checkpoints/test_peft_config.py",)
+TEST_PATTERNS = ("configs/test_patterns.py",)
+TEST_PEFT_CONFIG = ("configs/test_peft_config.py",)
 TEST_PEFT_FOLDER = ("checkpoints/test_peft_folder.py",)
 TEST_PEFT_MODEL = ("checkpoints/test_peft_model.py",)
 TEST_SAFETENSORS_FILE = ("checkpoints/test_safetensors_file.py",)
+TEST_OTHER_FACTORS = ("model/test_other_factors.py",)
 TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
+    "copies: a tied head keeps its tokens": Mutation(
+        BASE_COPIES,
+        'modules = {shared.removesuffix(".weight") for shared in sharing}',
+        "modules = {path for shared in sharing}",
+        TEST_OTHER_FACTORS,
+    ),
+    "peft folder: blocks of A side by side": Mutation(
+        PEFT_FOLDER,
+        "A = torch.block_diag(*A.chunk(blocks))",
+        "A = A.repeat(1, blocks)",
+        TEST_OTHER_FACTORS,
+    ),
     "peft_model: any scaling": Mutation(
         PEFT_MODEL, "    check_number(now, what, CheckpointError)\n", "", TEST_PEFT_MODEL
     ),
@@ -58,7 +72,7 @@ MUTATIONS = {
         TEST_BASE_MODEL,
     ),
     "peft folder: any copy of the base": Mutation(
-        PEFT_FOLDER, "_equal(copy, own)", "True", TEST_BASE_MODEL
+        BASE_COPIES, "_equal(copy, own)", "True", TEST_BASE_MODEL
     ),
     "peft folder: a shift is scaled": Mutation(
         PEFT_FOLDER, "shift / part.scaling", "shift", TEST_BASE_MODEL

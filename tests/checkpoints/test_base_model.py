@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_mux
+from lora_mux.checkpoints import BaseModel, peft_folder
 from lora_mux.errors import ArgumentTypeError, CheckpointError, LoraMuxError
 from peft_oracle import llama, peft, qwen2, save_adapters, transformers
 
@@ -141,6 +143,41 @@ def test_names_that_transformers_has_changed(tmp_path: Path) -> None:
     assert torch.equal(got[1], base[1])
 
 
+class OfTransformers4(nn.Module):
+    """Which has its own patterns of former names, the first of which that matches counts."""
+
+    _checkpoint_conversion_mapping = {
+        r"^visual": "model.visual",
+        r"^model(?!\.(language_model|visual))": "model.language_model",
+        r"q$": "k",
+    }
+
+
+@pytest.mark.parametrize("of_transformers", [True, False])
+def test_names_that_transformers_4_has_changed(
+    of_transformers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not of_transformers:  # nobody has imported it, so that the model is not one of its own
+        monkeypatch.delitem(sys.modules, "transformers")
+    targets = ["model.visual.blocks.0.q", "model.language_model.layers.0.q", "blocks.k"]
+    base = BaseModel(targets, OfTransformers4())
+    assert base.path("visual.blocks.0.q") == targets[0]
+    assert base.path(f"{PREFIX}model.layers.0.q") == targets[1]
+    assert base.path("blocks.q") == targets[2]
+    for name in (*targets, "visual.blocks.1.q"):  # those of the model, and one of none
+        assert base.path(name) == name
+
+
+def test_a_transformers_that_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before 5.0. Without them its own former names mean nothing, and other ones still do."""
+    old, new = "language_model.model.layers.0.q", "model.language_model.layers.0.q"
+    targets = [new, "encoder.q"]
+    assert BaseModel(targets, llava()).path(old) == new
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    base = BaseModel(targets, llava())
+    assert base.path(old) == old and base.path("text_model.encoder.q") == "encoder.q"
+
+
 def with_head(base: Any, folder: Path, **fields: Any) -> Any:
     """PEFT's model with LoRA on the output head, of which it saves the base's weight as well."""
     config = peft.LoraConfig(
@@ -193,6 +230,42 @@ def test_copies_that_are_not_the_base_s_are_refused(tmp_path: Path) -> None:
         assert mux.targets == targets and not mux.adapters
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_copy_of_a_weight_that_the_base_does_not_show(tmp_path: Path) -> None:
+    """An 8-bit head cannot be compared with the one that the adapter was trained on."""
+    base = llama()
+    with_head(base, tmp_path)
+    weight = torch.zeros(256, 64, dtype=torch.int8)
+    base.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    mux = lora_mux.attach(base)
+    targets = mux.targets
+    with pytest.raises(CheckpointError, match="got a base that is quantised.*nothing compares"):
+        mux.load("a", tmp_path / "a")
+    assert mux.targets == targets and not mux.adapters
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_file_that_changes_between_its_header_and_its_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = llama()
+    with_head(base, tmp_path)
+    shared = peft_folder.shared_outline
+
+    def saved_again(*given: Any) -> Any:
+        (tmp_path / "new").write_bytes((tmp_path / "a" / FILE).read_bytes())
+        (tmp_path / "new").rename(tmp_path / "a" / FILE)
+        return shared(*given)
+
+    mux = lora_mux.attach(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_folder, "shared_outline", saved_again)
+        with pytest.raises(CheckpointError, match="must stay as it is while it is read"):
+            mux.load("a", tmp_path / "a")
+    assert not mux.adapters
+    mux.load("a", tmp_path / "a")
+
+
 BIASED: dict[str, dict[str, Any]] = {
     "those of LoRA's layers": {"bias": "lora_only"},
     "all": {"bias": "all"},
@@ -225,6 +298,25 @@ def test_biases_that_were_trained_along(name: str, memory: Any, tmp_path: Path) 
         got = model(IDS).logits
     close(got[0], theirs(IDS).logits[0])
     assert torch.equal(got[1], base(IDS).logits[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not produce the same output")
+@torch.no_grad()
+def test_a_bias_that_was_trained_along_of_a_convolution(tmp_path: Path) -> None:
+    """Beside LoRA on another layer, so that it has no factors of its own."""
+    base = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 5))
+    config = peft.LoraConfig(r=2, target_modules=["2"], bias="all", init_lora_weights=False)
+    trained = peft.get_peft_model(copy.deepcopy(base), config)
+    trained.base_model.model[0].bias += torch.randn(4)
+    trained.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    model, x = copy.deepcopy(base), torch.randn(2, 3, 3, 3)
+    mux = lora_mux.attach(model, ["0", "2"])
+    mux.load("a", tmp_path)
+    with mux.route(["a", None]):
+        got = model(x)
+    close(got[0], theirs(x)[0])
+    assert torch.equal(got[1], base(x)[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*not produce the same output")

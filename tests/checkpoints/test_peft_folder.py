@@ -1,5 +1,6 @@
 """The PEFT reader: what it takes, and that it refuses everything else by name."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -170,12 +171,12 @@ REFUSED_FIELDS: dict[str, Any] = {
     "layers_to_transform": "0",
     "init_lora_weights": "pissa_niter_4",
     "bias": "some",
-    "modules_to_save": ["score"],
-    "trainable_token_indices": [1],
+    "modules_to_save": "score",
+    "trainable_token_indices": ["a token"],
     "use_dora": True,
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
+    "use_bdlora": {"nblocks": "two"},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1},
     "target_parameters": ["experts.w"],
@@ -527,8 +528,8 @@ def test_patterns_that_take_too_long(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are refused before anything changes, those that only a warning needs as well."""
-    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS", 150)
-    monkeypatch.setattr("lora_mux.checkpoints.patterns.MAX_STEPS_PER_PATH", 0)
+    monkeypatch.setattr("lora_mux.configs.patterns.MAX_STEPS", 150)
+    monkeypatch.setattr("lora_mux.configs.patterns.MAX_STEPS_PER_PATH", 0)
     hostile = "(?:(?:(?:(?:.l*)*a*)*y*)*e*)*"
     value = hostile if field == "target_modules" else {hostile: 4}
     refuse(write(tmp_path / "bad", {field: value}), "work of at most .* steps; list the modules")
@@ -568,3 +569,9 @@ def test_reading_changes_no_file(tmp_path: Path) -> None:
     lora_mux.attach(Model()).load("new", folder)
     after = load_file(folder / WEIGHTS)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_outline_is_one_in_copies_too(tmp_path: Path) -> None:
+    """It equals itself alone, so that a copy would be another shape of adapter."""
+    outline = read_peft_folder(write(tmp_path)).outline
+    assert copy.deepcopy({"a": [outline]}) == {"a": [outline]}

@@ -104,4 +104,10 @@ MUTATIONS = {
         "",
         ("core/test_moves.py",),
     ),
+    "interrupts: buffers of two sizes": Mutation(
+        POOL, "if len(sizes) > 1:", "if False:", ("core/test_moves.py",)
+    ),
+    "interrupts: a handle without a name lives": Mutation(
+        SLOTS, "if handle not in self._names:", "if False:", ("core/test_slots.py",)
+    ),
 }

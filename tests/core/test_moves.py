@@ -43,3 +43,35 @@ def test_a_move_is_finished_whatever_line_an_interrupt_hits() -> None:
         if ended:
             break
     assert line > 10 and pool.spans[1].offset == 0
+
+
+def test_rows_that_lie_at_the_front_stay_where_they_are() -> None:
+    pool, given = a_pool()
+    pool.slide(1)
+    version, before = pool.version, [buffer.clone() for buffer in pool.buffers()]
+    pool.slide(1)
+    assert pool.version is version and pool.spans[1].offset == 0
+    for buffer, was in zip(pool.buffers(), before, strict=True):
+        assert torch.equal(buffer, was)
+    assert list(pool.runs) == [(4, 6), (7, len(pool.A_rows))]
+
+
+def test_buffers_grow_together_whatever_line_an_interrupt_hits() -> None:
+    """Else a slot's rank and scaling, or a row's two factors, would be of other sizes."""
+    halves = 0
+    for line in itertools.count():
+        pool, given = a_pool()
+        ended = not interrupted(lambda pool=pool: pool.reserve(100, 20, 4), line)
+        sizes = {name: len(buffer) for name, buffer in pool.named_buffers()}
+        halves += len({*sizes.values()} - {len(pool.A_rows), len(pool.rank)}) > 0
+        pool.mend({1, 2})
+        rows, slots = len(pool.A_rows), len(pool.rank)
+        assert rows == len(pool.B_rows) == len(pool.constant) == pool.runs.capacity
+        assert slots == len(pool.offset) == len(pool.scaling)
+        for slot, factors in given.items():
+            for got, want in zip(held(pool, slot), factors, strict=True):
+                assert torch.equal(got, want)
+        assert pool.runs.free == rows - 5
+        if ended:
+            break
+    assert halves > 2 and (rows, slots) == (100, 20)

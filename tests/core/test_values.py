@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lora_mux.core.routing import Routing, value_of
+from lora_mux.errors import RoutingError
 
 INDEX = torch.tensor([[3], [0], [3], [-1]])
 # The same numbers; several are views that torch calls contiguous, though their strides are not.
@@ -39,3 +40,8 @@ def test_of_one_row_and_of_none() -> None:
 def test_what_the_host_may_not_read_equals_nothing() -> None:
     there = Routing(INDEX.to("meta"), torch.ones(4, 1, device="meta"))
     assert value_of(there) != value_of(there)
+
+
+def test_weights_that_are_elsewhere_are_refused() -> None:
+    with pytest.raises(RoutingError, match="on index's device cpu, got meta"):
+        Routing(INDEX, torch.ones(4, 1, device="meta"))

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 
 import lora_mux
 from lora_mux import cli
-from lora_mux.demo import command, corpus, encoder, quality, search, tasks, train
+from lora_mux.demo import command, corpus, encoder, quality, report, search, tasks, train
 from paths import ROOT
+from peft_oracle import transformers
 
 ADAPTERS = ROOT / "lora_mux" / "demo" / "adapters"
 NAMES = ["kind", "module", "name", "noisy"]
@@ -223,7 +225,9 @@ class TestCorpus:
             'def _hidden():\n    """Not documented for anybody else."""\n'
             'def short():\n    """Too short."""\n'
         )
-        (tmp_path / "ast.py").write_text("this is not Python")
+        (tmp_path / "ast.py").write_text("this is not Python either")
+        latin = '"""Caf\xe9s."""\ndef opens():\n    """Whether any of them is open already."""\n'
+        (tmp_path / "base64.py").write_bytes(latin.encode("latin-1"))
         read = corpus.read_corpus(library=tmp_path)
         assert {(i.kind, i.name, i.doc) for i in read.items} == {
             ("class", "Parser", "Parses the arguments of a program."),
@@ -268,3 +272,80 @@ def test_training_learns_and_saves_what_loads(
                 torch.testing.assert_close(encoder.pooled(model.model, tokens), want)
         finally:
             mux.detach()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_adapters_of_a_base_with_layers_of_other_names(text: corpus.Corpus) -> None:
+    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_heads=2, hidden_dim=8, n_layers=1)
+    other = encoder.Encoder(None, transformers.DistilBertModel(config))
+    task = tasks.make_tasks(text)["name"]
+    with pytest.raises(lora_mux.LoraMuxError, match="layers called query, key, value, dense: .*q"):
+        train.train_adapter(other, task, text, lambda loss: None)
+
+
+def test_training_draws_each_kind_as_often(text: corpus.Corpus) -> None:
+    """Of all items 60 % are methods, and 3 % classes of exceptions."""
+    task = tasks.make_tasks(text)["kind"]
+    draw = train._sampler(task, text.train, random.Random(0))
+    drawn = Counter(item.kind for _ in range(100) for item in draw())
+    assert drawn.keys() == set(tasks.KINDS) and set(text.train) >= {*draw()}
+    assert all(500 < count < 700 for count in drawn.values()), drawn  # of 2,400; 21 = one sigma
+
+
+def test_scores_are_shown_with_the_best_of_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    score = quality.Score
+    scores = [
+        [score("name", False, (), 0.5), score("name", False, ("name",), 0.75)],
+        [score("noisy", True, (), 0.25), score("noisy", True, ("name",), 0.25)],
+    ]
+    report.Report().quality("All of it", ["base", "name"], scores)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [re.split(" *[│┃] *", line.strip("│┃ ")) for line in lines]
+    assert lines[0].rstrip() == "All of it" and ["held-out top-1", "base", "name"] in cells
+    assert ["clean -> name", "0.500", "0.750 *"] in cells
+    assert ["garbled -> noisy", "0.250 *", "0.250 *"] in cells
+
+
+@pytest.fixture
+def small_base(model: encoder.Encoder, tmp_path: Path) -> Path:
+    """An encoder of two layers, not trained, which takes a twentieth of the demo's own time."""
+    config = transformers.BertConfig(
+        **{"vocab_size": len(model.tokenizer), "hidden_size": 32, "intermediate_size": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2},
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_retrained_and_evaluated(
+    text: corpus.Corpus,
+    small_base: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One step for each adapter, on a few items, from the options to the tables."""
+    monkeypatch.setattr(corpus, "HELD_OUT", 40)
+    monkeypatch.setattr(corpus, "FIRST_TRAINED", 50)
+    small = corpus.Corpus(text.items[:90], text.about)
+    monkeypatch.setattr(command, "read_corpus", lambda packages: small)
+    for module in (command, train):
+        monkeypatch.setattr(module, "STEPS", 1)
+    folder = tmp_path / "adapters"
+    options = "--retrain", "--evaluate", "--adapter-folder", str(folder), "--base", str(small_base)
+    code, out, _ = run(capsys, *options)
+    assert code == 0 and sorted(path.name for path in folder.iterdir()) == NAMES
+    assert re.search(r"module \(loss \d\.\d\d\).* 100%", out)  # the last bar
+    tables = out[out.index("Each adapter on each task") :].split("Sums of two on garbled text")
+    rows = [re.findall(r"(clean|garbled) -> (\w+)", table) for table in tables]
+    clean = [("clean", name) for name in ("name", "kind", "module")]
+    assert rows == [[("garbled", "noisy"), *clean], [("garbled", name) for _, name in clean]]
+    # What the base answers, without lora_mux.
+    made = encoder.load_encoder(small_base)
+    names = [item.name for item in small.held_out]
+    answers = list(dict.fromkeys(names))
+    queries = made.embed([item.doc for item in small.held_out])
+    nearest = (queries @ made.embed([tasks.spaced(a) for a in answers]).T).argmax(1)
+    right = sum(answers[i] == name for i, name in zip(nearest, names, strict=True)) / len(names)
+    assert re.search(rf"clean -> name +│ {right:.3f}", tables[0])

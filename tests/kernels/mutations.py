@@ -224,6 +224,9 @@ MUTATIONS = {
     "config: every card is an A100": Mutation(
         CONFIG, "known.get(major,", "known.get(0,", TEST_CONFIG
     ),
+    "fused: other columns are asked for in advance": Mutation(
+        FUSED, "tl.minimum(n + line, stride_bc - 1)", "tl.minimum(n, stride_bc - 1)", TEST_FUSED
+    ),
     "config: stages whatever fits": Mutation(CONFIG, "min(4, most)", "4", TEST_CONFIG),
     "config: bf16 on any card": Mutation(
         CONFIG, "(8, 0) if modern else (7, 0)", "(7, 0)", TEST_CONFIG

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from interpreter import Memory, note_launches, waiting_first
 from layer import ROUTINGS, LayerCase
 from lora_mux import Routing
 from lora_mux.errors import BackendError
+from lora_mux.kernels import launch
 from lora_mux.kernels.config import FUSED_ROWS
 from lora_mux.ops import dispatch, operators
 from problem import CASES, FusedProblem, each
@@ -90,6 +92,39 @@ def test_a_view_of_the_weight() -> None:
     problem = FusedProblem(K=32, N=41)
     problem.W = torch.randn(60, 50)[4:45, 9:41]
     problem.check(problem.run())
+
+
+def test_what_is_asked_for_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of 128 bytes of each rank row of the selected adapters, for each 64 columns.
+
+    By NVIDIA's assembly, which no interpreter runs: here it notes the addresses.
+    """
+    asked: list[Tensor] = []
+
+    def assembly(text: str, registers: str, pointers: list[Any], **how: Any) -> None:
+        assert text.startswith("prefetch.global.L2 [$1];") and how["is_pure"] is False
+        asked.append(torch.from_numpy(pointers[0].handle.data.copy()))
+
+    plain = launch.launched
+
+    def launched(*given: Any, **named: Any) -> Any:
+        return plain(*given, **named | ({"PREFETCHES": True} if "PREFETCHES" in named else {}))
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", assembly)
+    monkeypatch.setattr(launch, "launched", launched)
+    # Of 1, 2 and 2 blocks of rank rows; the first slot is not selected.
+    select = each([[1, -1], [3, 4], [1, 4]])
+    ranks = 3, 5, 0, 24, 17
+    problem = FusedProblem(rows=3, N=200, ranks=ranks, select=select, dtype=torch.float16)
+    problem.check(problem.run(block_n=128, expand_group=8))
+    B = problem.B_rows
+    assert B.shape[1] == 208 and len(asked) == 4  # two tiles of two lines each
+    rows = [problem.offset[slot] + r for slot in (1, 3, 4) for r in range(ranks[slot])]
+    for number, addresses in enumerate(asked):
+        column = min(64 * number, 207)
+        want = {B[row, column].data_ptr() for row in rows}
+        # Where there is no row, the first of the pool, which nothing waits for.
+        assert set(addresses.tolist()) == want | {B[0, column].data_ptr()}
 
 
 class TestIsolation:

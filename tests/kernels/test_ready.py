@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lora_mux.ops import tiled
 from paths import SUPPORT
 
 APART = {"begins at an odd address", "columns apart", "fused, at an odd address"}
@@ -76,3 +77,15 @@ def test_each_device_gets_its_launches(report: dict[str, Any]) -> None:
 
 def test_nothing_is_kept_where_variants_depend_on_more(report: dict[str, Any]) -> None:
     assert report["kept on ROCm"] == 0
+
+
+def test_cases_that_are_kept_are_not_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server meets another number of rows at each step."""
+    kept: dict[object, Any] = {}
+    monkeypatch.setattr(tiled, "_AGAIN", kept)
+    monkeypatch.setattr(tiled, "MOST_CASES", 3)
+    for rows in range(10):
+        tiled._keep(rows, f"again {rows}", 0, (32, 64))
+        assert kept[rows] == f"again {rows}" and len(kept) <= 3
+    tiled._keep("at an odd address", "again", 0, (32, 66))
+    assert "at an odd address" not in kept

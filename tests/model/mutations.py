@@ -12,6 +12,10 @@ LAYOUT = "model/layout.py"
 MUX = "model/mux.py"
 ROUTE = "routes/route.py"
 ROUTER = "routes/router.py"
+SELECTIONS = "core/selections.py"
+RESIDENT = "adapters/resident.py"
+SAVED_MODULES = "layers/saved_modules.py"
+PEFT_MODEL = "checkpoints/peft_model.py"
 STORED_ADAPTER = "checkpoints/stored_adapter.py"
 TOP = "model/top.py"
 TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
@@ -20,12 +24,19 @@ TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
 TEST_COPIES = ("model/test_copies.py",)
 TEST_KINDS = ("model/test_kinds.py",)
 TEST_TOKEN_INDEX = ("routes/test_token_index.py",)
+TEST_SAVED_MODULES = ("model/test_saved_modules.py",)
 TEST_WRAPPERS = ("model/test_wrappers.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
+    "continuous: the batch that is not computed": Mutation(
+        CONTINUOUS_BATCHING,
+        "batch.current_pair]",
+        "1 - batch.current_pair]",
+        TEST_CONTINUOUS_BATCHING,
+    ),
     "layout: positions have the samples' rows": Mutation(
         LAYOUT, "elif target in unknown:", "elif False:", TEST_KINDS
     ),
@@ -123,7 +134,7 @@ MUTATIONS = {
         TEST_TOKEN_INDEX,
     ),
     "route: the weights of the first samples": Mutation(
-        ROUTE, "weights.flatten(0, 1)", "weights.flip(0).flatten(0, 1)", TEST_TOKEN_INDEX
+        SELECTIONS, "weights.flatten(0, 1)", "weights.flip(0).flatten(0, 1)", TEST_TOKEN_INDEX
     ),
     "mux: a route of before a reload": Mutation(
         GIVEN_ROWS, "return make() if first.named", "return first if first.named", TEST_BOUNDED
@@ -152,5 +163,47 @@ MUTATIONS = {
     ),
     "layout: picked tokens are samples": Mutation(
         LAYOUT, 'place = Place(target, place.tower, "picked tokens")', "pass", TEST_OTHER_BATCHES
+    ),
+    "saved modules: different ones are summed": Mutation(
+        SELECTIONS,
+        "sorted(companion.modules & other.modules)[:1]",
+        "list[str]()",
+        TEST_SAVED_MODULES,
+    ),
+    "saved modules: scaled by the adapter's weight": Mutation(
+        SELECTIONS,
+        "(more != NONE).to(weight.dtype)",
+        "weight[:, :1].expand(more.shape)",
+        TEST_SAVED_MODULES,
+    ),
+    "saved modules: equal ones are held twice": Mutation(
+        SELECTIONS,
+        "        if users:\n            return self._of",
+        "        if False:\n            return self._of",
+        TEST_SAVED_MODULES,
+    ),
+    "saved modules: are there after their last adapter": Mutation(
+        RESIDENT, "self._nameless.add(companion)", "pass", TEST_SAVED_MODULES
+    ),
+    "saved modules: taken for what an interrupt has left": Mutation(
+        RESIDENT, " - self._slots.companions.handles", "", ("model/test_interrupts.py",)
+    ),
+    "saved modules: an adapter's are evicted before it": Mutation(
+        BOUNDED,
+        "return handle, self._slots.companions.beside([handle])",
+        "return handle, [handle]",
+        TEST_SAVED_MODULES,
+    ),
+    "saved modules: those of others stay after a reload": Mutation(
+        ROUTE, "slots.companions.left_out(self.routing)", "self.routing", TEST_SAVED_MODULES
+    ),
+    "saved modules: the bias is the base's": Mutation(
+        SAVED_MODULES, 'bias = more.get("bias")', "bias = None", TEST_SAVED_MODULES
+    ),
+    "saved modules: in force where LoRA is not": Mutation(
+        PEFT_MODEL, "(*layers.items(), *wrappers.items())", "layers.items()", TEST_SAVED_MODULES
+    ),
+    "saved modules: equal by their shapes": Mutation(
+        STORED_ADAPTER, "made.update(values.data[", "(values.data[", TEST_SAVED_MODULES
     ),
 }

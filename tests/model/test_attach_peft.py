@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +251,6 @@ def plain_beside_kasa() -> Any:
     return model
 
 
-def tokens() -> Any:
-    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-    config = peft.LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]})
-    return peft.get_peft_model(model, config)
-
-
 def without_values() -> Any:
     model = nn.Sequential(nn.Linear(8, 8))
     config = peft.LoraConfig(target_modules=["0"])
@@ -283,21 +278,40 @@ def dilated() -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
 
 
-def head() -> Any:
-    return small(modules_to_save=["2"])
+def lora_in_a_saved_module() -> Any:
+    head = nn.Sequential(OrderedDict(dense=nn.Linear(8, 4)))
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), head=head))
+    config = peft.LoraConfig(target_modules=["first"], modules_to_save=["head"])
+    model = peft.get_peft_model(model, config, "a")
+    model.add_adapter("b", peft.LoraConfig(target_modules=["dense"]))
+    return model
+
+
+def emptied() -> Any:
+    """Its only adapter is in none of the layers any more."""
+    model = small()
+    model.base_model.model[0].delete_adapter("a")
+    return model
+
+
+def without_a_base() -> Any:
+    model = small()
+    model.base_model.model[0].base_layer.to("meta")
+    return model
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a plain model": (lambda: nn.Linear(2, 2), "peft.PeftModel, or .* got Linear without any"),
     "KaSA beside a plain one": (plain_beside_kasa, "adapter 'b'.*`kasa_config`.*delete_adapter"),
     "another class": (changed, "PEFT's own classes, got Doubled"),
-    "token adapters": (tokens, "`trainable_token_indices` must be unset"),
     "no values": (without_values, r"'0\.lora_A\.weight' must hold values"),
+    "no layers": (emptied, "at least one adapted layer.* got 1 adapters in 1 layers"),
+    "a base without values": (without_a_base, "layer '0' must have weights, got one on the meta"),
     "mixed methods": (mixed, "got a PeftMixedModel"),
     "merged": (merged, "merged adapters; call unmerge_adapter"),
     "attention": (attention, "a linear layer .*got MultiheadAttention"),
     "dilation": (dilated, "can carry adapters, got Conv2d with dilation"),
-    "modules_to_save": (head, "`modules_to_save` must be unset"),
+    "LoRA in a saved module": (lora_in_a_saved_module, "'head' must not be saved as a whole"),
 }
 
 

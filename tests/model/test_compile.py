@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lora_mux
+from lora_mux import ops
+from lora_mux.routes.compiled import ROUTERS
 from peft_oracle import llama
 
 pytestmark = pytest.mark.usefixtures("no_old_graphs")
@@ -155,6 +157,10 @@ def test_other_kinds_of_routes() -> None:
         (lambda: mux.route_tokens(["a", None, "b", "c", None, "a"]), x),
         (lambda: mux.route(["a", None], expand="tile"), twice),
         (lambda: mux.route(["a", None], expand="interleave"), twice),
+        (
+            lambda: mux.route(["a", None], expand={"interleave": 2, "tile": 2}),
+            twice.repeat(2, 1, 1),
+        ),
         (lambda: mux.route(torch.tensor([handles[:2], [-1, -1]]), torch.rand(2, 2)), x),
     ]
     seen = []
@@ -164,6 +170,75 @@ def test_other_kinds_of_routes() -> None:
             torch.testing.assert_close(got, model(batch))
             seen.append(got)
     assert not torch.equal(seen[1], seen[2])
+
+
+class TestRowsOfAGraph:
+    """What a graph asks for, which was made for rows of one kind: [rows, places], repeated or not.
+
+    Another task of its thread may have opened another block since.
+    """
+
+    def ask(
+        self,
+        mux: lora_mux.Mux,
+        rows: int = 2,
+        places: int = 1,
+        kind: str = "samples",
+        more: str = "",
+    ) -> Any:
+        (number,) = (n for n, router in ROUTERS.items() if router is mux._router)
+        index, weight = torch.full((rows, places), -9), torch.zeros(rows, places)
+        return torch.ops.lora_mux.rows_now(index, weight, number, kind, more, False)
+
+    def refused(self, mux: lora_mux.Mux, **kind: Any) -> None:
+        with pytest.raises(lora_mux.errors.RoutingBusyError, match="another task has changed them"):
+            self.ask(mux, **kind)
+
+    def test_they_fit_or_are_refused(self) -> None:
+        _, mux, (a, b, _) = small()
+        with mux.route(["a", {"b": 0.5}]):
+            index, weight = self.ask(mux)
+            assert index.tolist() == [[a], [b]] and weight.tolist() == [[1.0], [0.5]]
+            assert self.ask(mux, places=3)[0].tolist() == [[a, -1, -1], [b, -1, -1]]
+            self.refused(mux, rows=3)
+            self.refused(mux, kind="tokens")
+            self.refused(mux, kind="first")
+        with mux.route([("a", "b"), None]):
+            assert self.ask(mux, places=2)[0].tolist() == [[a, b], [-1, -1]]
+            self.refused(mux, places=1)
+        with mux.route_tokens(["a", "b"]):
+            assert self.ask(mux, kind="tokens")[0].tolist() == [[a], [b]]
+            self.refused(mux)
+
+    @pytest.mark.parametrize(
+        ("expand", "said"), [("tile", "tile"), ({"tile": 3, "interleave": 2}, "tile3interleave2")]
+    )
+    def test_repeated_samples(self, expand: Any, said: str) -> None:
+        _, mux, (a, b, _) = small()
+        with mux.route(["a", "b"], expand=expand):
+            assert self.ask(mux, more=said)[0].tolist() == [[a], [b]]
+            self.refused(mux, more="interleave")
+
+    def test_of_all_rows_alike(self) -> None:
+        _, mux, (a, *_) = small()
+        for kind in ("samples", "tokens", "first"):
+            mux.set_adapter("a")
+            assert self.ask(mux, 3, 2, kind)[0].tolist() == [[a, -1]] * 3
+            mux.set_adapter(None)
+            assert self.ask(mux, 3, 2, kind)[0].tolist() == [[-1, -1]] * 3
+
+    def test_where_nobody_can_be_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The model is gone, or a CUDA graph is captured, which keeps what it is given."""
+        _, mux, _ = small()
+        given = torch.tensor([[5], [6]]), torch.tensor([[0.5], [0.25]])
+        with mux.route(["a", "b"]):
+            gone = torch.ops.lora_mux.rows_now(*given, 10**9, "samples", "", False)
+            monkeypatch.setattr(ops, "capturing", lambda device: True)
+            (number,) = (n for n, router in ROUTERS.items() if router is mux._router)
+            captured = torch.ops.lora_mux.rows_now(*given, number, "samples", "", False)
+        for made in (gone, captured):
+            for one, other in zip(made, given, strict=True):
+                assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
 
 
 @torch.no_grad()
@@ -258,6 +333,59 @@ def test_export_with_the_routing_as_an_input() -> None:
     for index in indices:
         torch.testing.assert_close(program(x, index, weight), served(x, index, weight))
     assert mux.active_adapters == []
+
+
+class Handed(nn.Module):
+    """A layer that is handed its routing."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Any:
+        return self.layer(x, lora_mux.Routing(index, weight))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, pytest.param({"backend": "triton"}, marks=pytest.mark.interpreter)], ids=str
+)
+@pytest.mark.parametrize("attached", [False, True])
+@torch.no_grad()
+def test_export_of_a_layer_with_the_routing_as_an_input(
+    attached: bool, how: dict[str, Any]
+) -> None:
+    """By itself, and in a model of which it does not see the rows."""
+    linear = nn.Linear(16, 8).half()
+    pairs = [(torch.randn(3, 16) / 4, torch.randn(8, 3) / 4) for _ in range(2)]
+    if attached:
+        model: Any = nn.Sequential(linear)
+        mux = lora_mux.attach(model, **how)
+        layer = model[0]
+        a, b = (mux.add_adapter(n, {"0": p}, alpha=3) for n, p in zip("ab", pairs, strict=True))
+    else:
+        layer = lora_mux.MuxLinear(linear, **how)
+        a, b = (layer.add_adapter(n, *p, alpha=3) for n, p in zip("ab", pairs, strict=True))
+    x, handed = torch.randn(3, 16).half(), Handed(layer)
+    indices = [torch.tensor(index) for index in ([[a, -1], [-1, -1], [b, a]], [[b, a]] * 3)]
+    weight = torch.rand(3, 2)
+    program = torch.export.export(handed, (x, indices[0], weight), strict=False)
+    names = [str(node.target) for node in program.graph.nodes if "lora_mux" in str(node.target)]
+    assert names == ["lora_mux.plan.default", "lora_mux.add_lora_.default"]
+    for index in indices:
+        got, want = program.module()(x, index, weight), handed(x, index, weight)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+        assert not torch.equal(want[0], linear(x)[0])
+
+
+def test_rows_that_are_given_with_a_call_are_no_input_of_an_exported_model() -> None:
+    model, _, _ = small()
+
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return model(x, adapter_names=["a", None, "b"])
+
+    with pytest.raises(lora_mux.errors.RoutingError, match="inside `with mux.route"):
+        torch.export.export(Calling(), (torch.randn(3, 8),), strict=False)
 
 
 @torch.no_grad()

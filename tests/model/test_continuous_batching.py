@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from continuous import batching, collected, crowded
+from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
 from transformers.generation.continuous_batching.requests import RequestState
 
 import lora_mux
@@ -206,6 +207,33 @@ def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path
         results = collected(manager, 5)
     for name, prompt, row in zip(names, PROMPTS, rows, strict=True):
         assert results[name] == alone(stage.base, stage.peft, prompt, row)
+
+
+def test_batches_that_are_prepared_in_turns(
+    stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, where one batch is prepared while another is computed."""
+    kind = type(stage.model.init_continuous_batching(**settings()))
+    ours, theirs = kind._generation_step, Manager._generation_step
+    used = []
+
+    def in_turns(self: Any) -> None:
+        used.append(self.batch_processor.inputs_and_outputs)
+        other = SimpleNamespace(requests_in_batch=[], num_q_tokens=1)
+        pairs = [SimpleNamespace(host_io=io) for io in (other, used[-1])]
+        pair = SimpleNamespace(io_pairs=pairs, current_pair=1)
+        self.batch_processor.inputs_and_outputs = pair
+        ours(self)
+
+    def compute(self: Any) -> None:
+        self.batch_processor.inputs_and_outputs = used[-1]  # of one kind: there is no GPU
+        theirs(self)
+
+    monkeypatch.setattr(kind, "_generation_step", in_turns)
+    monkeypatch.setattr(Manager, "_generation_step", compute)
+    with stage.mux.route(ROWS):
+        assert generate_batch(stage.model) == stage.answers
+    assert used
 
 
 @pytest.mark.slow

@@ -501,6 +501,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3x2, padded": (lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (6, 5, 4)),
     "1x1, no bias": (lambda: nn.Conv2d(6, 4, 1, bias=False), (6, 5, 4)),
     "one dimension": (lambda: nn.Conv1d(6, 4, 3), (6, 7)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), (6, 5, 4)),
     "three dimensions": (lambda: nn.Conv3d(3, 4, (1, 2, 3)), (3, 2, 3, 4)),
     "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), (5,)),
     "scaled embedding": (
@@ -526,7 +527,7 @@ def test_embeddings_and_convolutions(name: str, backend: Any, tmp_path: Path) ->
     base = nn.Sequential(make())
     common = {"target_modules": ["0"], "init_lora_weights": False}
     wanted = {
-        "a": peft.LoraConfig(r=3, use_dora=True, **common),
+        "a": peft.LoraConfig(r=4, use_dora=True, **common),
         "b": peft.LoraConfig(r=2, use_dora=True, use_rslora=True, **common),
         "c": peft.LoraConfig(r=2, **common),
     }
@@ -602,7 +603,6 @@ def test_bases_whose_weight_cannot_be_read(stage: SimpleNamespace) -> None:
             return super().forward(x) + 1
 
     refused(Shifted(8, 4), "answers something else to zeros")
-    refused(nn.Conv1d(8, 4, 1, groups=2), "a convolution in groups")
     refused(nn.Linear(8, 4), r"magnitude` must have shape .* = \[4\]", magnitude=torch.ones(5))
     refused(nn.Linear(8, 4), "must hold values", magnitude=torch.ones(4, device="meta"))
     refused(nn.Linear(8, 4), "must be finite", magnitude=torch.full((4,), torch.inf))

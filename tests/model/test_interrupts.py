@@ -18,6 +18,7 @@ from interrupts import PATIENCE, Elsewhere, Interrupt, interrupted, raise_in
 from torch import Tensor
 
 import lora_mux
+from lora_mux.routes import Router
 from tenants import Model, Tenant, attached, tenant, truth
 
 # Python only reports what is raised in the callback of a weak reference.
@@ -29,13 +30,17 @@ VERSIONS = 2  # of each tenant's adapter
 
 
 class Stage:
-    """A model with three tenants, in pools that hold `room` of them, or that grow."""
+    """A model with three tenants, in pools that hold `room` of them, or that grow.
 
-    def __init__(self, folder: Path, room: int | None) -> None:
+    They may save the second layer as a whole, all of one version with equal values.
+    """
+
+    def __init__(self, folder: Path, room: int | None, saving: bool = False) -> None:
         self.room = room
+        self.ranks = {"first": 4} if saving else {"first": 4, "second": 4}
         self.tenants: dict[str, list[Tenant]] = {
             name: [
-                tenant(folder / f"{name}{v}", {"first": 4, "second": 4}, 10 * i + v)
+                tenant(folder / f"{name}{v}", self.ranks, 10 * i + v, v if saving else None)
                 for v in range(VERSIONS)
             ]
             for i, name in enumerate("abcde")
@@ -95,20 +100,26 @@ class Stage:
             assert self._is(self.answer(), self.base)
         memory = mux.memory()
         assert memory.replaced == 0
-        assert memory.used == sum(one.bytes for one in memory.adapters.values())
+        held = sum(one.bytes for one in memory.adapters.values())
+        assert memory.used == held + memory.saved_modules
         self._check_pools()
         return served
 
     def _check_pools(self) -> None:
         slots, adapters = self.mux._slots, self.mux._adapters
-        handles = set(slots.handles.values())
+        companions = slots.companions.handles
+        assert len(companions) <= VERSIONS
+        handles = slots.companions.beside(slots.handles.values())
+        assert companions <= handles
         assert slots.tenants == handles and not adapters._nameless
         assert set(slots._loaded[slots._loaded >= 0].tolist()) == handles
         table = slots.live(torch.device("cpu"))
         live = set(table[table >= 0].tolist())
         assert live <= handles and (self.room is not None or live == handles)
-        at = {handle & 0xFFFF for handle in live}
-        for pool in adapters._pools.values():
+        both = {slots.get("big"), *(live - companions if "second" in self.ranks else companions)}
+        for path, pool in adapters._pools.items():
+            here = live - companions if path == "first" else live & both
+            at = {handle & 0xFFFF for handle in here}
             assert pool.spans.keys() == at and pool.moving is None
             assert set(pool.rank.nonzero().flatten().tolist()) == at
             free = torch.ones(len(pool.A_rows), dtype=torch.bool)
@@ -217,6 +228,27 @@ def lines(seed: int, request: pytest.FixtureRequest) -> Iterator[int]:
         yield (line := line + chance.randint(1, 60))
 
 
+SAVING = [("load_many", None), ("load", 4), ("replace", 4), ("remove", None), ("copy", 4)]
+
+
+@pytest.mark.parametrize(("act", "room"), SAVING)
+def test_at_any_line_with_saved_modules(
+    act: str, room: int | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    stage = Stage(tmp_path, room, saving=True)
+    test_at_any_line(act, stage, request)
+    assert not stage.mux._slots.tenants
+    stage.elsewhere.close()
+
+
+def test_saved_modules_follow_a_replaced_name(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    stage = Stage(tmp_path, 4, saving=True)
+    test_the_sticky_rows_follow_a_replaced_name(stage, request)
+    stage.elsewhere.close()
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_at_any_line(act: str, stage: Stage, request: pytest.FixtureRequest) -> None:
     if act == "big" and stage.room == 2:
@@ -249,6 +281,28 @@ def test_the_sticky_rows_follow_a_replaced_name(
         if not interrupted(lambda: replace(stage), line):
             break
         stage.check(sticky="a")
+
+
+def test_the_sticky_rows_follow_a_name_that_was_given_away_before_them(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt between the two."""
+    follow, calls = Router.replace_sticky, []
+
+    def interrupt_first(router: Router, old: int, new: int) -> None:
+        calls.append((old, new))
+        if len(calls) == 1:
+            raise Interrupt
+        follow(router, old, new)
+
+    monkeypatch.setattr(Router, "replace_sticky", interrupt_first)
+    stage.mux.set_adapter("a")
+    stage.check(sticky="a")
+    old = stage.mux.adapters["a"]
+    with pytest.raises(Interrupt):
+        replace(stage)
+    assert calls == [(old, stage.mux.adapters["a"])] * 2
+    stage.check(sticky="a")
 
 
 def test_detach(stage: Stage, request: pytest.FixtureRequest) -> None:

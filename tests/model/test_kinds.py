@@ -174,6 +174,18 @@ def test_layout_of_the_output_is_the_bases() -> None:
     assert not torch.equal(one, layer(x[0]))
 
 
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.interpreter)])
+@torch.no_grad()
+def test_no_samples_and_short_ints(backend: Any) -> None:
+    conv = lora_mux.MuxLinear(nn.Conv2d(3, 4, 3), backend=backend)
+    conv.add_adapter("a", torch.randn(2, 3, 3, 3), torch.randn(4, 2), alpha=2)
+    assert conv(torch.ones(0, 3, 5, 5), lora_mux.Routing(torch.zeros(0, 1).int())).numel() == 0
+    table = lora_mux.MuxLinear(nn.Embedding(9, 4), backend=backend)
+    handle = table.add_adapter("a", torch.randn(2, 9), torch.randn(4, 2), alpha=2)
+    ids, routing = torch.tensor([[1, 8], [0, 3]]), lora_mux.Routing(torch.tensor([[-1], [handle]]))
+    assert torch.equal(table(ids.int(), routing), table(ids, routing))
+
+
 @torch.no_grad()
 def test_nobody_elses_values_reach_a_row() -> None:
     layer = lora_mux.MuxLinear(nn.Conv2d(3, 4, 3, padding=1))

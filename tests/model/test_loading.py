@@ -1,6 +1,8 @@
 """load_many beside other threads: all or none, and nobody else's work is undone."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import lora_mux
+from peft_oracle import llama
 from tenants import Model, Tenant, attached, check, tenant
 
 X = torch.randn(1, 12)
@@ -88,3 +91,62 @@ def test_another_thread_s_adapter_of_the_same_name_stays(
         serves(model, mux, "a", theirs)
         mux.remove("a")
         assert not mux._slots.tenants
+
+
+def test_a_component_of_a_folder_that_has_none(
+    stage: tuple[Model, lora_mux.Mux], tenants: dict[str, Tenant]
+) -> None:
+    """As files of diffusers have them."""
+    _, mux = stage
+    says = "`component` must be None for a PEFT checkpoint, got 'unet'"
+    with pytest.raises(lora_mux.errors.CheckpointError, match=says):
+        mux.load("a", tenants["a"].folder, component="unet")
+    assert mux.adapters == {}
+    mux.load("a", tenants["a"].folder)
+
+
+HEAD = {"lm_head": (torch.ones(2, 64), torch.ones(256, 2))}
+
+
+def test_two_threads_that_bring_the_first_adapters_of_a_head() -> None:
+    """Both have seen that the head is not there yet; one lets it join, and the other uses it."""
+    model = llama()
+    mux = lora_mux.attach(model)
+    both, lock = threading.Barrier(2), mux._router.changes
+    seen = threading.local()
+
+    class Meeting:
+        """The lock of all changes, for which each thread waits once until the other wants it."""
+
+        def __enter__(self) -> None:
+            if not hasattr(seen, "met"):
+                seen.met = True
+                both.wait(20)
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    mux._router.changes = Meeting()  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(mux.add_adapter, name, HEAD, scaling=0.5) for name in "ab"]
+        handles = {one.result(20) for one in made}
+    mux._router.changes = lock
+    assert handles == set(mux.adapters.values()) and mux.targets.count("lm_head") == 1
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        base = model(ids, output_hidden_states=True)
+        want = base.logits + 0.5 * 2 * base.hidden_states[-1].sum(-1, keepdim=True)
+        for name in "ab":
+            with mux.route([name]):
+                torch.testing.assert_close(model(ids).logits, want)
+
+
+def test_a_head_that_would_join_a_captured_model() -> None:
+    """A graph calls the layers that were there when it was captured."""
+    mux = lora_mux.attach(llama())
+    targets = mux.targets
+    mux._slots.captured = True  # as a capture on a GPU would leave it
+    with pytest.raises(lora_mux.errors.PoolCapacityError, match="'lm_head' must carry.*before cap"):
+        mux.add_adapter("a", HEAD, scaling=0.5)
+    assert mux.targets == targets and not mux.adapters

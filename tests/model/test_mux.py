@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_mux
-from peft_oracle import gpt2, llama, t5
+from lora_mux.routes import route
+from peft_oracle import gpt2, llama, peft, t5, transformers
 
 
 class Blocks(nn.Module):
@@ -512,6 +513,95 @@ class TestTargets:
         other = nn.ModuleDict({"encoder": copy.deepcopy(model)})
         with pytest.raises(lora_mux.errors.TargetError, match="bypass|hide"):
             lora_mux.attach(other, ["linear1"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForSequenceClassification", "LlamaForSequenceClassification"]
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
+def test_the_head_of_a_classifier_is_left_out_as_by_peft(kind: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "vocab_size": 64}
+    config = getattr(transformers, kind.replace("ForSequenceClassification", "Config"))(**small)
+    model = getattr(transformers, kind)(config)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    )
+    layers = theirs.base_model.model.named_modules()
+    want = {path for path, layer in layers if isinstance(layer, peft.tuners.lora.Linear)}
+    assert set(lora_mux.attach(model).targets) == want
+
+
+def test_it_says_what_it_holds() -> None:
+    model, mux = attached(("a", "b"))
+    assert repr(mux) == "Mux(targets=3, adapters=['a', 'b'])"
+    mux.detach()
+    assert repr(mux).endswith(", detached)")
+
+
+def test_weights_that_change_all_the_time_are_not_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a fader that an adapter is mixed in with."""
+    monkeypatch.setattr(route, "MAX_ROUTES", 4)
+    model, mux = attached(("a",))
+    base, full = model(X), alone(model, mux, X, "a")
+    for step in range(11):
+        mux.set_adapter("a", weights=[step / 10])
+        got = model(X)
+        assert torch.equal(got, base) == (step == 0)
+        assert len(mux._uniform_routes._routes) <= 4
+    torch.testing.assert_close(got, full)
+
+
+class Drawing(nn.Module):
+    """A model that is given how much to make, and no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, samples: int, tokens: list[int]) -> Tensor:
+        return self.layer(torch.ones(samples, len(tokens), 8))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_takes_no_tensor() -> None:
+    """Its layers show how many samples there are."""
+    model = Drawing()
+    mux = lora_mux.attach(model)
+    add(mux, "a")
+    add(mux, "b")
+    with mux.route(["a", None, "b"]):
+        got = model(3, [7, 7])
+        with pytest.raises(lora_mux.errors.RoutingError, match=r"\(4\), got 3"):
+            model(4, [7, 7])
+    for i, row in enumerate(["a", None, "b"]):
+        mux.set_adapter(row)
+        torch.testing.assert_close(got[i], model(3, [7, 7])[i])
+    assert not torch.equal(got[0], got[2])
+
+
+class Table(nn.Module):
+    """A layer that sees the batch, and one that sees a table of five positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table = torch.linspace(-1, 1, 5 * 8).reshape(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x) + self.positions(self.table)  # type: ignore[no-any-return]
+
+
+def test_equal_rows_with_weights_that_are_trained() -> None:
+    """The first row would stand for all, and alone have a gradient."""
+    model = Table()
+    mux = lora_mux.attach(model)
+    index, weights = torch.full((3, 1), add(mux, "a")), torch.full((3, 1), 0.5)
+    with mux.route(index, weights):
+        got = model(X)
+    torch.testing.assert_close(got, alone(model, mux, X, {"a": 0.5}))
+    with mux.route(index, weights.requires_grad_()):
+        with pytest.raises(lora_mux.errors.RoutingError, match="unless all `rows` are equal"):
+            model(X)
 
 
 def test_two_models_do_not_share_a_route() -> None:

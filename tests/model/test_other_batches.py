@@ -224,6 +224,18 @@ class TestGuidance:
                 run(num_return_sequences=2)
 
     @torch.no_grad()
+    def test_the_decoder_of_musicgen_alone(self) -> None:
+        whole, mux = musicgen()
+        mux.detach()
+        model, mux = attached(whole.decoder, size=0.5)
+        ids = torch.randint(0, 64, (12, 5))  # four codebooks of each sample
+        rows_are_as_alone(mux, lambda: model(input_ids=ids).logits.unflatten(0, (3, 4)))
+        with mux.route(["a", "b"]), pytest.raises(RoutingError, match=r"\(3\), got 2"):
+            model(input_ids=ids)
+        with mux.route(ROWS), pytest.raises(RoutingError, match=r"\(10\), got 3"):
+            model(input_ids=ids[:10])  # of nobody knows which samples
+
+    @torch.no_grad()
     def test_of_text(self) -> None:
         """The base's logits come from passes with a batch of their own, in the same order."""
         torch.manual_seed(0)
@@ -384,6 +396,28 @@ class TestOtherOrders:
         else:
             rows_are_as_alone(mux, lambda: model(ids).last_hidden_state, rows)
 
+    @pytest.mark.parametrize(
+        "expand", ["interleave", "tile", {"interleave": 2, "tile": 3}], ids=str
+    )
+    @torch.no_grad()
+    def test_tokens_first_of_repeated_samples(self, expand: Any) -> None:
+        torch.manual_seed(0)
+        model, mux = attached(Translator(), size=0.5)
+        ids = torch.randint(1, 64, (3, 4))
+        batch = {"interleave": ids.repeat_interleave(2, 0), "tile": ids.repeat(2, 1)}
+        asked = batch[expand] if isinstance(expand, str) else batch["interleave"].repeat(3, 1)
+        with mux.route(ROWS, expand=expand):
+            got = model(asked)
+        for i, sample in enumerate(asked):
+            row = ROWS[next(j for j in range(3) if torch.equal(ids[j], sample))]
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(asked))[i])
+
+    @torch.no_grad()
+    def test_experts_that_all_compute_the_whole_batch(self) -> None:
+        model, mux = attached(Dense())
+        rows_are_as_alone(mux, lambda: model(noise(3, 2, 8)))
+        rows_are_as_alone(mux, lambda: model(noise(3, 2, 4, 8)))
+
     @torch.no_grad()
     def test_tokens_that_experts_pick(self) -> None:
         """Three of them, by chance as many as there are samples."""
@@ -437,3 +471,14 @@ class Experts(nn.Module):
         for i, expert in enumerate(self.experts):
             y[chosen == i] = expert(x[chosen == i])
         return y
+
+
+class Dense(nn.Module):
+    """A mixture of all experts, as small ones are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(expert(x) * x.mean(-1, True) for expert in self.experts)  # type: ignore[return-value]

@@ -1,16 +1,20 @@
 """Sub-models with a batch of images: each sample as alone, rows per image, or a refusal."""
 
 import copy
+import itertools
+import random
 from typing import Any
 
 import pytest
 import torch
 from batches import add_adapters, assert_equal, differ, with_adapter
 from torch import Tensor, nn
-from vision_language import MODELS, make, noise, prompts, samples, together
+from vision_language import MODELS, TEXT, VISION, make, noise, prompts, samples, together
 
 import lora_mux
+from lora_mux import ops
 from lora_mux.errors import PoolCapacityError, RoutingError, UnknownAdapterError
+from lora_mux.routes import towers
 from peft_oracle import transformers as T
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -247,6 +251,206 @@ def test_models_of_other_makes() -> None:
     with mux.route(ROWS, towers={"vision": ["a"] * 3, "head": ROWS}):  # the way out
         got = model(tokens, images)
     assert_equal(got[0], with_adapter(mux, "a", lambda: model(tokens, images))[0])
+
+
+class Seeing(nn.Module):
+    """It may be given words, pixels or both, and adds each image to a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.llm = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.kept = noise(3, 8, seed=5)
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None) -> Tensor:
+        images = self.kept if pixel_values is None else pixel_values
+        seen = self.vision(images.flatten(0, -2)).reshape(len(images), -1, 8).sum(1)
+        if input_ids is None:
+            return seen  # type: ignore[no-any-return]
+        return self.llm(nn.functional.one_hot(input_ids, 8).float()).sum(1) + seen  # type: ignore[no-any-return]
+
+
+class TestSeeing:
+    @pytest.fixture
+    def model(self) -> Any:
+        return Seeing().eval()
+
+    @pytest.fixture
+    def mux(self, model: Any) -> lora_mux.Mux:
+        mux = lora_mux.attach(model)
+        add_adapters(model, mux)
+        add_adapters(model, mux, "cd", lambda path: path == "llm")
+        return mux
+
+    IDS = torch.tensor([[1, 2], [3, 4], [5, 6]])
+
+    @torch.no_grad()
+    def test_images_alone_are_the_batch(self, model: Any, mux: lora_mux.Mux) -> None:
+        images = noise(3, 8)
+        with mux.route(ROWS):
+            got = model(pixel_values=images)
+        for i, row in enumerate(ROWS):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(pixel_values=images))[i])
+        assert differ(got, model(pixel_values=images))
+
+    @torch.no_grad()
+    def test_images_that_are_none_of_the_arguments(self, model: Any, mux: lora_mux.Mux) -> None:
+        with mux.route(ROWS), pytest.raises(RoutingError, match="called without images or sounds"):
+            model(self.IDS)
+        with mux.route(ROWS, towers={"vision": ROWS}):  # the way out
+            got = model(self.IDS)
+        for i, row in enumerate(ROWS):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(self.IDS))[i])
+
+    @pytest.mark.parametrize("shape", [(3, 8), (3, 1, 2, 8)], ids=str)
+    @torch.no_grad()
+    def test_images_of_unknown_kinds(
+        self, shape: tuple[int, ...], model: Any, mux: lora_mux.Mux
+    ) -> None:
+        """Vectors, and images of which the tower sees the parts one by one."""
+        images = noise(*shape)
+        with mux.route(ROWS), pytest.raises(RoutingError, match="not certain which sample"):
+            model(self.IDS, images)
+        with mux.route(["c", "d", None]):  # adapters that leave the tower alone
+            got = model(self.IDS, images)
+        for i, row in enumerate(["c", "d", None]):
+            assert_equal(got[i], with_adapter(mux, row, lambda: model(self.IDS, images))[i])
+
+    @torch.no_grad()
+    def test_rows_of_another_number_of_images(self, model: Any, mux: lora_mux.Mux) -> None:
+        for rows in (["a", "b"], ["a"] * 4):
+            with mux.route(ROWS, towers={"vision": rows}):
+                with pytest.raises(
+                    RoutingError, match=rf"one entry per item .*\(3\), got {len(rows)}"
+                ):
+                    model(self.IDS, noise(3, 8))
+
+    @torch.no_grad()
+    def test_in_a_graph_of_cuda_s(
+        self, model: Any, mux: lora_mux.Mux, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "capturing", lambda device: True)
+        for own in (None, {"vision": ROWS}):
+            with mux.route(ROWS, towers=own), pytest.raises(RoutingError, match="is captured"):
+                model(self.IDS, noise(3, 8))
+
+    @torch.no_grad()
+    def test_in_a_program_that_is_exported(self, model: Any, mux: lora_mux.Mux) -> None:
+        """It knows no arguments, so that the tower's rows must all be equal, or none of its own."""
+        batch = self.IDS, noise(3, 8)
+        with mux.route(["a", "b", None]), pytest.raises(RoutingError, match="a compiled model has"):
+            torch.export.export(model, batch, strict=False)
+        mux.set_adapter("a")
+        program = torch.export.export(model, batch, strict=False)
+        assert_equal(program.module()(*batch), model(*batch))
+        mux.set_adapter(None)
+        for name in "ab":
+            mux.remove(name)
+        with mux.route(["c", "d", None]):
+            program = torch.export.export(model, batch, strict=False)
+            want = model(*batch)
+        assert_equal(program.module()(*batch), want)
+        assert differ(want, model(*batch))
+
+
+class Sine(nn.Module):
+    """A forward that shows no arguments: it is written in C."""
+
+    forward = torch.sin  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def test_a_part_whose_forward_shows_no_arguments() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Sine(), nn.Linear(8, 8))
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    x = noise(3, 8)
+    with mux.route(ROWS):
+        got = model(x)
+    for i, row in enumerate(ROWS):
+        assert_equal(got[i], with_adapter(mux, row, lambda: model(x))[i])
+
+
+@torch.no_grad()
+def test_words_and_pixels_in_one_sequence() -> None:
+    """ViLT has one model for both, of which no part is the images' alone."""
+    torch.manual_seed(0)
+    config = T.ViltConfig(**VISION | {"num_hidden_layers": 1}, vocab_size=64)
+    model = T.ViltModel(config).eval()
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    batch = {"input_ids": torch.randint(1, 64, (3, 4)), "pixel_values": noise(3, 3, 16, 16)}
+
+    def run() -> Tensor:
+        torch.manual_seed(0)  # it draws the order of the patches
+        return model(**batch).last_hidden_state  # type: ignore[no-any-return]
+
+    with mux.route(ROWS):
+        got = run()
+    for i, row in enumerate(ROWS):
+        want = with_adapter(mux, row, run)
+        assert_equal(got[i], want[i])
+        assert row is None or differ(want, run())
+
+
+@torch.no_grad()
+def test_a_decoder_that_reads_images_as_words() -> None:
+    """Chameleon's images are tokens of its vocabulary: all but what makes them is the text's."""
+    torch.manual_seed(0)
+    vq = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32}
+    vq |= {"channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 16}
+    words = {f"IMGIMGBS{letter}Z": 20 + i for i, letter in enumerate("ABCDEFGHIJKLMNOP")}
+    config = T.ChameleonConfig(
+        **TEXT | {"num_key_value_heads": 2}, vq_config=vq, vocabulary_map=words | {"<image>": 5}
+    )
+    model = T.ChameleonModel(config).eval()
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    ids = prompts([[], [], []])
+    with mux.route(ROWS):
+        got = model(input_ids=ids).last_hidden_state
+    for i, row in enumerate(ROWS):
+        assert_equal(got[i], with_adapter(mux, row, lambda: model(ids).last_hidden_state)[i])
+
+
+@torch.no_grad()
+def test_images_that_are_not_where_their_tokens_are() -> None:
+    """As many of them in all: transformers puts them in, one after the other."""
+    model = make("idefics3")
+    mux = lora_mux.attach(model)
+    add_adapters(model, mux)
+    batch = together("idefics3", samples("idefics3", [1, 2, 0]))
+    batch["pixel_values"] = batch["pixel_values"][[1, 0, 2]]
+    with mux.route(ROWS), pytest.raises(RoutingError, match="not certain which sample"):
+        model(**batch)
+    with mux.route(ROWS, towers={"vision_model": ["b", "b", "a"]}):  # the way out
+        model(**batch)
+
+
+def test_images_are_shared_out_in_order() -> None:
+    """Against all ways to share them out."""
+    found = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        images = [draw.randint(0 if seed % 9 == 0 else 1, 3) for _ in range(draw.randint(0, 5))]
+        samples = [draw.randint(0, 5) for _ in range(draw.randint(1, 4))]
+        if seed % 2:  # cut where images end
+            cuts = sorted(draw.randint(0, len(images)) for _ in samples[1:])
+            bounds = [0, *cuts, len(images)]
+            samples = [sum(images[a:b]) for a, b in itertools.pairwise(bounds)]
+        ways = [
+            counts
+            for counts in itertools.product(range(len(images) + 1), repeat=len(samples))
+            if sum(counts) == len(images)
+            and all(
+                sum(images[sum(counts[:i]) : sum(counts[: i + 1])]) == tokens
+                for i, tokens in enumerate(samples)
+            )
+        ]
+        got = towers._counts(samples, images)
+        found += got is not None
+        # An image without tokens may be anybody's.
+        assert got == (list(ways[0]) if len(ways) == 1 and 0 not in images else None)
+    assert 100 < found < 300
 
 
 @torch.no_grad()

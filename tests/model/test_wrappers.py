@@ -1,6 +1,7 @@
 """attach, Mux.of and detach where the model is wrapped, nested or attached already."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux.errors import ArgumentTypeError, DetachedError, TargetError
+from lora_mux.model import top
 from tenants import Model, Tenant, check, tenant
 
 
@@ -208,3 +210,16 @@ class TestDetached:
         mux.load("b", other.folder)
         with pytest.raises(lora_mux.errors.UnknownAdapterError):
             mux.route(index)
+
+
+def test_a_pass_asks_for_no_compiler_that_nobody_has_imported(
+    made: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import takes seconds; torch does it as soon as something is compiled."""
+    monkeypatch.setattr(top, "_UNTRACED", {})
+    monkeypatch.setattr(torch.compiler, "disable", lambda *_: pytest.fail("asks for a compiler"))
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    mux = lora_mux.attach(model := Model())
+    mux.load("a", made.folder)
+    with mux.route(["a", None]):
+        check(model, torch.randn(2, 12), [[(made, 1.0)], []])

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_mux
 from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
 from lora_mux.kernels import installed
 from lora_mux.ops import dispatch
+from oracle import Adapter, assert_close, forward
 
 pytestmark = pytest.mark.interpreter
 
@@ -106,6 +108,74 @@ def test_adapters_come_and_go_before_the_backward() -> None:
     mux.remove("a")
     (got,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("apart", [0, 3])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_fused_whatever_lies_between_rows(by_columns: bool, apart: int) -> None:
+    """A kernel that loads 16 bytes at once gets a copy of x, and no weight that lies by columns."""
+    linear = nn.Linear(16, 32).half()
+    if by_columns:
+        linear.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
+    layer = lora_mux.MuxLinear(linear, backend="triton", fused=True)
+    A, B = torch.randn(4, 16).half() / 4, torch.randn(32, 4).half() / 4
+    handle = layer.add_adapter("a", A, B, scaling=0.5)
+    x = torch.randn(3, 16 + apart).half()[:, :16]
+    with torch.no_grad():
+        assert (layer._plain_weight(x) is None) == by_columns
+        y = layer(x, Routing(torch.tensor([[handle], [-1], [handle]])))
+    adapter = [(Adapter(A, B, 0.5), 1.0)]
+    assert_close(y, forward(linear, x, [adapter, [], adapter]))
+
+
+def test_a_fused_layer_that_a_mode_looks_on() -> None:
+    """As one that counts FLOPs. Then the launch is an operator, which the mode sees."""
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer = lora_mux.MuxLinear(nn.Linear(16, 32).half(), backend="triton", fused=True)
+    A, B = torch.randn(4, 16).half() / 4, torch.randn(32, 4).half() / 4
+    routing = Routing(torch.tensor([[layer.add_adapter("a", A, B, scaling=0.5)], [-1]]))
+    x = torch.randn(2, 16).half()
+    with torch.no_grad():
+        want = layer(x, routing)
+        with Seen():
+            got = layer(x, routing)
+    assert torch.equal(got, want)
+    assert [name for name in seen if "lora_mux" in name] == [
+        "lora_mux.plan.default",
+        "lora_mux.linear.default",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_embedding_before_and_after_its_first_adapter(dtype: torch.dtype) -> None:
+    """It has no rank rows then that numbers could be looked up in."""
+    base, x = nn.Embedding(11, 6).to(dtype), torch.randint(11, (2, 5))
+    model = nn.Sequential(copy.deepcopy(base))
+    mux = lora_mux.attach(model, ["0"], backend="triton")
+    with torch.no_grad():
+        assert torch.equal(model[0](x, Routing(torch.full((2, 1), -1))), base(x))
+        A, B = torch.randn(3, 11).to(dtype), torch.randn(6, 3).to(dtype)
+        handle = mux.add_adapter("a", {"0": (A, B)}, scaling=0.5)
+        got = model[0](x, Routing(torch.tensor([[handle], [-1]]), torch.tensor([[2.0], [1.0]])))
+    assert torch.equal(got[1], base(x)[1])
+    want = base(x)[0].double() + A.double()[:, x[0]].T @ B.double().T
+    torch.testing.assert_close(got[0].double(), want, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_weights_of_a_batch_without_rows_have_gradients() -> None:
+    case = LayerCase(ranks=(3,), size=(24, 40), backend="triton")
+    weight = torch.ones(0, 2, requires_grad=True)
+    index = torch.empty(0, 2, dtype=torch.int64)
+    case.layer(case.x(0).requires_grad_(), Routing(index, weight)).sum().backward()
+    assert weight.grad is not None and weight.grad.shape == (0, 2)
 
 
 @pytest.mark.parametrize("stride", [0, 2])
@@ -480,6 +550,22 @@ class TestGraphs:
         layer.add_adapter("b", torch.ones(2, 4), torch.ones(3, 2), alpha=1)
         with pytest.raises(lora_mux.errors.PoolCapacityError, match="rank 1 beside 2 adapters"):
             layer.add_adapter("c", torch.ones(1, 4), torch.ones(3, 1), alpha=1)
+
+    def test_weights_that_need_gradients_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A graph has no backward that would find them."""
+        model, mux = blocks()
+        index = torch.tensor([[handle] for handle in mux.adapters.values()])
+        weights, x = torch.ones(2, 1, requires_grad=True), torch.randn(2, 16)
+        with torch.enable_grad(), monkeypatch.context() as patch:
+            mux.set_route(index, weights)
+            model(x)
+            capturing(patch)
+            with pytest.raises(lora_mux.errors.RoutingError, match="while a CUDA graph.*detach"):
+                model(x)
+        mux.set_route(index, weights.detach())  # the way out
+        want = model(x)
+        capturing(monkeypatch)
+        assert torch.equal(model(x), want) and len(mux._router.captured._all) == 1
 
     def test_capturing_wants_a_run_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, mux = blocks()

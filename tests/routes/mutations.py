@@ -90,7 +90,7 @@ MUTATIONS = {
     ),
     "router: a sticky route does not follow": Mutation(
         ROUTER,
-        "self.sticky.route = self.sticky.route.with_replaced(old, new)",
+        "self.sticky.route = self.sticky.route.with_replaced(old, new, self.slots)",
         "pass",
         TEST_BOUNDED,
     ),
@@ -225,5 +225,26 @@ MUTATIONS = {
         "samples).repeat(x.shape[0])",
         "samples).repeat_interleave(x.shape[0])",
         TEST_OTHER_BATCHES,
+    ),
+    "towers: images are their placeholders' samples'": Mutation(
+        TOWERS, "if counts is not None and counts != found:", "if False:", TEST_TOWERS
+    ),
+    "route: the first row trains for all": Mutation(
+        ROUTE, " or weight.requires_grad", "", TEST_MUX
+    ),
+    "route: all that a fader has had is kept": Mutation(
+        ROUTE, "if len(self._routes) == MAX_ROUTES:", "if False:", TEST_MUX
+    ),
+    "compiled: rows of any number": Mutation(
+        COMPILED, "route.routing.rows != index.shape[0] or ", "", TEST_COMPILE
+    ),
+    "scopes: whoever steps a generator starts its tasks": Mutation(
+        SCOPES, "or (before and _is_at_yield(generator))", "", TEST_SCOPES
+    ),
+    "router: sticky rows keep the adapter of before": Mutation(
+        ROUTER,
+        "(successor := self.slots.successor(handle))",
+        "(successor := handle)",
+        ("model/test_interrupts.py",),
     ),
 }

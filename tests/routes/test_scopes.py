@@ -218,6 +218,48 @@ class TestGenerators:
         assert got == ["a"]
         streamed.close()
 
+    def test_beside_a_block_of_plain_code_from_elsewhere(self, stage: SimpleNamespace) -> None:
+        """Whoever starts a thread while the generator rests may mean either block."""
+        with stage.mux.route(["a"]):
+            streamed = stream(stage, "b")
+            assert next(streamed) == "b"
+            inside = contextvars.copy_context()
+            with pytest.raises(RoutingError, match="one and of the code that steps it"):
+                in_thread(lambda: inside.run(stage.who))
+            streamed.close()
+            inside = contextvars.copy_context()
+            assert in_thread(lambda: inside.run(stage.who)) == "a"
+
+    def test_what_a_generator_starts_in_a_step_is_its_own(self, stage: SimpleNamespace) -> None:
+        def steps() -> Iterator[Any]:
+            with stage.mux.route(["b"]):
+                for _ in range(2):
+                    inside = contextvars.copy_context()
+                    yield in_thread(lambda inside=inside: inside.run(stage.who))
+
+        with stage.mux.route(["a"]):
+            assert list(steps()) == ["b", "b"]
+
+    def test_what_an_async_generator_waits_for_is_its_own(self, stage: SimpleNamespace) -> None:
+        """Until it has yielded: then the task may be that of whoever steps it."""
+
+        async def steps() -> AsyncIterator[Any]:
+            with stage.mux.route(["b"]):
+                for _ in range(2):
+                    yield await asyncio.create_task(_asked(stage))
+
+        async def main() -> None:
+            with stage.mux.route(["a"]):
+                streamed = steps()
+                assert await anext(streamed) == "b"
+                with pytest.raises(RoutingError, match="one and of the code that steps it"):
+                    await asyncio.create_task(_asked(stage))
+                assert await anext(streamed) == "b"
+                await streamed.aclose()  # type: ignore[attr-defined]
+                assert await asyncio.create_task(_asked(stage)) == "a"
+
+        asyncio.run(main())
+
 
 def _refused_or(stage: SimpleNamespace) -> Any:
     try:

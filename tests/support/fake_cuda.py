@@ -50,6 +50,7 @@ class FakeCuda(TorchDispatchMode):
         patch.setattr(lora_mux.core.streams, "WITH_STREAMS", set())
         patch.setattr("lora_mux.kernels.launch.capability", lambda device: (9, 0))
         patch.setattr(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: False)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = args, kwargs or {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lora_mux
 from oracle import Adapter, forward
 
+KINDS = ("weight", "bias")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIZES = {"first": (12, 10), "second": (10, 7)}
 
@@ -33,6 +34,9 @@ class Tenant:
 
     folder: Path
     parts: Mapping[str, Adapter]
+    # The weight and the bias of "second", if the adapter saved that as a whole, and their seed.
+    saved: tuple[Tensor, Tensor] | None = None
+    saved_seed: int | None = None
 
     @property
     def rows(self) -> dict[str, int]:
@@ -43,8 +47,14 @@ class Tenant:
         return {path: (part.A, part.B) for path, part in self.parts.items()}
 
 
-def tenant(folder: Path, ranks: Mapping[str, int], seed: int, dora: bool = False) -> Tenant:
-    """A tenant's adapter, saved as PEFT would."""
+def tenant(
+    folder: Path,
+    ranks: Mapping[str, int],
+    seed: int,
+    saved_seed: int | None = None,
+    dora: bool = False,
+) -> Tenant:
+    """A tenant's adapter, saved as PEFT would; with a seed for "second" that as a whole."""
     generator = torch.Generator().manual_seed(seed)
     parts, tensors = {}, {}
     for path, r in ranks.items():
@@ -63,9 +73,17 @@ def tenant(folder: Path, ranks: Mapping[str, int], seed: int, dora: bool = False
     config: dict[str, Any] = {"peft_type": "LORA", "lora_alpha": 4, "use_dora": dora}
     config["rank_pattern"] = dict(ranks)
     config["target_modules"] = list(ranks)
+    saved = None
+    if saved_seed is not None:
+        K, N = SIZES["second"]
+        generator = torch.Generator().manual_seed(saved_seed)
+        weight = torch.randn(N, K, generator=generator) / K**0.5
+        saved = weight, torch.randn(N, generator=generator)
+        config["modules_to_save"] = ["second"]
+        tensors |= {f"base_model.model.second.{n}": t for n, t in zip(KINDS, saved, strict=True)}
     (folder / CONFIG).write_text(json.dumps(config))
     save_file(tensors, folder / WEIGHTS)
-    return Tenant(folder, parts)
+    return Tenant(folder, parts, saved, saved_seed)
 
 
 Row = Sequence[tuple[Tenant, float]]  # what one row selects
@@ -79,7 +97,12 @@ def truth(model: Model, x: Tensor, rows: Sequence[Row]) -> Tensor:
 
     with torch.no_grad():
         h = forward(model.first, x, of("first"))
-        return forward(model.second, torch.tanh(h), of("second"))
+        y = forward(model.second, torch.tanh(h), of("second"))
+        for m, row in enumerate(rows):
+            for weight, bias in [t.saved for t, _ in row if t.saved is not None][:1]:
+                own = torch.tanh(h[m]) @ model.second.weight.double().T + model.second.bias.double()
+                y[m] += torch.tanh(h[m]) @ weight.double().T + bias.double() - own
+        return y
 
 
 def check(model: Model, x: Tensor, rows: Sequence[Row]) -> None:

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import lora_mux
-from lora_mux.checkpoints import patterns
-from lora_mux.checkpoints.peft_config import (
+from lora_mux.checkpoints.peft_folder import OTHER_SUFFIXES, PICKLE_FILE
+from lora_mux.configs import patterns
+from lora_mux.configs.peft_config import (
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
     REFUSED,
@@ -23,7 +24,6 @@ from lora_mux.checkpoints.peft_config import (
     parse_config,
     parse_fields,
 )
-from lora_mux.checkpoints.peft_folder import OTHER_SUFFIXES, PICKLE_FILE
 from lora_mux.errors import CheckpointError
 from paths import ROOT
 from peft_oracle import peft
@@ -173,7 +173,7 @@ def _count_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
             super().__init__(paths)
             made.append(self)
 
-    monkeypatch.setattr("lora_mux.checkpoints.peft_config.Steps", Counted)
+    monkeypatch.setattr("lora_mux.configs.peft_config.Steps", Counted)
 
     def taken() -> int:
         return max(steps.limit - steps.left for steps in (made.pop() for _ in range(len(made))))
@@ -270,3 +270,12 @@ def test_the_docs_name_all_that_is_refused() -> None:
     for init in SHIFTED_BASE:
         with pytest.raises(CheckpointError, match="relative to a changed base"):
             parse_config({"peft_type": "LORA", "init_lora_weights": init}, "config")
+
+
+def test_saved_modules_are_compared_with_few_names() -> None:
+    fields = {"peft_type": "LORA", "modules_to_save": [f"layer{i}" for i in range(1000)]}
+    config = parse_config(fields, "config")
+    assert config.saves("model.layer7.dense") and config.saves("my_layer7")
+    assert not config.saves("model.layer7_of_all") and not config.saves("layer")
+    with pytest.raises(CheckpointError, match="`modules_to_save` must be a list of at most 1000"):
+        parse_config({**fields, "modules_to_save": ["a"] * 1001}, "config")

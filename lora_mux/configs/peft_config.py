@@ -11,32 +11,31 @@ Source: peft 0.21, src/peft/tuners/lora/config.py and utils/other.py (get_patter
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, short, warn
 from . import patterns
+from .fields import Fields
 from .patterns import PathEnds, PatternError, Steps
 
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
-    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias use_dora".split()
+    "exclude_modules layers_to_transform layers_pattern init_lora_weights bias modules_to_save "
+    "ensure_weight_tying trainable_token_indices use_bdlora use_dora".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
     "lora_dropout fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
-    "corda_config lora_ga_config ensure_weight_tying runtime_config task_type auto_mapping "
+    "corda_config lora_ga_config runtime_config task_type auto_mapping "
     "base_model_name_or_path revision inference_mode peft_version megatron_core "
     "qalora_group_size".split()
 )
 REFUSED = {
-    "modules_to_save": "it replaces whole modules, which is not a sum of adapters",
-    "trainable_token_indices": "it replaces rows of the embedding",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
     "use_qalora": "QA-LoRA pools its inputs",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "arrow_config": "Arrow is a router over other adapters",
     "kasa_config": "KaSA changes the base weights",
     "target_parameters": "LoRA on parameters (fused experts) is not supported",
@@ -57,11 +56,7 @@ PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20  # of the values in a config
 MAX_DIGITS = 30  # of an int; reading a million digits takes Python seconds
-MAX_RANK = (1 << 31) - 1
-MAX_ALPHA = 1e30  # which also keeps out the ints that overflow a float
 MAX_NAMES_IN_WARNING = 3
-
-Value = TypeVar("Value")
 
 
 class Strength(NamedTuple):
@@ -91,6 +86,10 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None = None
     layers_to_transform: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()  # sorted
+    blocks: int = 1  # on the diagonal of A or of B, beside which BD-LoRA has zeros
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name -> rows of its weight
+    ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
     source: str = field(default="", compare=False)  # what error messages call it
 
     def strengths(self, paths: Collection[str]) -> dict[str, Strength]:
@@ -108,6 +107,28 @@ class PeftConfig:
                 rank, alpha = ranks[path], alphas[path]
                 found[text] = Strength(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
         return found
+
+    def saves(self, name: str) -> bool:
+        """Whether a module or a parameter lies in a module that was saved as a whole.
+
+        PEFT asks for the end of the path, dot or not: "score" saves "my_score".
+        """
+        ends = [i for i, c in enumerate(name) if c == "."]
+        paths = (name[:end] for end in [*ends, len(name)])
+        return any(path.endswith(self.modules_to_save) for path in paths)
+
+    def tokens(self, path: str) -> tuple[int, ...]:
+        """The rows of a module's weight that were trained, if some were.
+
+        PEFT asks for the end of the path, and without a name means the embedding of the input.
+        """
+        found = {rows for name, rows in self.trainable_tokens if path.endswith(name)}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self.source}: `trainable_token_indices` must name each module once, got several "
+                f"for {path!r}"
+            )
+        return found.pop() if found else ()
 
     def targeted(self, paths: Collection[str]) -> set[str]:
         """Those of the paths that the config targets, by PEFT's rules.
@@ -197,7 +218,7 @@ def parse_config(
         )
     _refuse_other_formulas(source, values, biases)
     _refuse_unknown_fields(source, values)
-    check = _Checker(source, values)
+    check = Fields(source, values)
     use_dora = check.flag("use_dora")
     if use_dora and check.flag("lora_bias"):
         raise CheckpointError(
@@ -216,6 +237,10 @@ def parse_config(
         exclude_modules=check.modules("exclude_modules"),
         layers_to_transform=check.layers("layers_to_transform"),
         layers_pattern=check.layer_names("layers_pattern"),
+        modules_to_save=check.names("modules_to_save"),
+        blocks=check.blocks("use_bdlora"),
+        trainable_tokens=check.tokens("trainable_token_indices"),
+        ensure_weight_tying=check.flag("ensure_weight_tying"),
         source=source,
     )
 
@@ -300,81 +325,3 @@ def _refuse_unknown_fields(source: str, values: Mapping[str, Any]) -> None:
         more = ", ..." if len(unknown) > MAX_NAMES_IN_WARNING else ""
         count = f"ignored {len(unknown)} unknown fields that change nothing here"
         warn(f"{source}: {count}: {names}{more}")
-
-
-class _Checker:
-    """The fields of one config, each as the type that it must have."""
-
-    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
-        self._source = source
-        self._values = values
-        self._steps = Steps()
-
-    def rank(self, name: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-            raise self._error(name, f"an int from 1 to {MAX_RANK}", value)
-        return value
-
-    def alpha(self, name: str, value: object) -> float:
-        # A bool is an int, too.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._error(name, "a number", value)
-        if not abs(value) < MAX_ALPHA:
-            raise self._error(name, "a finite number", value)
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self._values.get(name, False)
-        if value is not None and not isinstance(value, bool):
-            raise self._error(name, "true or false", value)
-        return bool(value)
-
-    def patterns(
-        self, name: str, check: Callable[[str, object], Value]
-    ) -> tuple[tuple[str, Value], ...]:
-        value = self._values.get(name) or {}
-        if not isinstance(value, dict):
-            raise self._error(name, "an object of pattern -> number", value)
-        return tuple(
-            (self._pattern(name, key), check(f"{name}[{short(key)}]", v))
-            for key, v in value.items()
-        )
-
-    def modules(self, name: str) -> str | frozenset[str] | None:
-        value = self._values.get(name)
-        if isinstance(value, str):
-            return self._pattern(name, value)
-        return None if value is None else frozenset(self._strings(name, value))
-
-    def layer_names(self, name: str) -> tuple[str, ...]:
-        value = self._values.get(name)
-        strings = self._strings(name, [value] if isinstance(value, str) else value or [])
-        return tuple(self._pattern(name, pattern) for pattern in strings)
-
-    def layers(self, name: str) -> frozenset[int] | None:
-        value = self._values.get(name)
-        numbers = [value] if isinstance(value, int) else value
-        if numbers is None:
-            return None
-        if not isinstance(numbers, list) or not all(isinstance(n, int) for n in numbers):
-            raise self._error(name, "an int or a list of ints", value)
-        return frozenset(numbers)
-
-    def _strings(self, name: str, value: object) -> list[str]:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._error(name, "a string or a list of strings", value)
-        return value
-
-    def _pattern(self, name: str, pattern: str) -> str:
-        """A stranger's pattern, if it is one that we match."""
-        try:
-            patterns.check(pattern, self._steps)
-        except PatternError as error:
-            raise CheckpointError(
-                f"{self._source}: `{name}` must be {error}, got {short(pattern)}; list the "
-                "modules' names instead of a pattern"
-            ) from None
-        return pattern
-
-    def _error(self, name: str, expected: str, got: object) -> CheckpointError:
-        return CheckpointError(f"{self._source}: `{name}` must be {expected}, got {short(got)}")

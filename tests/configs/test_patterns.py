@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lora_mux.checkpoints.patterns import (
+from lora_mux.configs.patterns import (
     MAX_NESTING,
     MAX_PATH_LENGTH,
     MAX_PATTERN_LENGTH,

@@ -1,0 +1,103 @@
+"""What PEFT wraps around modules of a live model that an adapter saves: whole ones, and tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .safetensors_file import check_finite
+from .stored_adapter import StoredAdapter, saved_modules
+
+WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
+
+
+def source_of(name: str) -> str:
+    return f"adapter {name!r} of `peft_model`"
+
+
+def check_values(source: str, key: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{source}: key {key!r} must hold values, got a tensor on the meta device; load the "
+            "adapter without low_cpu_mem_usage, or materialise it first"
+        )
+    check_finite(source, key, tensor)
+
+
+def check_wrappers(wrappers: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Refuse what PEFT wraps around modules for other ends than saving them."""
+    for path, wrapper in wrappers.items():
+        inside = [other for other in layers if f"{other}.".startswith(f"{path}.")]
+        kind = type(wrapper)
+        if kind.__name__ not in WRAPPERS or not kind.__module__.startswith("peft."):
+            raise CheckpointError(
+                f"`peft_model`: {path!r} must be a layer, or one of modules_to_save or "
+                f"trainable_token_indices, got PEFT's {kind.__name__}; delete_adapter() the one "
+                "that made it"
+            )
+        if inside:
+            raise CheckpointError(
+                f"`peft_model`: {path!r} must not be saved as a whole by one adapter and hold LoRA "
+                f"of another, got LoRA in {inside[0]!r}; save the adapters, and mux.load() them"
+            )
+
+
+def plain_module(path: str, base: nn.Module, wrappers: Mapping[str, Any]) -> nn.Module:
+    """A module of the base model, which may lie in one of PEFT's wrappers."""
+    for outer, wrapper in wrappers.items():
+        if f"{path}.".startswith(f"{outer}."):
+            inner = path.removeprefix(outer).removeprefix(".")
+            own: nn.Module = wrapper.original_module.get_submodule(inner)
+            return own
+    return base.get_submodule(path)
+
+
+def held_by(wrapper: Any) -> Any:
+    """What one of PEFT's wrappers holds, by adapter: modules, or rows of a weight."""
+    if hasattr(wrapper, "token_adapter"):
+        return wrapper.token_adapter.trainable_tokens_delta
+    return wrapper.modules_to_save
+
+
+def _saved_parameters(name: str, path: str, wrapper: Any) -> dict[str, nn.Parameter]:
+    """What a wrapped module has in its place, with an adapter."""
+    if not hasattr(wrapper, "token_adapter"):
+        return dict(wrapper.modules_to_save[name].named_parameters())
+    own = dict(wrapper.original_module.named_parameters())
+    rows = wrapper.token_adapter.token_indices[name]
+    trained = wrapper.token_adapter.trainable_tokens_delta[name].detach()
+    check_values(source_of(name), f"{path}.trainable_tokens_delta", trained)
+    weight = own["weight"].detach().to(torch.promote_types(own["weight"].dtype, trained.dtype))
+    index = torch.tensor(rows, device=weight.device)
+    changed = weight.index_copy(0, index, trained.to(weight))
+    return {**own, "weight": nn.Parameter(changed, requires_grad=False)}
+
+
+def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
+    """The modules that an adapter saved, where they differ from the base's."""
+    differing: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for outer, wrapper in wrappers.items():
+        own = dict(wrapper.original_module.named_parameters())
+        held = _saved_parameters(name, outer, wrapper)
+        for key in held.keys() | own.keys():
+            path, _, part = f"{outer}.{key}".rpartition(".")
+            what = f"{source_of(name)}: the saved {path + '.' + part!r}"
+            if key not in own or key not in held or own[key].shape != held[key].shape:
+                raise CheckpointError(
+                    f"{what} must have the shape of the base's, got another, or another module"
+                )
+            if any(type(p) is not nn.Parameter or p.is_meta for p in (own[key], held[key])):
+                raise CheckpointError(
+                    f"{what} must be a plain tensor, as the base's, got one that is quantised, "
+                    "split or without values"
+                )
+            if torch.equal(own[key].detach(), held[key].detach().to(own[key])):
+                continue
+            check_values(source_of(name), f"{path}.{part}", held[key])
+            module = plain_module(path, wrapper, wrappers)
+            differing.setdefault(path, (module, {}))[1][part] = held[key]
+    return saved_modules(source_of(name), differing) if differing else None
