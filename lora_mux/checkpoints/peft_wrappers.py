@@ -63,11 +63,16 @@ def held_by(wrapper: Any) -> Any:
     return wrapper.modules_to_save
 
 
-def _saved_parameters(name: str, path: str, wrapper: Any) -> dict[str, nn.Parameter]:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and statistics such as those of batch norms."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _saved_tensors(name: str, path: str, wrapper: Any) -> dict[str, Tensor]:
     """What a wrapped module has in its place, with an adapter."""
     if not hasattr(wrapper, "token_adapter"):
-        return dict(wrapper.modules_to_save[name].named_parameters())
-    own = dict(wrapper.original_module.named_parameters())
+        return _tensors(wrapper.modules_to_save[name])
+    own = _tensors(wrapper.original_module)
     rows = wrapper.token_adapter.token_indices[name]
     trained = wrapper.token_adapter.trainable_tokens_delta[name].detach()
     check_values(source_of(name), f"{path}.trainable_tokens_delta", trained)
@@ -81,8 +86,8 @@ def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
     """The modules that an adapter saved, where they differ from the base's."""
     differing: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for outer, wrapper in wrappers.items():
-        own = dict(wrapper.original_module.named_parameters())
-        held = _saved_parameters(name, outer, wrapper)
+        own = _tensors(wrapper.original_module)
+        held = _saved_tensors(name, outer, wrapper)
         for key in held.keys() | own.keys():
             path, _, part = f"{outer}.{key}".rpartition(".")
             what = f"{source_of(name)}: the saved {path + '.' + part!r}"
@@ -90,7 +95,8 @@ def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
                 raise CheckpointError(
                     f"{what} must have the shape of the base's, got another, or another module"
                 )
-            if any(type(p) is not nn.Parameter or p.is_meta for p in (own[key], held[key])):
+            kinds = {type(own[key]), type(held[key])} - {nn.Parameter, Tensor}
+            if kinds or own[key].is_meta or held[key].is_meta:
                 raise CheckpointError(
                     f"{what} must be a plain tensor, as the base's, got one that is quantised, "
                     "split or without values"

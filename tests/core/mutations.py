@@ -108,6 +108,6 @@ MUTATIONS = {
         POOL, "if len(sizes) > 1:", "if False:", ("core/test_moves.py",)
     ),
     "interrupts: a handle without a name lives": Mutation(
-        SLOTS, "if handle not in self._names:", "if False:", ("core/test_slots.py",)
+        SLOTS, "if handle not in self._names and", "if False and", ("core/test_slots.py",)
     ),
 }

@@ -414,6 +414,40 @@ def test_generation(kind: str, tmp_path: Path) -> None:
         assert torch.equal(got[i], of.generate(input_ids=IDS[i : i + 1], **how)[0])
 
 
+def test_beside_dora(tmp_path: Path) -> None:
+    """All kinds in one batch: a head with LoRA, one with DoRA, an embedding, and the base."""
+    torch.manual_seed(0)
+    base = llama_classifier().eval()
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"target_modules": ["q_proj"], **HEAD},
+        "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True, **HEAD},
+        "tokens": {"target_modules": ["embed_tokens", "v_proj"]},
+    }
+    rows = [*kinds, None]
+    alone = []
+    for name, fields in kinds.items():
+        config = peft.LoraConfig(r=3, init_lora_weights=False, **fields)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config, name).eval()
+        for path, parameter in theirs.named_parameters():
+            if "modules_to_save" in path or "magnitude" in path:
+                nn.init.normal_(parameter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs.save_pretrained(tmp_path)
+        alone.append(run(theirs))
+    for memory in (None, "1MiB"):
+        model = copy.deepcopy(base)
+        targets = ["q_proj", "v_proj", "down_proj", "score", "embed_tokens"]
+        mux = lora_mux.attach(model, targets, memory=memory)
+        for name in kinds:
+            mux.load(name, tmp_path / name)
+        with mux.route(rows):
+            got = run(model)
+        for i, want in enumerate(alone):
+            close(got[i], want[i])
+        assert torch.equal(got[3], run(base)[3])
+
+
 def test_gradients_reach_x(small: SimpleNamespace) -> None:
     model, mux = small.attached("a", "b")
     x = torch.randn(3, 32, requires_grad=True)
@@ -578,6 +612,15 @@ def test_a_norm_may_not_differ(tmp_path: Path, differs: bool) -> None:
             continue
         with pytest.raises(CheckpointError, match="saved module 'model.norm' must be a lin"):
             act()
+
+
+def test_statistics_are_values_too() -> None:
+    base = nn.Sequential(OrderedDict(it=nn.BatchNorm1d(3), other=nn.Linear(3, 3)))
+    config = peft.LoraConfig(target_modules=["other"], modules_to_save=["it"])
+    theirs = peft.get_peft_model(base, config)
+    theirs.base_model.model.it.modules_to_save["default"].running_mean += 1
+    with pytest.raises(CheckpointError, match="got BatchNorm1d with another running_mean"):
+        lora_mux.attach_peft(theirs)
 
 
 def test_what_peft_saves_only_is_not_in_force_alone(small: SimpleNamespace) -> None:
