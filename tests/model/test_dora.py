@@ -260,12 +260,12 @@ def test_rows_without_dora_keep_what_they_had(backend: Any, dtype: torch.dtype) 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @torch.no_grad()
 def test_a_slot_for_another(backend: Any) -> None:
-    """A plain adapter in the slot of one of DoRA, whose gain lay where its factors are now."""
+    """One with a bias in the slot of one of DoRA, whose gain lay where its bias is now."""
     case = Layer(backend=backend)
     case.layer.remove_adapter("0")
-    made = make_adapter(4, 40, 33, 4, torch.float32)  # as many rows as rank 3 and a gain
-    case.adapters[0] = made
-    case.handles[0] = case.layer.add_adapter("new", made.A, made.B, scaling=made.scaling)
+    made, bias = make_adapter(3, 40, 33, 4, torch.float32), torch.randn(33)
+    case.adapters[0] = Adapter(made.A, made.B, made.scaling, bias)
+    case.handles[0] = case.layer.add_adapter("new", made.A, made.B, scaling=made.scaling, bias=bias)
     x = torch.randn(8, 40)
     assert_close(case.layer(x, case.routing(INDEX, WEIGHT)), case.truth(x, INDEX, WEIGHT))
 
