@@ -212,6 +212,8 @@ def _unsaved(config: PeftConfig, keys: Keys, base: BaseModel) -> Iterator[str]:
                 f"{config.source}: `trainable_token_indices` must not name modules that have LoRA "
                 f"as well, got {path!r}; train one of them"
             )
+    if config.trainable_tokens and not any(name.endswith(TOKENS) for name in keys.copies):
+        yield "lacks the tokens that its config trains"
     missing = [name for name in saved if name not in keys.copies]
     if missing:
         yield f"lacks what its config saves: {_some(missing)}"

@@ -190,9 +190,9 @@ def saved_modules(
         if part is None:
             raise CheckpointError(
                 f"{source}: the saved module {path!r} must be a linear layer, an embedding or a "
-                f"plain convolution if it differs from the base's, got {own_class(module).__name__} "
-                f"with another {', '.join(sorted(values))}; leave it out of modules_to_save, or "
-                "merge the adapter into a model of its own"
+                "convolution without a forward of its own if it differs from the base's, got "
+                f"{own_class(module).__name__} with another {', '.join(sorted(values))}; leave it "
+                "out of modules_to_save, or merge the adapter into a model of its own"
             )
         weights[path] = part
     return copy_to_host(source, weights, False) if weights else None

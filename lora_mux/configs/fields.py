@@ -73,7 +73,7 @@ class Fields:
 
     def tokens(self, name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         value = self._values.get(name)
-        named = value if isinstance(value, dict) else {"": value or []}
+        named = value if isinstance(value, dict) else {"": value} if value else {}
         for rows in named.values():
             whole = isinstance(rows, list) and all(type(n) is int and n >= 0 for n in rows)
             if not whole or len({*rows}) < len(rows):

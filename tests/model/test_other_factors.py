@@ -128,6 +128,15 @@ def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
         assert not mux.adapters
 
 
+def test_a_file_without_the_tokens_of_its_config(tmp_path: Path) -> None:
+    base = llama()
+    trained(base, tmp_path, a=tokens("q_proj"))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "trainable" not in k}, file)
+    with pytest.warns(UserWarning, match="lacks the tokens that its config trains"):
+        lora_mux.attach(base).load("a", tmp_path / "a")
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
