@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_mux
-from lora_mux.checkpoints import peft_config
 from lora_mux.checkpoints.peft_folder import read_peft_folder
+from lora_mux.configs import peft_config
 from lora_mux.core import LoraWeights
 from peft_oracle import peft, save_adapters
 

@@ -43,7 +43,8 @@ def index_once(
     def remembered(
         self: search.Search, task: tasks.Task, items: Sequence[corpus.Item]
     ) -> search.Index:
-        key = tuple(task.describe(answer) for answer in task.candidates(items))
+        described = (task.describe(answer) for answer in task.candidates(items))
+        key = str(self.encoder.model.config.hidden_size), *described
         if key not in indexes:
             indexes[key] = make(self, task, items)
         return indexes[key]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from fake_cuda import FakeCuda
-from lora_mux.core import Pool
+from lora_mux.core import LoraWeights, Pool
 from lora_mux.kernels import installed
 from lora_mux.ops import dispatch
 from peft_oracle import llama
@@ -107,8 +107,9 @@ def test_before_there_are_rows(cuda: FakeCuda) -> None:
 
 @torch.no_grad()
 def test_a_model_that_was_on_cuda_before(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    for check in ("check_values", "check_fit"):  # they wait, and take fake tensors for meta ones
-        monkeypatch.setattr(Pool, check, lambda *_: None)
+    # They wait, and take fake tensors for meta ones.
+    monkeypatch.setattr(LoraWeights, "check_values", lambda *_: None)
+    monkeypatch.setattr(Pool, "check_fit", lambda *_: None)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32)).bfloat16()
     graphs = Graphs()
     with cuda:
