@@ -1,6 +1,7 @@
 """Embeddings and convolutions in mixed batches, against PEFT with one adapter after the other."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -279,15 +280,6 @@ def test_embeddings_of_other_numbers_have_no_rows_of_their_own() -> None:
 
 @torch.no_grad()
 def test_attach_leaves_them_alone_until_an_adapter_touches_them() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.conv = nn.Embedding(9, 4), nn.Conv1d(4, 4, 3, padding=1)
-            self.out = nn.Linear(4, 2)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.conv(self.table(ids).mT).mT)  # type: ignore[no-any-return]
-
     model = Net()
     kinds = {path: type(module) for path, module in model.named_modules()}
     mux = lora_mux.attach(model)
@@ -296,7 +288,7 @@ def test_attach_leaves_them_alone_until_an_adapter_touches_them() -> None:
     with pytest.raises(AdapterError, match=r"A` must have shape \[r, 4, 3\] .* got \[2, 4, 2\]"):
         mux.add_adapter("a", wrong, alpha=2)
     assert mux.targets == ["out"] and type(model.conv) is nn.Conv1d
-    mux.add_adapter("a", {"conv": (torch.ones(2, 4, 3), torch.ones(4, 2, 1))}, alpha=2)
+    mux.add_adapter("a", {"conv": (torch.ones(2, 4, 3), torch.ones(6, 1, 1))}, alpha=2)
     mux.add_adapter("b", {"table": (torch.ones(2, 9), torch.ones(4, 2))}, alpha=2)
     assert mux.targets == ["out", "conv", "table"]
     ids = torch.randint(9, (3, 5))
@@ -330,6 +322,70 @@ def test_bounded_pool(tmp_path: Path) -> None:
             mux.set_adapter(adapter)
             set_weights(theirs, {adapter: 1.0})
             torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.conv = nn.Conv1d(4, 6, 3, padding=1, groups=2)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.conv(self.table(ids).mT).mT)  # type: ignore[no-any-return]
+
+    def truth(self, ids: Tensor, row: dict[str, float], held: dict[str, Any]) -> Tensor:
+        """The answer for one sample [1, tokens], adapter by adapter."""
+        parts = [(held[name], weight) for name, weight in row.items()]
+        h = nn.functional.embedding(ids, self.table.weight)
+        for factors, weight in parts:
+            A, B = factors["table"]
+            h = h + weight * nn.functional.embedding(ids, A.T) @ B.T
+        y = nn.functional.conv1d(h.mT, self.conv.weight, self.conv.bias, padding=1, groups=2)
+        for factors, weight in parts:
+            A, B = factors["conv"]
+            low = nn.functional.conv1d(h.mT, A, padding=1)
+            y = y + weight * nn.functional.conv1d(low, B, groups=2)
+        y = nn.functional.linear(y.mT, self.out.weight, self.out.bias)
+        return y
+
+
+@torch.no_grad()
+def test_many_come_and_go() -> None:
+    """Adapters that are loaded, removed, evicted and moved, over memory for three of eight."""
+    draw, model = random.Random(0), Net()
+    targets = ["table", "conv", "out"]
+    probe = lora_mux.attach(copy.deepcopy(model), targets)
+    row_bytes = sum(pool.row_bytes for pool in probe.memory().targets.values())
+    plain = copy.deepcopy(model)
+    mux = lora_mux.attach(model, targets, memory=12 * row_bytes)
+    held: dict[str, Any] = {}
+    mixed = 0
+    for _ in range(120):
+        name = draw.choice("abcdefgh")
+        if name in held:
+            mux.remove(name)
+            del held[name]
+        else:
+            r = draw.choice([2, 4])
+            held[name] = {
+                "table": (torch.randn(r, 9), torch.randn(4, r)),
+                "conv": (torch.randn(r, 4, 3), torch.randn(6, r // 2, 1)),
+            }
+            mux.add_adapter(name, held[name], scaling=1)
+        chosen = draw.sample(sorted(held), min(3, len(held)))
+        rows = [{n: draw.choice([1.0, -0.5])} for n in chosen] + [
+            {},
+            dict.fromkeys(chosen[:2], 1.0),
+        ]
+        ids = torch.randint(9, (len(rows), 5))
+        with mux.route(rows):
+            got = model(ids)
+        for i, row in enumerate(rows):
+            want = plain.truth(ids[i : i + 1], row, held)
+            torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=1e-4)
+        mixed += len(chosen)
+    assert mixed > 200
 
 
 @torch.no_grad()
