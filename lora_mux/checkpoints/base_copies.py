@@ -52,9 +52,11 @@ def check_copies(
                 )
             if path != name:
                 weight = _with_tokens(file, name, place, own, config.tokens(path))
-                sharing = () if _equal(weight, own) else base.tied(f"{path}.weight")
-                modules = {shared.removesuffix(".weight") for shared in sharing}
-                saved |= {module: {"weight": weight} for module in modules & {*base.targets}}
+                sharing = {*base.with_its_tokens(path)} & {*base.targets, path}
+                if any(f"{other}{TOKENS}" in copies for other in sharing - {path}):
+                    sharing = {path}  # each has tokens of its own
+                if not _equal(weight, own):
+                    saved |= {module: {"weight": weight} for module in sharing}
                 continue
             copy = read_tensor(file, place) if own.shape == place.shape else None
             if copy is not None and _equal(copy, own):

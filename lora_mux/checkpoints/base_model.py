@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import computed_once
 from ..errors import AdapterError, ArgumentTypeError
-from ..layers import common_dtype, dtype_of, in_features, is_dtensor, with_gain
+from ..layers import common_dtype, dtype_of, in_features, input_embedding, is_dtensor, with_gain
 from .stored_adapter import StoredAdapter
 
 PREFIX = "base_model.model."  # of keys of PEFT's
@@ -155,6 +155,18 @@ class BaseModel:
         owners = self._owners.get(part)
         found = f"{self._first(path, owners)}.{part}" if owners else ""
         return found if found in self._parameters else None
+
+    def with_its_tokens(self, path: str) -> list[str]:
+        """The modules that have the trained tokens of one: itself, and what is tied to it.
+
+        As in PEFT, tokens are those of tied modules as well if they are the input embedding's, and
+        the model's config ties it.
+        """
+        model: Any = self._model
+        is_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+        if not is_tied or model.get_submodule(path) is not input_embedding(model):
+            return [path]
+        return [name.removesuffix(".weight") for name in self.tied(f"{path}.weight")]
 
     def tied(self, name: str) -> Iterator[str]:
         """All names of a parameter, which several modules may share."""

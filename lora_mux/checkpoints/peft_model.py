@@ -20,9 +20,11 @@ from ..core import LoraWeights, check_number
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
 from ..layers import Target, check_target, common_dtype, device_of, dtype_of, with_gain
 from .peft_wrappers import (
+    check_called,
     check_values,
     check_wrappers,
     held_by,
+    own_module,
     plain_module,
     saved_by,
     source_of,
@@ -110,6 +112,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
             targets |= {
                 p: _target(p, plain_module(p, base, wrapping)) for p in modules.outline.keys
             }
+            check_called(base, modules.outline.keys)
         weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:
             active[name] = weight
@@ -120,7 +123,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
 def without_peft(live: PeftModelAdapters) -> Iterator[None]:
     """A block in which PEFT's layers are out of the base model; if it fails, they come back."""
     for path, layer in live.layers.items():
-        live.base.set_submodule(path, _own(layer))
+        live.base.set_submodule(path, own_module(layer))
     try:
         yield
     except BaseException:
@@ -175,12 +178,6 @@ class TakenOver(nn.Module):
 def _inside(outer: nn.Module) -> Any:
     """The LoraModel in a PeftModel, or the base model in a LoraModel."""
     return outer._modules.get("base_model", outer._modules.get("model"))
-
-
-def _own(layer: Any) -> nn.Module:
-    """The base model's module in one of PEFT's layers or wrappers."""
-    own: nn.Module = layer._modules.get("base_layer") or layer.original_module
-    return own
 
 
 def _base(peft_model: Any) -> Any:

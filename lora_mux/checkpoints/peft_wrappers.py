@@ -1,12 +1,13 @@
 """What PEFT wraps around modules of a live model that an adapter saves: whole ones, and tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TargetError
+from ..layers import is_bypassed
 from .safetensors_file import check_finite
 from .stored_adapter import StoredAdapter, saved_modules
 
@@ -107,3 +108,40 @@ def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
             module = plain_module(path, wrapper, wrappers)
             differing.setdefault(path, (module, {}))[1][part] = held[key]
     return saved_modules(source_of(name), differing) if differing else None
+
+
+def own_module(layer: Any) -> nn.Module:
+    """The base model's module in one of PEFT's layers or wrappers."""
+    own: nn.Module = layer._modules.get("base_layer") or layer.original_module
+    return own
+
+
+def check_called(base: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse saved modules whose weight is read without a call, so that adapters would be hidden.
+
+    So are those of attention, and embeddings beside the tokens', which may be mere parameters.
+    """
+    found = (_input_embedding(module) for module in base.modules())
+    tables = {_own_or(table) for table in found if table is not None}
+    for path in paths:
+        module = base.get_submodule(path)
+        table = isinstance(_own_or(module), nn.Embedding)
+        if is_bypassed(base, path) or (table and tables and _own_or(module) not in tables):
+            raise TargetError(
+                f"`peft_model`: the saved {path!r} must be a layer that is called, got one whose "
+                "weight the model may read by itself; merge the adapter into a model of its own"
+            )
+
+
+def _input_embedding(module: Any) -> nn.Module | None:
+    try:
+        found: nn.Module | None = module.get_input_embeddings()
+    except Exception:  # a module of whatever make, which may have none
+        return None
+    return found
+
+
+def _own_or(module: nn.Module) -> nn.Module:
+    """The base model's module where one of PEFT's is in its place."""
+    is_own = "base_layer" not in module._modules and not hasattr(module, "original_module")
+    return module if is_own else own_module(module)

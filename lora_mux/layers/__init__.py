@@ -35,3 +35,6 @@ from .targets import find_heads as find_heads
 from .targets import find_others as find_others
 from .targets import find_targets as find_targets
 from .targets import in_features as in_features
+from .targets import input_embedding as input_embedding
+from .targets import is_bypassed as is_bypassed
+from .targets import token_embeddings as token_embeddings

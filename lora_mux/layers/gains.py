@@ -147,11 +147,11 @@ class _Base(NamedTuple):
         held: Any = layer
         if muxed:
             kind, sizes = held.mux_kind, (held.mux_pool.in_features, held.mux_pool.out_features)
-            plain = held.mux_owns_output
+            plain = held.mux_owns_output or isinstance(held, nn.Linear)
         else:
             _, kind = target = check_target(layer, argument)
             sizes = target.sizes
-            plain = type(held).forward is nn.Linear.forward and "forward" not in vars(held)
+            plain = isinstance(held, nn.Linear)
         tensors = [*layer.parameters(), *layer.buffers()]
         own = layer._parameters.get("weight")
         floating = type(own) is nn.Parameter and own.is_floating_point()

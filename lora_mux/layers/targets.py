@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -160,11 +160,32 @@ def find_heads(model: nn.Module, targets: object) -> dict[str, nn.Module]:
 
 
 def find_others(model: nn.Module, targets: object) -> dict[str, nn.Module]:
-    """The embeddings and convolutions, which "all-linear" does not mean either."""
+    """The embeddings of tokens, and convolutions, which "all-linear" does not mean either."""
     if not _is_all_linear(targets):
         return {}
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {p: m for p, m in model.named_modules() if p and isinstance(m, kinds)}
+    tables = token_embeddings(model)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        # Others may be parameters that nobody calls, or be asked for positions.
+        or (isinstance(module, nn.Embedding) and (not tables or module in tables))
+    }
+
+
+def token_embeddings(model: nn.Module) -> set[nn.Module]:
+    """The embeddings of tokens, where a model, or one in it, says which they are."""
+    found = (input_embedding(module) for module in model.modules())
+    return {module for module in found if module is not None}
+
+
+def input_embedding(module: Any) -> nn.Module | None:
+    """The embedding of a model's tokens, as models of transformers name it."""
+    try:
+        found = module.get_input_embeddings()
+    except Exception:  # a module of whatever make, which may have none
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def as_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Target]:
@@ -230,3 +251,8 @@ def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         and hasattr(module, child)
     }
+
+
+def is_bypassed(model: nn.Module, path: str) -> bool:
+    """Whether a layer's weight is read without a call, so that adapters would be hidden."""
+    return path in _bypassed(dict(model.named_modules()))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import token_embeddings
 from ..routes import MEDIA_ARGUMENT, TEXT_ARGUMENTS, Layout, Place
 
 # The names of sub-models, as parts of a path.
@@ -200,23 +201,13 @@ def _decoders(root: nn.Module, paths: Collection[str]) -> set[str]:
 
 def _lookups(model: nn.Module) -> set[str]:
     """The embeddings that may be asked for other numbers than the tokens of the samples."""
-    modules = dict(model.named_modules())
-    asked = [_of_tokens(module) for module in modules.values()]
-    tokens = {id(found) for found in asked if found is not None}
+    tables = token_embeddings(model)
     return {
         path
-        for path, module in modules.items()
+        for path, module in model.named_modules()
         if isinstance(module, nn.Embedding)
-        and (id(module) not in tokens if tokens else NO_TOKENS.fullmatch(path.rpartition(".")[2]))
+        and (module not in tables if tables else NO_TOKENS.fullmatch(path.rpartition(".")[2]))
     }
-
-
-def _of_tokens(module: Any) -> object:
-    """The embedding of tokens, where a model of transformers' says which it is."""
-    try:
-        return module.get_input_embeddings()
-    except Exception:  # a module of whatever make, which may have none
-        return None
 
 
 def _tokens_first(model: nn.Module) -> Iterator[re.Pattern[str]]:

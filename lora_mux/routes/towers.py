@@ -123,6 +123,9 @@ def as_seen_from(
     Raises:
         RoutingError: it cannot be known whose rows x has.
     """
+    route = now.route
+    if not x.is_floating_point() and x.ndim == 2 and route is not None and not route.per_token:
+        place = place._replace(order="not known")  # numbers [n], as positions are: whose are they?
     if isinstance(now, Cell):
         return _as_traced(place, now, pool, layout)
     if place.is_apart:

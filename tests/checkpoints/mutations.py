@@ -25,8 +25,8 @@ TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
     "copies: a tied head keeps its tokens": Mutation(
         BASE_COPIES,
-        'modules = {shared.removesuffix(".weight") for shared in sharing}',
-        "modules = {path for shared in sharing}",
+        "sharing = {*base.with_its_tokens(path)} & {*base.targets, path}",
+        "sharing = {path}",
         TEST_OTHER_FACTORS,
     ),
     "peft folder: blocks of A side by side": Mutation(

@@ -264,7 +264,7 @@ def test_embeddings_of_language_models(make: Callable[[], Any], tmp_path: Path) 
 def test_embeddings_of_other_numbers_have_no_rows_of_their_own() -> None:
     """GPT-2 asks wpe for [1, tokens] or, in a batch of as many, for what looks like its rows."""
     model = gpt2()
-    mux = lora_mux.attach(model)
+    mux = lora_mux.attach(model, ["wpe", "c_attn"])
     factors = torch.randn(2, 1024), torch.randn(32, 2)
     mux.add_adapter("a", {"transformer.wpe": factors}, alpha=2)
     ids = torch.randint(2, 250, (6, 6))
@@ -431,12 +431,39 @@ def test_an_embedding_with_a_forward_of_its_own_stays_what_it_was() -> None:
     model = transformers.OPTModel(config).eval()
     ids = torch.randint(2, 60, (2, 4))
     before = model(ids).last_hidden_state
+    with pytest.raises(TargetError, match="with a forward of its own"):
+        lora_mux.attach(model, ["q_proj", "embed_positions"])
     mux = lora_mux.attach(model)
     table = model.decoder.embed_positions
     factors = torch.ones(2, table.num_embeddings), torch.ones(16, 2)
-    with pytest.raises(TargetError, match="with a forward of its own"):
+    with pytest.raises(AdapterError, match="'decoder.embed_positions' must be a target"):
         mux.add_adapter("a", {"decoder.embed_positions": factors}, alpha=2)
     assert torch.equal(model(ids).last_hidden_state, before) and not mux.adapters
+
+
+@torch.no_grad()
+def test_numbers_of_one_dimension_may_be_positions() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.frames = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids) + self.frames(torch.arange(ids.shape[1]))  # type: ignore[no-any-return]
+
+    model = Positions()
+    mux = lora_mux.attach(model, ["table", "frames"])
+    factors = torch.randn(2, 9), torch.randn(4, 2)
+    mux.add_adapter("ids", {"table": factors}, alpha=2)
+    mux.add_adapter("frames", {"frames": factors}, alpha=2)
+    ids = torch.randint(9, (5, 5))  # as many samples as tokens
+    rows = ["ids", None, "ids", None, None]
+    with mux.route(rows):
+        assert torch.equal(model(ids)[1], base(model, mux, ids)[1])
+    with mux.route(["frames", *rows[1:]]), pytest.raises(RoutingError, match="positions"):
+        model(ids)
+    with mux.route(["frames"] * 5):
+        assert differ(model(ids), base(model, mux, ids))
 
 
 @pytest.mark.parametrize(

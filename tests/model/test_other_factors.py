@@ -98,6 +98,26 @@ def test_trained_tokens(kind: str, how: str, tmp_path: Path) -> None:
     assert mux.memory().saved_modules > 0
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"lm_head": [1, 3]},
+        {"embed_tokens": [1, 3], "lm_head": [3, 9]},
+        {"embed_tokens": [1, 3], "lm_head": [1, 3]},
+    ],
+    ids=["the head's", "each its own", "the same"],
+)
+@torch.no_grad()
+def test_tokens_of_tied_modules(rows: dict[str, list[int]], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = qwen2()
+    theirs = trained(base, tmp_path, a=tokens("q_proj", rows))
+    mux = lora_mux.attach(base)
+    mux.load("a", tmp_path / "a")
+    mux.set_adapter("a")
+    torch.testing.assert_close(answer(base, IDS), answer(theirs, IDS), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_few_tokens_take_few_rank_rows(tmp_path: Path) -> None:
     base = qwen2()

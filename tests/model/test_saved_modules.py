@@ -651,3 +651,38 @@ def test_a_layer_with_a_forward_of_its_own_may_not_differ(how: str, tmp_path: Pa
             lora_mux.attach(base).load("a", tmp_path)
         else:
             lora_mux.attach_peft(theirs)
+
+
+class Masked(nn.Module):
+    """As SAM's prompt encoder: an embedding whose weight is read, beside one that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mask, self.body = nn.Embedding(9, 8), nn.Embedding(1, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.tokens
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.body(self.tokens(ids) + self.mask.weight)
+        return self.attention(h, h, h)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["load", "attach_peft"])
+@pytest.mark.parametrize("module", ["mask", "out_proj"])
+def test_weights_that_are_read_without_a_call_are_refused(
+    how: str, module: str, tmp_path: Path
+) -> None:
+    base = Masked()
+    config = peft.LoraConfig(target_modules=["body"], modules_to_save=[module])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in (p for n, p in theirs.named_parameters() if "modules_to_save" in n):
+            nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(lora_mux.LoraMuxError, match="must be a (target|layer that is called)"):
+        if how == "load":
+            lora_mux.attach(base).load("a", tmp_path)
+        else:
+            lora_mux.attach_peft(theirs)
