@@ -23,6 +23,7 @@ from .storing import cut_and_check as cut_and_check
 from .storing import cut_and_check_shapes as cut_and_check_shapes
 from .storing import weights_from_pairs as weights_from_pairs
 from .storing import write as write
+from .swapping import has_its_sizes as has_its_sizes
 from .swapping import swap_in as swap_in
 from .swapping import swap_out as swap_out
 from .targets import Target as Target

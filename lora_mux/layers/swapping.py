@@ -6,7 +6,7 @@ from torch import nn
 from ..routes import Place, Router
 from .linear import MuxLinear, mux_class
 from .sharding import Shard
-from .targets import Target
+from .targets import Target, features
 
 
 def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) -> MuxLinear:
@@ -25,6 +25,15 @@ def swap_in(target: Target, place: Place, router: Router, dtype: torch.dtype) ->
     linear.__class__ = type(made)
     assert isinstance(linear, MuxLinear)
     return linear
+
+
+def has_its_sizes(layer: nn.Module) -> bool:
+    """Whether a MuxLinear is as large as when it was attached."""
+    assert isinstance(layer, MuxLinear)
+    pool, kind = layer.mux_pool, layer.mux_kind
+    if isinstance(layer, nn.Embedding):
+        return (layer.num_embeddings, layer.embedding_dim) == (pool.in_features, pool.out_features)
+    return kind is not None or features(layer) == (pool.in_features, pool.out_features)
 
 
 def swap_out(linear: nn.Module) -> None:

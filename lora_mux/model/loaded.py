@@ -19,7 +19,7 @@ from ..checkpoints import (
     read_peft_folder,
 )
 from ..core import LoraWeights, Pool, Slots, check_names
-from ..errors import ArgumentTypeError, CheckpointError, PoolCapacityError, warn
+from ..errors import ArgumentTypeError, CheckpointError, PoolCapacityError, TargetError, warn
 from ..layers import (
     MuxLinear,
     as_targets,
@@ -27,6 +27,7 @@ from ..layers import (
     cut_and_check_shapes,
     device_of,
     dtype_of,
+    has_its_sizes,
     swap_in,
     swap_out,
     weights_from_pairs,
@@ -47,6 +48,7 @@ class LoadedAdapters:
     _router: Router
     _linears: list[nn.Module]  # all that a detach changes back
     _heads: dict[str, tuple[nn.Module, Place]]  # layers that join when an adapter touches them
+    _joined: dict[str, tuple[nn.Module, nn.Module]]  # those that have: where they are, and they
 
     @property
     def targets(self) -> list[str]:
@@ -235,6 +237,8 @@ class LoadedAdapters:
                         "targets that name the layer"
                     )
                 model = self._check_attached()
+                if model.get_submodule(path) is not head:
+                    raise _replaced(path)
                 target = as_targets(model, {path: head})[path]
                 dtype = dtype_of(head, common_dtype(model))
                 empty = Pool(*target.sizes, dtype, device_of(head))
@@ -242,6 +246,7 @@ class LoadedAdapters:
                 swap_out(head)  # what an interrupt has left of another time
                 self._linears.append(head)
                 self._adapters.include(path, swap_in(target, place, self._router, dtype))
+                self._joined[path] = model.get_submodule(path.rpartition(".")[0]), head
                 del self._heads[path]
 
     def reserve(self, adapters: int, rank: int) -> None:
@@ -314,7 +319,21 @@ class LoadedAdapters:
         self._check_attached()
         self._adapters.remove(name)
 
+    def check_in_place(self) -> None:
+        """Refuse a pass of a model whose embeddings were replaced after adapters came to them."""
+        for path, (parent, layer) in self._joined.items():
+            there = parent._modules.get(path.rpartition(".")[2])
+            if there is not layer or not has_its_sizes(layer):
+                raise _replaced(path)
+
     def _check_attached(self) -> nn.Module:
         self._router.check_attached()
         assert self._model is not None
         return self._model
+
+
+def _replaced(path: str) -> TargetError:
+    return TargetError(
+        f"{path!r} must be the layer that was attached, got another one or another size, as after "
+        "resize_token_embeddings(); detach(), change the model, then attach it and load again"
+    )

@@ -48,6 +48,7 @@ class Mux(GivenRows):
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
         self._router.layout, places = find_layout(model, [*targets, *heads])
+        self._joined = {}
         self._heads = {path: (head, places[path]) for path, head in heads.items()}
         try:
             self._layers = {

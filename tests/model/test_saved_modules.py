@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lora_mux
-from lora_mux.errors import AdapterError, CheckpointError, PoolCapacityError, RoutingError
+from lora_mux.errors import (
+    AdapterError,
+    CheckpointError,
+    PoolCapacityError,
+    RoutingError,
+    TargetError,
+)
 from peft_oracle import llama, peft, qwen2, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
@@ -651,6 +657,32 @@ def test_a_layer_with_a_forward_of_its_own_may_not_differ(how: str, tmp_path: Pa
             lora_mux.attach(base).load("a", tmp_path)
         else:
             lora_mux.attach_peft(theirs)
+
+
+@pytest.mark.parametrize("make", [llama, qwen2], ids=["another layer", "another size"])
+@torch.no_grad()
+def test_layers_that_were_replaced_after_they_joined(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = make()
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    nn.init.normal_(theirs.base_model.model.lm_head.modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    mux = lora_mux.attach(base)
+    mux.load("a", tmp_path)
+    mux.set_adapter("a")
+    base.resize_token_embeddings(300)
+    with pytest.raises(TargetError, match="'lm_head' must be the layer that was attached"):
+        base(IDS)
+    fresh = make()
+    other = lora_mux.attach(fresh)
+    fresh.resize_token_embeddings(300)
+    with pytest.raises(lora_mux.LoraMuxError, match=r"detach\(\), change the model|num_labels="):
+        other.load("a", tmp_path)
+    other.detach()
+    assert fresh(IDS).logits.shape[-1] == 300
 
 
 class Masked(nn.Module):
