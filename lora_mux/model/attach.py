@@ -32,8 +32,8 @@ def attach(
         model: any nn.Module. Of one in a wrapper of torch.compile or data parallelism, the model
             inside.
         targets: "all-linear" (every linear layer except the output head, as in PEFT; the head,
-            embeddings and convolutions join when an adapter touches them; with `memory`, the head
-            at once and the others not), a list of path suffixes
+            the tokens' embedding and convolutions join when an adapter touches them; with `memory`,
+            the head at once and the others not), a list of path suffixes
             (["q_proj", "v_proj"]), or a regular expression that matches whole paths.
         backend: "auto" (Triton on CUDA and ROCm, batched products on the CPU, the reference
             elsewhere), "triton" or "reference".

@@ -97,6 +97,7 @@ class LoadedAdapters:
             The adapter's handle, for index tensors.
 
         Raises:
+            TargetError: a layer cannot carry adapters, or was replaced after `attach`.
             CheckpointError: the folder is missing, broken or unsafe, or holds more than LoRA and
                 saved modules of the base's shapes.
             AdapterError: the name is taken, a module of the checkpoint is not a target here, or
