@@ -320,7 +320,7 @@ class LoadedAdapters:
         self._check_attached()
         self._adapters.remove(name)
 
-    def check_in_place(self) -> None:
+    def _check_in_place(self) -> None:
         """Refuse a pass of a model whose embeddings were replaced after adapters came to them."""
         for path, (parent, layer) in self._joined.items():
             there = parent._modules.get(path.rpartition(".")[2])

@@ -61,7 +61,7 @@ def _begin(
     rows = kwargs.get(KEYWORD)
     given = None if rows is None else functools.partial(mux._give, rows)
     mux._router.begin(args, kwargs, caller, given)
-    mux.check_in_place()  # after the pass has begun, because its end comes also when this raises
+    mux._check_in_place()  # after the pass has begun, because its end comes also when this raises
 
 
 def _untraced(function: Callable[..., None]) -> Callable[..., None]:
