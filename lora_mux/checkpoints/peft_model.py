@@ -109,9 +109,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         modules = saved_by(name, wrapping)
         if modules is not None:
             saved[name] = modules
-            targets |= {
-                p: _target(p, plain_module(p, base, wrapping)) for p in modules.outline.keys
-            }
+            targets |= {p: _target(p, plain_module(p, wrapping)) for p in modules.outline.keys}
             check_called(base, modules.outline.keys)
         weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:

@@ -47,14 +47,12 @@ def check_wrappers(wrappers: Mapping[str, Any], layers: Mapping[str, Any]) -> No
             )
 
 
-def plain_module(path: str, base: nn.Module, wrappers: Mapping[str, Any]) -> nn.Module:
-    """A module of the base model, which may lie in one of PEFT's wrappers."""
-    for outer, wrapper in wrappers.items():
-        if f"{path}.".startswith(f"{outer}."):
-            inner = path.removeprefix(outer).removeprefix(".")
-            own: nn.Module = wrapper.original_module.get_submodule(inner)
-            return own
-    return base.get_submodule(path)
+def plain_module(path: str, wrappers: Mapping[str, Any]) -> nn.Module:
+    """A module of the base model that lies in one of PEFT's wrappers, or is in its place."""
+    outer = next(outer for outer in wrappers if f"{path}.".startswith(f"{outer}."))
+    inner = path.removeprefix(outer).removeprefix(".")
+    own: nn.Module = wrappers[outer].original_module.get_submodule(inner)
+    return own
 
 
 def held_by(wrapper: Any) -> Any:
@@ -105,7 +103,7 @@ def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
             if torch.equal(own[key].detach(), held[key].detach().to(own[key])):
                 continue
             check_values(source_of(name), f"{path}.{part}", held[key])
-            module = plain_module(path, wrapper, wrappers)
+            module = plain_module(path, wrappers)
             differing.setdefault(path, (module, {}))[1][part] = held[key]
     return saved_modules(source_of(name), differing) if differing else None
 
