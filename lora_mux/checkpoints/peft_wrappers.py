@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TargetError
-from ..layers import is_bypassed
+from ..layers import input_embedding, is_bypassed
 from .safetensors_file import check_finite
 from .stored_adapter import StoredAdapter, saved_modules
 
@@ -119,7 +119,7 @@ def check_called(base: nn.Module, paths: Iterable[str]) -> None:
 
     So are those of attention, and embeddings beside the tokens', which may be mere parameters.
     """
-    found = (_input_embedding(module) for module in base.modules())
+    found = (input_embedding(module) for module in base.modules())
     tables = {_own_or(table) for table in found if table is not None}
     for path in paths:
         module = base.get_submodule(path)
@@ -129,14 +129,6 @@ def check_called(base: nn.Module, paths: Iterable[str]) -> None:
                 f"`peft_model`: the saved {path!r} must be a layer that is called, got one whose "
                 "weight the model may read by itself; merge the adapter into a model of its own"
             )
-
-
-def _input_embedding(module: Any) -> nn.Module | None:
-    try:
-        found: nn.Module | None = module.get_input_embeddings()
-    except Exception:  # a module of whatever make, which may have none
-        return None
-    return found
 
 
 def _own_or(module: nn.Module) -> nn.Module:

@@ -176,16 +176,16 @@ def find_others(model: nn.Module, targets: object) -> dict[str, nn.Module]:
 def token_embeddings(model: nn.Module) -> set[nn.Module]:
     """The embeddings of tokens, where a model, or one in it, says which they are."""
     found = (input_embedding(module) for module in model.modules())
-    return {module for module in found if module is not None}
+    return {module for module in found if isinstance(module, nn.Embedding)}
 
 
 def input_embedding(module: Any) -> nn.Module | None:
-    """The embedding of a model's tokens, as models of transformers name it."""
+    """The embedding of a model's tokens, or what is in its place, as transformers' models say."""
     try:
-        found = module.get_input_embeddings()
+        found: nn.Module | None = module.get_input_embeddings()
     except Exception:  # a module of whatever make, which may have none
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return found
 
 
 def as_targets(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Target]:

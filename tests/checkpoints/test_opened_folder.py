@@ -416,8 +416,13 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def listen(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(os.path.relpath(path))
+    here = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket has at most 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(path.name)
+    finally:
+        os.chdir(here)
 
 
 @pytest.mark.parametrize("name", FILES)
