@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..configs import PeftConfig
 from ..errors import CheckpointError
+from ..layers import with_rows
 from .base_model import BaseModel
 from .opened_folder import WEIGHTS_FILE, OpenedFile, OpenedFolder, open_folder
 from .safetensors_file import check_finite, read_tensor
@@ -94,9 +95,7 @@ def _with_tokens(
         )
     trained = read_tensor(file, place)
     check_finite(file.path, name, trained)
-    weight = own.detach().to("cpu", torch.promote_types(own.dtype, trained.dtype), copy=True)
-    weight[list(rows)] = trained.to(weight)
-    return weight
+    return with_rows(own.cpu(), rows, trained)
 
 
 def _is_saved(name: str, base: BaseModel, config: PeftConfig) -> bool:

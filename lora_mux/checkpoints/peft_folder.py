@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..configs import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
-from ..core import LoraWeights
+from ..core import LoraWeights, on_diagonal
 from ..errors import CheckpointError
 from .base_copies import TOKENS, check_copies
 from .base_model import PREFIX, BaseModel
@@ -83,7 +83,7 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
 
     Raises:
         CheckpointError: names the file, and the field or key that is missing, broken, unsafe, or
-            more than LoRA or DoRA on linear layers. Reading the values later raises it if they are
+            more than LoRA or DoRA. Reading the values later raises it if they are
             not finite, or if the file has changed.
         AdapterError: DoRA on a layer whose weight cannot be read here.
     """
@@ -142,9 +142,9 @@ def _with_zeros(stored: StoredAdapter, blocks: int, base: BaseModel) -> StoredAd
     for path, part in weights.items():
         A, B = part.A, part.B
         if path in base.targets and A.shape[1] * blocks == base.in_features(path):
-            A = torch.block_diag(*A.chunk(blocks))  # type: ignore[no-untyped-call]
+            A = on_diagonal(A, blocks)
         elif B.shape[1] * blocks == len(A):
-            B = torch.block_diag(*B.chunk(blocks))  # type: ignore[no-untyped-call]
+            B = on_diagonal(B, blocks)
         weights[path] = replace(part, A=A, B=B)
     return stored.holding(weights)
 

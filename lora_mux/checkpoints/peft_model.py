@@ -16,9 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ..configs import parse_config
-from ..core import LoraWeights, check_number
+from ..core import LoraWeights, check_number, on_diagonal
 from ..errors import ArgumentTypeError, CheckpointError, TargetError, warn
-from ..layers import Target, check_target, common_dtype, device_of, dtype_of, with_gain
+from ..layers import (
+    CONVOLUTIONS,
+    Target,
+    check_target,
+    common_dtype,
+    device_of,
+    dtype_of,
+    with_gain,
+)
 from .peft_wrappers import (
     check_called,
     check_values,
@@ -37,7 +45,7 @@ TARGETING = (
     "modules_to_save",
 )
 # What holds a factor: one that computes anything else is of another method.
-FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Parameter)
+FACTORS = (nn.Linear, *CONVOLUTIONS, nn.Parameter)
 SAME = 1e-6  # relative; a scale of 0.3 at layers with other ranks differs in its last bits
 
 
@@ -58,7 +66,7 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
 
     Raises:
         ArgumentTypeError: the model has no adapters of PEFT's.
-        CheckpointError: an adapter is more than LoRA or DoRA on linear layers, or is merged, or has
+        CheckpointError: an adapter is more than LoRA or DoRA, or is merged, or has
             values that are not finite, or none; or it is in force in a part of its layers only, or
             by DoRA on what other adapters have changed.
         AdapterError: DoRA on a layer whose weight cannot be read here.
@@ -109,8 +117,9 @@ def read_peft_model(peft_model: Any) -> PeftModelAdapters:
         modules = saved_by(name, wrapping)
         if modules is not None:
             saved[name] = modules
-            targets |= {p: _target(p, plain_module(p, wrapping)) for p in modules.outline.keys}
-            check_called(base, modules.outline.keys)
+            own = {path: plain_module(path, wrapping) for path in modules.outline.keys}
+            targets |= {path: _target(path, module) for path, module in own.items()}
+            check_called(base, own)
         weight = _weight(name, {path: layers[path] for path in parts}, wrapping, parts)
         if weight is not None:
             active[name] = weight
@@ -256,10 +265,7 @@ def _is_in_blocks(factor: Any) -> bool:
 def _matrix(factor: Any) -> Tensor:
     """The weight of a factor, whole."""
     weight: Tensor = factor.weight
-    if _is_in_blocks(factor):
-        blocks = weight.detach().chunk(factor.nblocks)
-        return torch.block_diag(*blocks)  # type: ignore[no-untyped-call,no-any-return]
-    return weight
+    return on_diagonal(weight.detach(), factor.nblocks) if _is_in_blocks(factor) else weight
 
 
 def _target(path: str, linear: nn.Module) -> Target:

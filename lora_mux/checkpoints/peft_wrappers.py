@@ -1,13 +1,13 @@
 """What PEFT wraps around modules of a live model that an adapter saves: whole ones, and tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TargetError
-from ..layers import input_embedding, is_bypassed
+from ..layers import bypassed, input_embedding, with_rows
 from .safetensors_file import check_finite
 from .stored_adapter import StoredAdapter, saved_modules
 
@@ -15,10 +15,12 @@ WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
 
 
 def source_of(name: str) -> str:
+    """What error messages call an adapter of a live model."""
     return f"adapter {name!r} of `peft_model`"
 
 
 def check_values(source: str, key: str, tensor: Tensor) -> None:
+    """Refuse a tensor of an adapter that is not floating, not finite, or has no values."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{source}: key {key!r} must be floating, got {tensor.dtype}")
     if tensor.is_meta:
@@ -75,10 +77,7 @@ def _saved_tensors(name: str, path: str, wrapper: Any) -> dict[str, Tensor]:
     rows = wrapper.token_adapter.token_indices[name]
     trained = wrapper.token_adapter.trainable_tokens_delta[name].detach()
     check_values(source_of(name), f"{path}.trainable_tokens_delta", trained)
-    weight = own["weight"].detach().to(torch.promote_types(own["weight"].dtype, trained.dtype))
-    index = torch.tensor(rows, device=weight.device)
-    changed = weight.index_copy(0, index, trained.to(weight))
-    return {**own, "weight": nn.Parameter(changed, requires_grad=False)}
+    return {**own, "weight": with_rows(own["weight"], rows, trained)}
 
 
 def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
@@ -108,30 +107,28 @@ def saved_by(name: str, wrappers: Mapping[str, Any]) -> StoredAdapter | None:
     return saved_modules(source_of(name), differing) if differing else None
 
 
-def own_module(layer: Any) -> nn.Module:
-    """The base model's module in one of PEFT's layers or wrappers."""
-    own: nn.Module = layer._modules.get("base_layer") or layer.original_module
-    return own
+def own_module(module: Any) -> nn.Module:
+    """The base model's module: itself, or what is in one of PEFT's layers or wrappers."""
+    own: nn.Module | None = module._modules.get("base_layer")
+    return getattr(module, "original_module", module) if own is None else own
 
 
-def check_called(base: nn.Module, paths: Iterable[str]) -> None:
+def check_called(base: nn.Module, saved: Mapping[str, nn.Module]) -> None:
     """Refuse saved modules whose weight is read without a call, so that adapters would be hidden.
 
     So are those of attention, and embeddings beside the tokens', which may be mere parameters.
+
+    Args:
+        base: the base model, with PEFT's wrappers in it.
+        saved: path -> the base model's own module.
     """
-    found = (input_embedding(module) for module in base.modules())
-    tables = {_own_or(table) for table in found if table is not None}
-    for path in paths:
-        module = base.get_submodule(path)
-        table = isinstance(_own_or(module), nn.Embedding)
-        if is_bypassed(base, path) or (table and tables and _own_or(module) not in tables):
+    hidden = bypassed(dict(base.named_modules()))
+    found = [input_embedding(module) for module in base.modules()]
+    tables = {own_module(table) for table in found if table is not None}
+    for path, module in saved.items():
+        is_parameter = isinstance(module, nn.Embedding) and tables and module not in tables
+        if path in hidden or is_parameter:
             raise TargetError(
                 f"`peft_model`: the saved {path!r} must be a layer that is called, got one whose "
                 "weight the model may read by itself; merge the adapter into a model of its own"
             )
-
-
-def _own_or(module: nn.Module) -> nn.Module:
-    """The base model's module where one of PEFT's is in its place."""
-    is_own = "base_layer" not in module._modules and not hasattr(module, "original_module")
-    return module if is_own else own_module(module)

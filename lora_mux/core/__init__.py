@@ -50,5 +50,6 @@ from .streams import to_device as to_device
 from .weights import LoraWeights as LoraWeights
 from .weights import check_shape as check_shape
 from .weights import is_finite as is_finite
+from .weights import on_diagonal as on_diagonal
 from .weights import rank_of as rank_of
 from .weights import rank_rows as rank_rows

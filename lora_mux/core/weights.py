@@ -62,6 +62,12 @@ class LoraWeights:
                 )
 
 
+def on_diagonal(factor: Tensor, blocks: int) -> Tensor:
+    """A matrix [n, blocks * m] of a factor [n, m] whose rows hold the blocks of its diagonal."""
+    whole: Tensor = torch.block_diag(*factor.chunk(blocks))  # type: ignore[no-untyped-call]
+    return whole
+
+
 def rank_of(weights: LoraWeights) -> int:
     """The rank that kernels see: a bias is one more."""
     return weights.A.shape[0] + (weights.bias is not None)

@@ -12,10 +12,12 @@ saved_modules  layers that an adapter saved as a whole, as what they are more th
 """
 
 from .gains import with_gain as with_gain
+from .kinds import CONVOLUTIONS as CONVOLUTIONS
 from .kinds import own_class as own_class
 from .linear import MuxLinear as MuxLinear
 from .linear import follow_materialised as follow_materialised
 from .saved_modules import difference as difference
+from .saved_modules import with_rows as with_rows
 from .sharding import is_dtensor as is_dtensor
 from .storing import check_reservation as check_reservation
 from .storing import check_room as check_room
@@ -28,6 +30,7 @@ from .swapping import swap_in as swap_in
 from .swapping import swap_out as swap_out
 from .targets import Target as Target
 from .targets import as_targets as as_targets
+from .targets import bypassed as bypassed
 from .targets import check_target as check_target
 from .targets import common_dtype as common_dtype
 from .targets import device_of as device_of
@@ -37,5 +40,4 @@ from .targets import find_others as find_others
 from .targets import find_targets as find_targets
 from .targets import in_features as in_features
 from .targets import input_embedding as input_embedding
-from .targets import is_bypassed as is_bypassed
 from .targets import token_embeddings as token_embeddings

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import ops
-from ..core import LoraWeights, Pool
+from ..core import LoraWeights, Pool, on_diagonal
 from ..errors import AdapterError, InputError, TargetError
 from .sharding import is_dtensor
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Kind(Protocol):
@@ -104,7 +106,7 @@ class Convolution(NamedTuple):
         if B.ndim == 2 + len(self.kernel) and B.shape[2:].numel() == 1:
             B = B.flatten(1)
         if B.ndim == 2 and B.shape[1] * self.groups == len(A):
-            B = torch.block_diag(*B.chunk(self.groups))  # type: ignore[no-untyped-call]
+            B = on_diagonal(B, self.groups)
         return replace(weights, A=A.flatten(1), B=B)
 
     def local(self, x: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def is_plain(module: nn.Module) -> bool:
     kind = own_class(module)
     if isinstance(module, nn.Embedding):
         return kind.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    for base in CONVOLUTIONS:
         if isinstance(module, base):
             torchs = base.forward, base._conv_forward
             return (kind.forward, kind._conv_forward) == torchs
@@ -163,7 +165,7 @@ def kind_of(module: nn.Module, argument: str) -> Embedding | Convolution | None:
     Raises:
         TargetError: it is one that PEFT cannot adapt either, or whose adapters would be wrong.
     """
-    if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, (nn.Embedding, *CONVOLUTIONS)):
         own = "a forward of its own, with which adapters would mean something else"
         _refuse(module, argument, not is_plain(module), own)
     if isinstance(module, nn.Embedding):
@@ -174,7 +176,7 @@ def kind_of(module: nn.Module, argument: str) -> Embedding | Convolution | None:
         )
         _refuse(module, argument, not single, "an embed_scale that is not one number")
         return Embedding(module.num_embeddings, module.embedding_dim, float(scale))
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, CONVOLUTIONS):
         kernel = tuple(module.kernel_size)
         dilated = any(d > 1 < size for d, size in zip(module.dilation, kernel, strict=True))
         _refuse(module, argument, dilated, "dilation, which PEFT's A does not have")

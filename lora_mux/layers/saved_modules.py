@@ -8,13 +8,13 @@ rank, whose weight is always 1:
 So is an embedding, over one-hot rows, and a convolution, over patches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..core import LoraWeights
-from .kinds import is_plain
+from .kinds import CONVOLUTIONS, is_plain
 from .targets import features, in_features
 
 
@@ -52,6 +52,13 @@ def difference(module: nn.Module, values: Mapping[str, Tensor]) -> LoraWeights |
     return LoraWeights(A, B, 1.0, bias)
 
 
+def with_rows(weight: Tensor, rows: Sequence[int], trained: Tensor) -> Tensor:
+    """A copy of a weight in which some rows are trained ones, in the wider dtype of both."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, trained.dtype), copy=True)
+    wide[list(rows)] = trained.to(wide)
+    return wide
+
+
 def _of_rows(W: Tensor, changed: Tensor, is_embedding: bool, bias: Tensor | None) -> LoraWeights:
     """The factors of a difference that is 0 but for a few rows of a weight."""
     if not len(changed):  # by rounding
@@ -66,7 +73,7 @@ def _is_one_product(module: nn.Module) -> bool:
     """Whether a layer is W x + b, with the same x for W as for an adapter's A."""
     if not is_plain(module):
         return False
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, CONVOLUTIONS):
         return module.groups == 1 and module.padding_mode == "zeros"
     return isinstance(module, nn.Embedding) or features(module)[0] > 0
 

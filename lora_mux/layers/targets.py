@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentTypeError, TargetError
-from .kinds import Kind, kind_of
+from .kinds import CONVOLUTIONS, Kind, kind_of
 from .sharding import is_dtensor, shard_of
 
 # The names of the head in transformers' sequence classifiers. PEFT's "all-linear" skips it too.
@@ -125,7 +125,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ta
         TargetError: nothing matches, or a match cannot carry adapters.
     """
     modules = {path: module for path, module in model.named_modules() if path}
-    skipped = _bypassed(modules)
+    skipped = bypassed(modules)
     if _is_all_linear(targets):
         skipped |= _heads(model, modules)
         found = {p: m for p, m in modules.items() if p not in skipped and is_linear(m)}
@@ -155,7 +155,7 @@ def find_heads(model: nn.Module, targets: object) -> dict[str, nn.Module]:
     if not _is_all_linear(targets):
         return {}
     modules = {path: module for path, module in model.named_modules() if path}
-    heads = _heads(model, modules) - _bypassed(modules)
+    heads = _heads(model, modules) - bypassed(modules)
     return {path: modules[path] for path in sorted(heads) if is_linear(modules[path])}
 
 
@@ -167,7 +167,7 @@ def find_others(model: nn.Module, targets: object) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if isinstance(module, CONVOLUTIONS)
         # Others may be parameters that nobody calls, or be asked for positions.
         or (isinstance(module, nn.Embedding) and (not tables or module in tables))
     }
@@ -242,8 +242,11 @@ def _is_fsdp(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
-def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
-    """The paths of layers whose weight torch's attention and fast path read without a call."""
+def bypassed(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The paths of layers whose weight torch's attention and fast path read without a call.
+
+    Adapters would be hidden there, without a word.
+    """
     return {
         f"{path}.{child}"
         for path, module in modules.items()
@@ -251,8 +254,3 @@ def _bypassed(modules: dict[str, nn.Module]) -> set[str]:
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         and hasattr(module, child)
     }
-
-
-def is_bypassed(model: nn.Module, path: str) -> bool:
-    """Whether a layer's weight is read without a call, so that adapters would be hidden."""
-    return path in _bypassed(dict(model.named_modules()))

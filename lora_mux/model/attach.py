@@ -74,12 +74,9 @@ def attach(
     _check_plain(model)
     size = None if memory is None else parse_size(memory)
     found, heads = find_targets(model, targets), find_heads(model, targets)
-    others = find_others(model, targets)
     if size is not None:  # pools of a fixed size share it from the beginning
-        found, joining = found | as_targets(model, heads), {}
-    else:
-        joining = heads | others
-    return Mux(model, found, settings, size, joining)
+        return Mux(model, found | as_targets(model, heads), settings, size)
+    return Mux(model, found, settings, None, heads | find_others(model, targets))
 
 
 def detach(model: nn.Module) -> None:
@@ -115,7 +112,7 @@ def attach_peft(
     and sums mean something else here than in PEFT, see docs/from_peft.md.
 
     Args:
-        peft_model: a model whose adapters are LoRA or DoRA on linear layers.
+        peft_model: a model whose adapters are LoRA or DoRA.
         backend: as in `attach`.
         batch_invariant: as in `attach`.
         fused: as in `attach`.

@@ -47,7 +47,7 @@ class LoadedAdapters:
     _adapters: Adapters
     _router: Router
     _linears: list[nn.Module]  # all that a detach changes back
-    _heads: dict[str, tuple[nn.Module, Place]]  # layers that join when an adapter touches them
+    _joining: dict[str, tuple[nn.Module, Place]]  # layers that join when an adapter touches them
     _joined: dict[str, tuple[nn.Module, nn.Module]]  # those that have: where they are, and they
 
     @property
@@ -109,7 +109,7 @@ class LoadedAdapters:
         """
         model = self._check_attached()
         self._slots.check_new(name, replace)
-        base = BaseModel([*self._layers, *self._heads], model, key_mapping)
+        base = BaseModel([*self._layers, *self._joining], model, key_mapping)
 
         def prepared() -> Prepared:
             return self._prepared(local_folder(folder, revision, subfolder), base, component)
@@ -125,9 +125,9 @@ class LoadedAdapters:
             raise CheckpointError(
                 f"`component` must be None for a PEFT checkpoint, got {component!r:.100}"
             )
-        self._include_heads(stored.shapes(), stored.source)
+        self._include(stored.shapes(), stored.source)
         if stored.saved is not None:
-            self._include_heads(stored.saved.shapes(), stored.source)
+            self._include(stored.saved.shapes(), stored.source)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
         return self._adapters.prepare(stored)
@@ -168,7 +168,7 @@ class LoadedAdapters:
             )
         for name in folders:
             self._slots.check_new(name)
-        base = BaseModel([*self._layers, *self._heads], model)
+        base = BaseModel([*self._layers, *self._joining], model)
         prepare = {
             name: lambda folder=folder: self._prepared(local_folder(folder), base)
             for name, folder in folders.items()
@@ -214,22 +214,22 @@ class LoadedAdapters:
     ) -> dict[str, int]:
         """Load adapters from their factors, and the modules that they saved, all or none."""
         for parts in adapters.values():
-            self._include_heads(parts, source)
+            self._include(parts, source)
         prepare = {
             name: partial(self._adapters.prepare_weights, parts, source, saved.get(name))
             for name, parts in adapters.items()
         }
         return self._publish(prepare)
 
-    def _include_heads(self, weights: Mapping[str, LoraWeights], source: str) -> None:
-        """Let output heads carry adapters, if this one touches them and fits."""
-        joining = [path for path in self._heads if path in weights]
+    def _include(self, weights: Mapping[str, LoraWeights], source: str) -> None:
+        """Let layers join that this adapter touches, if it fits."""
+        joining = [path for path in self._joining if path in weights]
         if weights.keys() - self._layers.keys() - {*joining}:
             return  # it will be refused
         for path in joining:
             with self._router.changes:
-                head, place = self._heads.get(path, (None, None))
-                if head is None or place is None:  # another thread was first
+                layer, place = self._joining.get(path, (None, None))
+                if layer is None or place is None:  # another thread was first
                     continue
                 if self._slots.captured:
                     raise PoolCapacityError(
@@ -238,17 +238,17 @@ class LoadedAdapters:
                         "targets that name the layer"
                     )
                 model = self._check_attached()
-                if model.get_submodule(path) is not head:
+                if model.get_submodule(path) is not layer:
                     raise _replaced(path)
-                target = as_targets(model, {path: head})[path]
-                dtype = dtype_of(head, common_dtype(model))
-                empty = Pool(*target.sizes, dtype, device_of(head))
+                target = as_targets(model, {path: layer})[path]
+                dtype = dtype_of(layer, common_dtype(model))
+                empty = Pool(*target.sizes, dtype, device_of(layer))
                 cut_and_check_shapes(empty, target.kind, weights[path], f"{source}[{path!r}]")
-                swap_out(head)  # what an interrupt has left of another time
-                self._linears.append(head)
+                swap_out(layer)  # what an interrupt has left of another time
+                self._linears.append(layer)
                 self._adapters.include(path, swap_in(target, place, self._router, dtype))
-                self._joined[path] = model.get_submodule(path.rpartition(".")[0]), head
-                del self._heads[path]
+                self._joined[path] = model.get_submodule(path.rpartition(".")[0]), layer
+                del self._joining[path]
 
     def reserve(self, adapters: int, rank: int) -> None:
         """Make room in every layer, so that loading adapters later moves no buffer.

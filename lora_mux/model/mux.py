@@ -39,7 +39,7 @@ class Mux(GivenRows):
         targets: Mapping[str, Target],
         settings: ops.Settings,
         memory: int | None = None,
-        heads: Mapping[str, nn.Module] = MappingProxyType({}),
+        joining: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         self._model: nn.Module | None = model
         self._linears = [target.linear for target in targets.values()]
@@ -47,9 +47,9 @@ class Mux(GivenRows):
         self._uniform_routes = UniformRoutes(self._slots)
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
-        self._router.layout, places = find_layout(model, [*targets, *heads])
+        self._router.layout, places = find_layout(model, [*targets, *joining])
         self._joined = {}
-        self._heads = {path: (head, places[path]) for path, head in heads.items()}
+        self._joining = {path: (layer, places[path]) for path, layer in joining.items()}
         try:
             self._layers = {
                 path: swap_in(target, places[path], self._router, dtype_of(target.linear, dtype))

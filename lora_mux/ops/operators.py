@@ -236,16 +236,14 @@ def triton_add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "
         return None
     pool = _pool(rows)
     given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
-    if not x.is_floating_point():
+    shrink = None
+    if x.is_floating_point():
+        config = _config(x, out, pool.A_rows, plan, how)
+        h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
+        shrink = launch.shrink(x, h, plan, pool, config)
+    else:
         config = dataclasses.replace(_config(out, out, pool.B_rows, plan, how), split_k=1)
         h = _columns(x, rows, plan, launch.h_shape(plan, how.max_rank, config))
-        launch.expand(h, out, plan, pool, config)
-        if out is not y:
-            y.copy_(out)
-        return None
-    config = _config(x, out, pool.A_rows, plan, how)
-    h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
-    shrink = launch.shrink(x, h, plan, pool, config)
     expand = launch.expand(h, out, plan, pool, config)
     if out is not y:
         y.copy_(out)
@@ -258,11 +256,8 @@ def _columns(
     x: Tensor, rows: RankRows, plan: Plan, shape: tuple[int, ...], weighted: bool = True
 ) -> Tensor:
     """h [M, J, R, 1] as shrink makes it, for ints x [M, 1]: columns of A, which need no product."""
-    slots, S, place = (
-        plan.slots[:, :, None],
-        len(rows.rank),
-        torch.arange(shape[2], device=x.device),
-    )
+    slots, S = plan.slots[:, :, None], len(rows.rank)
+    place = torch.arange(shape[2], device=x.device)
     if not (S and len(rows.A_rows)):
         return x.new_zeros(*shape[:3], 1, dtype=torch.float32)
     known = (slots >= 0) & (slots < S)

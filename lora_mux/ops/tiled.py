@@ -81,7 +81,7 @@ class EagerPlan(NamedTuple):
     @property
     def selecting(self) -> Tensor:
         """[M, 1] bool: the rows that select an adapter, alive or not."""
-        return (self.now.tensors.state != BASE)[:, None]
+        return self.tiled.selecting
 
     def touches(self, pool: AnyPool) -> bool:
         """True: only the device knows the slots."""

@@ -31,7 +31,7 @@ MUTATIONS = {
     ),
     "peft folder: blocks of A side by side": Mutation(
         PEFT_FOLDER,
-        "A = torch.block_diag(*A.chunk(blocks))",
+        "A = on_diagonal(A, blocks)",
         "A = A.repeat(1, blocks)",
         TEST_OTHER_FACTORS,
     ),

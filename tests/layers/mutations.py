@@ -44,7 +44,7 @@ MUTATIONS = {
         KINDS, "weights.scaling * self.scale", "weights.scaling", TEST_KINDS
     ),
     "kinds: each group sees all of h": Mutation(
-        KINDS, "torch.block_diag(*B.chunk(self.groups))", "B.repeat(1, self.groups)", TEST_KINDS
+        KINDS, "on_diagonal(B, self.groups)", "B.repeat(1, self.groups)", TEST_KINDS
     ),
     "kinds: places before samples": Mutation(
         KINDS, "x.movedim(1, 1 + dimensions)", "x.mT.movedim(1, 1 + dimensions)", TEST_KINDS

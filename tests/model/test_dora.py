@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import LAYERS, batch_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -19,7 +20,7 @@ from lora_mux.core import LoraWeights
 from lora_mux.errors import AdapterError, CheckpointError, PoolCapacityError
 from lora_mux.layers import with_gain
 from oracle import Adapter, assert_close, forward, magnitude_by_norm, make_adapter
-from peft_oracle import peft, set_weights, transformers
+from peft_oracle import peft, set_weights, transformers, with_adapters
 from tenants import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
@@ -59,12 +60,7 @@ def configs() -> dict[str, Any]:
 
 def peft_model(base: nn.Module, wanted: dict[str, Any]) -> Any:
     """With magnitudes and biases as training would leave them."""
-    model: Any = None
-    for name, config in wanted.items():
-        if model is None:
-            model = peft.get_peft_model(copy.deepcopy(base), config, name)
-        else:
-            model.add_adapter(name, config)
+    model = with_adapters(base, wanted)
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data.mul_(0.5 + torch.rand_like(parameter))
@@ -497,20 +493,8 @@ def test_a_file_of_diffusers(stage: SimpleNamespace, tmp_path: Path) -> None:
     close(model(stage.x), theirs(stage.x))
 
 
-KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "3x2, padded": (lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (6, 5, 4)),
-    "1x1, no bias": (lambda: nn.Conv2d(6, 4, 1, bias=False), (6, 5, 4)),
-    "one dimension": (lambda: nn.Conv1d(6, 4, 3), (6, 7)),
-    "groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), (6, 5, 4)),
-    "three dimensions": (lambda: nn.Conv3d(3, 4, (1, 2, 3)), (3, 2, 3, 4)),
-    "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), (5,)),
-    "scaled embedding": (
-        lambda: transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(
-            11, 6, 0, embed_scale=2.5
-        ),
-        (5,),
-    ),
-}
+KINDS = ["3x2, padded", "1x1, no bias", "one dimension", "groups", "three dimensions"]
+KINDS += ["embedding", "scaled embedding"]
 
 
 @pytest.mark.parametrize(
@@ -523,8 +507,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 )
 @torch.no_grad()
 def test_embeddings_and_convolutions(name: str, backend: Any, tmp_path: Path) -> None:
-    make, shape = KINDS[name]
-    base = nn.Sequential(make())
+    base = nn.Sequential(LAYERS[name][0]())
     common = {"target_modules": ["0"], "init_lora_weights": False}
     wanted = {
         "a": peft.LoraConfig(r=4, use_dora=True, **common),
@@ -533,7 +516,7 @@ def test_embeddings_and_convolutions(name: str, backend: Any, tmp_path: Path) ->
     }
     theirs = peft_model(base, wanted)
     theirs.save_pretrained(tmp_path)
-    x = torch.randint(11, (5, *shape)) if "embedding" in name else torch.randn(5, *shape)
+    x = batch_for(name, 5)
     rows: list[Any] = ["a", None, ("b", "c"), "c", "b"]
     want = base(x).clone()
     for m, row in enumerate(rows):

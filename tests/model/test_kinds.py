@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from batches import differ
+from kinds import LAYERS, batch_for
 from torch import Tensor, nn
 
 import lora_mux
@@ -23,25 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel lengths:UserWarning",
 )
 
-# name -> (layer, one sample's shape)
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "1x1": (lambda: nn.Conv2d(6, 4, 1), (6, 5, 3)),
-    "1x1, every second": (lambda: nn.Conv2d(6, 4, 1, stride=2), (6, 5, 3)),
-    "3x2, padded": (lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (6, 5, 4)),
-    "same, even": (lambda: nn.Conv2d(6, 4, (4, 3), padding="same"), (6, 5, 4)),
-    "valid": (lambda: nn.Conv2d(6, 4, 2, padding="valid", bias=False), (6, 5, 4)),
-    "circular": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), (6, 5, 4)),
-    "groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), (6, 5, 4)),
-    "one dimension": (lambda: nn.Conv1d(6, 4, 3, stride=2, padding=2), (6, 7)),
-    "three dimensions": (lambda: nn.Conv3d(3, 4, (1, 2, 3)), (3, 2, 3, 4)),
-    "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), (5,)),
-    "scaled embedding": (
-        lambda: transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(
-            11, 6, 0, embed_scale=2.5
-        ),
-        (5,),
-    ),
-}
 ROWS: list[Any] = ["a", None, {"b": 0.5}, {"a": -2.0, "b": 1.0}, "b", ("b", "a")]
 
 
@@ -57,8 +39,7 @@ class Model(nn.Module):
 def case(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Model, Any, Tensor]:
     """A model of one layer, PEFT's with two adapters, which are saved in a folder, and a batch."""
     torch.manual_seed(0)
-    make, shape = LAYERS[name]
-    base = Model(make()).to(dtype)
+    base = Model(LAYERS[name][0]()).to(dtype)
     fields: dict[str, Any] = {"target_modules": ["layer"], "init_lora_weights": False}
     biased = {"lora_bias": True} if "embedding" not in name else {}
     wanted = {
@@ -66,9 +47,7 @@ def case(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[M
         "b": peft.LoraConfig(r=2, lora_alpha=5, use_rslora=True, **biased, **fields),
     }
     theirs = save_adapters(base, wanted, folder, dtype)
-    numbers = "embedding" in name
-    x = torch.randint(11, (6, *shape)) if numbers else torch.randn(6, *shape, dtype=dtype)
-    return base, theirs, x
+    return base, theirs, batch_for(name, 6, dtype)
 
 
 def answers(theirs: Any, base: nn.Module, x: Tensor) -> Tensor:

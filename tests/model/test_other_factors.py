@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux.errors import CheckpointError
-from peft_oracle import bert, gpt2, llama, peft, qwen2, set_weights, t5
+from peft_oracle import bert, gpt2, llama, peft, qwen2, set_weights, t5, with_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -23,20 +22,13 @@ IDS = torch.tensor([[5, 1, 7, 3, 9], [2, 2, 8, 3, 1], [1, 4, 6, 9, 7], [3, 1, 5,
 
 def trained(base: nn.Module, folder: Path, **configs: Any) -> Any:
     """PEFT's model with adapters whose values are all different, saved in a folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = None
-        for name, config in configs.items():
-            if model is None:
-                model = peft.get_peft_model(copy.deepcopy(base), config, name)
-            else:
-                model.add_adapter(name, config)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name or "trainable_tokens_delta" in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.save_pretrained(folder)
+    model = with_adapters(base, configs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
     return model.eval()
 
 

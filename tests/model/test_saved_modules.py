@@ -22,7 +22,7 @@ from lora_mux.errors import (
     RoutingError,
     TargetError,
 )
-from peft_oracle import llama, peft, qwen2, transformers
+from peft_oracle import llama, peft, qwen2, transformers, with_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -76,15 +76,13 @@ SEEDS = {"a": 1, "b": 2, "c": 3, "like a": 1, "headless": None}
 def saved_by_peft(base: nn.Module, kind: str, seeds: Mapping[str, int | None], to: Path) -> Any:
     """A PeftModel with such adapters, each saved as a folder of its name."""
     _, targets, fields = MODELS[kind]
-    model: Any = None
-    for i, (name, seed) in enumerate(seeds.items()):
-        given = fields if seed is not None else {}
-        config = peft.LoraConfig(r=i + 1, target_modules=targets, init_lora_weights=False, **given)
-        torch.manual_seed(i)
-        if model is None:
-            model = peft.get_peft_model(copy.deepcopy(base), config, name)
-        else:
-            model.add_adapter(name, config)
+    plain = {"target_modules": targets, "init_lora_weights": False}
+    wanted = {
+        name: peft.LoraConfig(r=i + 1, **plain, **({} if seed is None else fields))
+        for i, (name, seed) in enumerate(seeds.items())
+    }
+    model = with_adapters(base, wanted)
+    for name, seed in seeds.items():
         generator = torch.Generator().manual_seed(seed or 0)
         for path, parameter in model.named_parameters():
             if seed is not None and f"modules_to_save.{name}." in path:

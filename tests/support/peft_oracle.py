@@ -142,10 +142,10 @@ def configs(model: str) -> dict[str, Any]:
     }
 
 
-def save_adapters(
-    base: nn.Module, wanted: Mapping[str, Any], folder: Path, dtype: torch.dtype | None = None
+def with_adapters(
+    base: nn.Module, wanted: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> Any:
-    """A PeftModel over a copy of `base` with these adapters, which are saved as folder/name."""
+    """A PeftModel over a copy of `base` with these adapters."""
     model: Any = None
     half = {} if dtype is None else {"autocast_adapter_dtype": False}  # else PEFT keeps fp32
     with warnings.catch_warnings():
@@ -156,11 +156,21 @@ def save_adapters(
                 model = peft.get_peft_model(copy.deepcopy(base), config, name, **half)
             else:
                 model.add_adapter(name, config, **half)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name and name.endswith("bias"):
-                nn.init.normal_(parameter)
-        model.save_pretrained(folder)
     return model.eval()
+
+
+def save_adapters(
+    base: nn.Module, wanted: Mapping[str, Any], folder: Path, dtype: torch.dtype | None = None
+) -> Any:
+    """A PeftModel over a copy of `base` with these adapters, which are saved as folder/name."""
+    model = with_adapters(base, wanted, dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of embeddings that it saves along
+        model.save_pretrained(folder)
+    return model
 
 
 def set_weights(model: Any, weights: Mapping[str, float]) -> None:
