@@ -1,6 +1,6 @@
 """The data: what is stored of a layer's adapters, and what is asked for by a batch's rows.
 
-    weights     one adapter's part of one layer
+    weights     one adapter's part of one layer, and what is trained of it
     pool        the rank rows of one layer's adapters, and where each adapter's are
     free_runs   which of those rank rows are free
     slots       the adapters of a model: name <-> handle <-> slot
@@ -17,6 +17,7 @@ from .arguments import check_counts as check_counts
 from .arguments import check_names as check_names
 from .arguments import check_number as check_number
 from .free_runs import FreeRuns as FreeRuns
+from .free_runs import Span as Span
 from .methods import computed_once as computed_once
 from .methods import holding as holding
 from .methods import synchronized as synchronized
@@ -24,7 +25,6 @@ from .pool import AnyPool as AnyPool
 from .pool import Gains as Gains
 from .pool import Pool as Pool
 from .pool import RankRows as RankRows
-from .pool import Span as Span
 from .pool import Version as Version
 from .routing import BASE as BASE
 from .routing import NONE as NONE
@@ -48,6 +48,7 @@ from .streams import has_streams as has_streams
 from .streams import site_on as site_on
 from .streams import to_device as to_device
 from .weights import LoraWeights as LoraWeights
+from .weights import Masters as Masters
 from .weights import check_shape as check_shape
 from .weights import is_finite as is_finite
 from .weights import on_diagonal as on_diagonal

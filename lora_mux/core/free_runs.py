@@ -2,6 +2,22 @@
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """Where an adapter's rank rows are, as the host knows it."""
+
+    offset: int
+    rows: int
+    bias: bool  # whether the last one of its rank is constant
+    scaling: float
+    gain: bool = False  # whether the last one of all is a gain
+
+    @property
+    def rank(self) -> int:
+        """How many of the rows are multiplied with x."""
+        return self.rows - self.gain
 
 
 class FreeRuns:
@@ -79,3 +95,12 @@ class FreeRuns:
             last, end = last + 1, free[last][1]
         free[first:last] = [(start, end)]
         return start, end
+
+
+def joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """(start, end) of the rank rows of spans, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for start, rows, *_ in sorted(spans):
+        begins = joined.pop()[0] if joined and joined[-1][1] == start else start
+        joined.append((begins, start + rows))
+    return joined

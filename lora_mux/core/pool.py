@@ -9,16 +9,16 @@ one more rank row each, behind the others. The rows of all gains are read as a p
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .free_runs import FreeRuns
+from .free_runs import FreeRuns, Span, joined
 from .methods import computed_once
 from .streams import has_streams, to_device
-from .weights import LoraWeights, is_finite, rank_of, rank_rows
+from .weights import LoraWeights, Masters, is_finite, rank_of, rank_rows
 
 
 class RankRows(NamedTuple):
@@ -30,21 +30,6 @@ class RankRows(NamedTuple):
     offset: Tensor  # [S] int32
     rank: Tensor  # [S] int32
     scaling: Tensor  # [S] at least fp32
-
-
-class Span(NamedTuple):
-    """Where an adapter's rank rows are, as the host knows it."""
-
-    offset: int
-    rows: int
-    bias: bool  # whether the last one of its rank is constant
-    scaling: float
-    gain: bool = False  # whether the last one of all is a gain
-
-    @property
-    def rank(self) -> int:
-        """How many of the rows are multiplied with x."""
-        return self.rows - self.gain
 
 
 class Move(NamedTuple):
@@ -102,6 +87,7 @@ class Pool(nn.Module):
         self.fixed: int | None = None  # how many rank rows there always are; None = it grows
         self.version = Version()  # another one whenever rank rows are written or moved
         self.moving: Move | None = None
+        self.masters: dict[int, Masters] = {}  # slot -> what is trained of it here
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
             empty = torch.empty(shape, dtype=dtype, device=device)
@@ -190,26 +176,46 @@ class Pool(nn.Module):
         assert start is not None
         has_bias, has_gain = weights.bias is not None, weights.gain is not None
         self.spans[slot] = Span(start, used, has_bias, weights.scaling, has_gain)
-        self.A_rows[start : start + r, : self.in_features] = weights.A
-        self.B_rows[start : start + r, : self.out_features] = weights.B.T
+        A_rows, B_rows, constant = self.A_rows.data, self.B_rows.data, self.constant.data
+        A_rows[start : start + r, : self.in_features] = weights.A
+        B_rows[start : start + r, : self.out_features] = weights.B.T
         # What to_empty() has brought from the meta device holds anything beyond them.
-        self.A_rows[start : start + used, self.in_features :] = 0
-        self.B_rows[start : start + used, self.out_features :] = 0
-        self.constant[start : start + r] = False
-        self.constant[start + r : start + used] = True
-        self.A_rows[start + r : start + used] = 0
+        A_rows[start : start + used, self.in_features :] = 0
+        B_rows[start : start + used, self.out_features :] = 0
+        constant[start : start + r] = False
+        constant[start + r : start + used] = True
+        A_rows[start + r : start + used] = 0
         if weights.bias is not None:
-            self.B_rows[start + r, : self.out_features] = weights.bias
+            B_rows[start + r, : self.out_features] = weights.bias
         if weights.gain is not None:
-            self.B_rows[start + rank, : self.out_features] = weights.gain
+            B_rows[start + rank, : self.out_features] = weights.gain
         # Filled: what is assigned to one element comes from the host by a copy, which on a GPU
         # waits. The ranks last: they are what makes the rows count.
-        self.offset[slot].fill_(start)
-        self.scaling[slot].fill_(weights.scaling)
+        self.offset.data[slot].fill_(start)
+        self.scaling.data[slot].fill_(weights.scaling)
         if weights.gain is not None:
-            self.gain_offset[slot].fill_(start + rank)
-            self.gain_rank[slot].fill_(1)
-        self.rank[slot].fill_(rank)
+            self.gain_offset.data[slot].fill_(start + rank)
+            self.gain_rank.data[slot].fill_(1)
+        self.rank.data[slot].fill_(rank)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def publish(self, slot: int) -> None:
+        """Round the masters of a slot into its rank rows, without a sync on a GPU.
+
+        Values that are not finite there would reach other adapters' rows, since 0 x NaN is NaN: the
+        scaling becomes NaN in their place, and with it the rows that select the slot.
+        """
+        masters, span = self.masters[slot], self.spans[slot]
+        A, B, finite = masters.rounded(self.A_rows)
+        held = slice(span.offset, span.offset + len(A))
+        self.A_rows.data[held, : self.in_features] = A
+        self.B_rows.data[held, : self.out_features] = B
+        self.scaling.data[slot].fill_(masters.scaling).masked_fill_(~finite, math.nan)
+        if finite.device.type == "cpu":  # where forms go by what the host knows
+            scaling = masters.scaling if finite else math.nan
+            if scaling != span.scaling:
+                self.version, self.spans[slot] = Version(), span._replace(scaling=scaling)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -219,11 +225,11 @@ class Pool(nn.Module):
         if not held:
             return
         (those,) = to_device([torch.tensor([*held])], self.rank.device)
-        self.rank.index_fill_(0, those, 0)
-        self.gain_rank.index_fill_(0, those, 0)
-        for start, end in _joined(held.values()):
-            self.A_rows[start:end] = 0
-            self.B_rows[start:end] = 0
+        self.rank.data.index_fill_(0, those, 0)
+        self.gain_rank.data.index_fill_(0, those, 0)
+        for start, end in joined(held.values()):
+            self.A_rows.data[start:end] = 0
+            self.B_rows.data[start:end] = 0
         # The span last: what has none is known to be empty.
         for slot, span in held.items():
             del self.spans[slot]
@@ -250,11 +256,11 @@ class Pool(nn.Module):
         self.version = Version()
         start, rows, *_ = move.span
         for name, values in move.values.items():
-            buffer: Tensor = getattr(self, name)
+            buffer: Tensor = getattr(self, name).data
             buffer[start : start + rows] = values
             buffer[move.left] = 0
-        self.offset[move.slot].fill_(start)
-        self.gain_offset[move.slot].fill_(start + move.span.rank)
+        self.offset.data[move.slot].fill_(start)
+        self.gain_offset.data[move.slot].fill_(start + move.span.rank)
         self.spans[move.slot] = move.span
         self.moving = None
 
@@ -302,11 +308,16 @@ class Pool(nn.Module):
         for name, new in grown.items():
             setattr(self, name, new)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "masters": {}}  # a copy of the model trains nothing
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
-        """Move or cast with the layer; the scaling keeps at least fp32 under .half()."""
+        """Move or cast with the layer; scaling and masters keep at least fp32 under .half()."""
         self.version, scaling, before = Version(), self.scaling, self.A_rows.dtype
         self._synchronize()  # other streams write and read what this one moves
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for masters in self.masters.values():
+            masters.move(self.A_rows.device)
         self._synchronize()
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:
@@ -336,9 +347,9 @@ class Pool(nn.Module):
                 continue
             lost += 1
             for rows in factors:
-                rows[held] = 0
+                rows.data[held] = 0
             self.spans[slot] = span._replace(scaling=math.nan)
-            self.scaling[slot].fill_(math.nan)
+            self.scaling.data[slot].fill_(math.nan)
         if lost:
             warnings.warn(
                 f"{lost} of {len(self.spans)} adapters of a layer hold values that "
@@ -346,15 +357,6 @@ class Pool(nn.Module):
                 "loaded again",
                 stacklevel=2,
             )
-
-
-def _joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """(start, end) of the rank rows of spans, those that touch as one."""
-    joined: list[tuple[int, int]] = []
-    for start, rows, *_ in sorted(spans):
-        begins = joined.pop()[0] if joined and joined[-1][1] == start else start
-        joined.append((begins, start + rows))
-    return joined
 
 
 def _aligned(features: int) -> int:

@@ -233,10 +233,10 @@ class Slots:
         return self._live[device]
 
     def _write(self, slot: int, handle: int) -> None:
-        self._live[CPU][slot] = handle  # first, because new tables are copied from this one
+        self._live[CPU].data[slot] = handle  # first, because new tables are copied from this one
         for device, table in list(self._live.items()):
             if device != CPU:
-                table[slot].fill_(handle)
+                table.data[slot].fill_(handle)
 
     def lookup(self, names: Sequence[str]) -> dict[str, int]:
         """Name -> handle.

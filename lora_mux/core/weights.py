@@ -1,10 +1,10 @@
-"""One adapter's part of one layer, and what must be true of it."""
+"""One adapter's part of one layer, what must be true of it, and what is trained of it."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError, ArgumentTypeError
 
@@ -60,6 +60,61 @@ class LoraWeights:
                     f"`{argument}.{name}` must be finite in the pool's {dtype}, got "
                     f"{int((~values.isfinite()).sum())} values that are not"
                 )
+
+
+class Masters(NamedTuple):
+    """What is trained of one adapter in one layer: parameters of PEFT's shapes, in fp32 or more.
+
+    The rank rows of the pool are these, rounded.
+    """
+
+    A: nn.Parameter  # [r, in_features]
+    B: nn.Parameter  # [out_features, r]; it lies rank-major, as the pool and the gradients do
+    bias: nn.Parameter | None  # [out_features]: PEFT's lora_bias
+    scaling: float
+
+    @classmethod
+    def of(cls, weights: LoraWeights, device: torch.device) -> "Masters":
+        """Parameters that begin with the values of factors."""
+
+        def parameter(values: Tensor) -> nn.Parameter:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            return nn.Parameter(values.detach().to(device, dtype, copy=True))
+
+        A, B, bias = weights.A.contiguous(), weights.B.T.contiguous(), weights.bias
+        rows = parameter(B)
+        rows.data = rows.data.T
+        return cls(parameter(A), rows, None if bias is None else parameter(bias), weights.scaling)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that there are, in PEFT's order."""
+        return [self.A, self.B, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def weights(self) -> LoraWeights:
+        """The factors as they are now; not copies."""
+        bias = None if self.bias is None else self.bias.detach()
+        return LoraWeights(self.A.detach(), self.B.detach(), self.scaling, bias)
+
+    def rounded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(A [r, in_features], B and bias [rank, out_features], whether all are finite).
+
+        Zeros where they are not, of the dtype and on the device of another tensor.
+        """
+        A, B = self.A.detach().to(like), self.B.detach().T.to(like)
+        if self.bias is not None:
+            A = torch.cat([A, torch.zeros_like(A[:1])])
+            B = torch.cat([B, self.bias.detach().to(like)[None]])
+        finite = A.isfinite().all() & B.isfinite().all()
+        return torch.where(finite, A, 0.0), torch.where(finite, B, 0.0), finite
+
+    def move(self, device: torch.device) -> None:
+        """Bring the values to a device; the parameters stay the ones that optimizers hold."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(device)
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to(device)
 
 
 def on_diagonal(factor: Tensor, blocks: int) -> Tensor:

@@ -197,7 +197,7 @@ class MuxLinear(nn.Module):
 
     @property
     def _pool(self) -> Pool:
-        # nn.Module's own look-up takes 10 us where the base has emptied the caches: see ops/cpu.py.
+        # nn.Module's own look-up takes 10 us where the base has emptied the caches: see ops/cpu.
         return self._modules["mux_pool"]  # type: ignore[return-value]
 
     def _plan(self, x: Tensor, routing: Routing | None, fusable: bool) -> ops.AnyPlan | None:

@@ -4,7 +4,6 @@ dispatch       the door: chooses a form, and makes the plan of a forward pass
 forms          the forms, and what a plan of any form can do
 reference      the formula as einsums, which defines correctness
 cpu            the form for the CPU: a few products, each over many rows and adapters
-cpu_groups     which rows and slots share a product
 tiled          plans for the operators
 operators      torch.library: plan, add_lora, add_lora_, linear, strength_gradient
 plan_in_torch  the operators' plan where no kernel runs

@@ -24,7 +24,7 @@ MUTATIONS = {
     ),
     "pool: whatever to_empty() has brought": Mutation(
         POOL,
-        "self.A_rows[start : start + used, self.in_features :] = 0",
+        "A_rows[start : start + used, self.in_features :] = 0",
         "pass",
         TEST_BF16_PRODUCTS,
     ),
@@ -64,7 +64,7 @@ MUTATIONS = {
     ),
     "pool: a gain that moved is looked for where it was": Mutation(
         POOL,
-        "self.gain_offset[move.slot].fill_(start + move.span.rank)",
+        "self.gain_offset.data[move.slot].fill_(start + move.span.rank)",
         "pass",
         ("model/test_dora.py",),
     ),
@@ -75,7 +75,7 @@ MUTATIONS = {
         ("model/test_dora.py",),
     ),
     "pool: a gain that was erased": Mutation(
-        POOL, "self.gain_rank.index_fill_(0, those, 0)", "pass", ("model/test_dora.py",)
+        POOL, "self.gain_rank.data.index_fill_(0, those, 0)", "pass", ("model/test_dora.py",)
     ),
     "slots: a removed adapter stays alive": Mutation(
         SLOTS, "self._write(slot_of(handle), NONE)", "pass", TEST_TRITON_BACKEND

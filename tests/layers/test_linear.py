@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from layer import ROUTINGS, LayerCase, check_relative_norm
-from lora_mux.ops import cpu
+from lora_mux.ops.cpu import plan as cpu
 from oracle import Adapter, forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,8 +2,8 @@
 
 from mutation import Mutation
 
-CPU = "ops/cpu.py"
-CPU_GROUPS = "ops/cpu_groups.py"
+CPU = "ops/cpu/plan.py"
+CPU_GROUPS = "ops/cpu/groups.py"
 DISPATCH = "ops/dispatch.py"
 OPERATORS = "ops/operators.py"
 REFERENCE = "ops/reference.py"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_mux
 from layer import RELATIVE_NORM, LayerCase
 from lora_mux import ops
-from lora_mux.ops import cpu
+from lora_mux.ops.cpu import plan as cpu
 from oracle import Adapter, forward, make_adapter
 
 aten = torch.ops.aten

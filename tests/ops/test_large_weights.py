@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_mux
 from layer import LayerCase
-from lora_mux.ops import cpu
+from lora_mux.ops.cpu import plan as cpu
 from oracle import assert_close, forward
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -2,7 +2,7 @@
 
     y[m] += sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),    i = slots[m, j]
 
-A batch is cut into groups of rows and slots (cpu_groups.py), and a group becomes one product or a
+A batch is cut into groups of rows and slots (groups.py), and a group becomes one product or a
 few in each layer, by the ranks that its slots have there.
 
 Products are fp32, or bf16 on a CPU that has instructions for it; then h is rounded to bf16, as in
@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import AnyPool, Span, Version, computed_once
-from . import reference
-from .cpu_groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
-from .forms import tracked
+from ...core import AnyPool, Span, Version, computed_once
+from .. import reference
+from .groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
+from ..forms import tracked
 
 Rows: TypeAlias = slice | Tensor  # of a tensor: those that follow one another, or int64 [n]
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A^T [G, K, R] and B [G, R, N] of a Product

@@ -1,0 +1,7 @@
+"""The form for the CPU: a few products, each over many rows and adapters.
+
+plan      what the rows of a batch select, and how that is added to y
+groups    which rows and slots share a product
+"""
+
+from .plan import Plan as Plan
