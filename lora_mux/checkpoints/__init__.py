@@ -1,9 +1,9 @@
 """Adapters as other libraries save them. They come from strangers: everything is checked.
 
 peft_folder       PEFT's folders, adapter_config.json + adapter_model.safetensors
-base_copies       what PEFT saves beside factors: parameters of the base, or trained ones
+peft_writer       the same, written
 peft_model        a PeftModel in memory
-peft_wrappers     the modules in it that adapters have saved as a whole
+beside_factors    what else PEFT saves, in either: whole modules, biases and tokens
 diffusers_file    the LoRA file of a diffusers pipeline
 base_model        the model that a checkpoint is for: its layers, by which names, and its weights
 opened_folder     a folder, here or on the hub, that its owner may change while it is read
@@ -19,6 +19,7 @@ from .peft_folder import read_peft_folder as read_peft_folder
 from .peft_model import read_peft_model as read_peft_model
 from .peft_model import retire_peft as retire_peft
 from .peft_model import without_peft as without_peft
+from .peft_writer import write_peft_folder as write_peft_folder
 from .stored_adapter import Outline as Outline
 from .stored_adapter import PackedTensors as PackedTensors
 from .stored_adapter import StoredAdapter as StoredAdapter

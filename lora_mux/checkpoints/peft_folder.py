@@ -19,8 +19,8 @@ from torch import Tensor
 from ..configs import HONOURED, MAX_CONFIG_BYTES, PeftConfig, parse_config, parse_fields
 from ..core import LoraWeights, on_diagonal
 from ..errors import CheckpointError
-from .base_copies import TOKENS, check_copies
 from .base_model import PREFIX, BaseModel
+from .beside_factors import TOKENS, check_copies
 from .opened_folder import CONFIG_FILE, WEIGHTS_FILE, OpenedFolder, open_folder
 from .safetensors_file import (
     FileOutline,

@@ -27,7 +27,7 @@ from ..layers import (
     dtype_of,
     with_gain,
 )
-from .peft_wrappers import (
+from .beside_factors import (
     check_called,
     check_values,
     check_wrappers,

@@ -4,7 +4,7 @@ The header is parsed here, from bytes that were read: the safetensors library ma
 that. Everything that the format leaves open is refused: a key twice, other fields, empty tensors.
 
 Format: 8 bytes, the length of a JSON object; the object, key -> dtype, shape and data_offsets; and
-the values, side by side without holes.
+the values, side by side without holes. What is written has them in the library's order.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,11 +30,11 @@ MAX_KEY_BYTES = 256  # real ones have about 100
 MAX_DIMENSIONS = 8
 MAX_DIGITS = 18  # of a number: less than 2^63
 LENGTH_BYTES = 8  # of the header's length, with which a file begins
-FLOATING = {
+FLOATING = {  # in the order in which the library writes them
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
@@ -174,6 +174,32 @@ def read_tensor(file: OpenedFile, place: TensorPlace) -> Tensor:
     data = _allocate(file.path, place.end - place.start, False)
     file.read_into(place.start, data.numpy().data)
     return PackedTensors(data, {"it": place._replace(start=0)})["it"]
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file as the safetensors library does for PEFT, byte for byte.
+
+    Args:
+        tensors: key -> a tensor of a dtype in FLOATING, on any device.
+    """
+    names = {dtype: name for name, dtype in FLOATING.items()}
+    order = [*names]
+    keys = sorted(tensors, key=lambda key: (order.index(tensors[key].dtype), key))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        start, end = end, end + tensors[key].nbytes
+        entries[key] = {
+            "dtype": names[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)  # so that the values are aligned
+    file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+    for key in keys:
+        values = tensors[key].detach().cpu().contiguous()
+        file.write(values.flatten().view(torch.uint8).numpy().data)
 
 
 def _read_values(

@@ -2,29 +2,34 @@
 
 from mutation import Mutation
 
-BASE_COPIES = "checkpoints/base_copies.py"
 BASE_MODEL = "checkpoints/base_model.py"
+BESIDE_FACTORS = "checkpoints/beside_factors.py"
 DIFFUSERS_FILE = "checkpoints/diffusers_file.py"
+NEW_ADAPTER = "configs/new_adapter.py"
 OPENED_FOLDER = "checkpoints/opened_folder.py"
 PATTERNS = "configs/patterns.py"
 PEFT_CONFIG = "configs/peft_config.py"
 PEFT_FOLDER = "checkpoints/peft_folder.py"
 PEFT_MODEL = "checkpoints/peft_model.py"
+PEFT_WRITER = "checkpoints/peft_writer.py"
 SAFETENSORS_FILE = "checkpoints/safetensors_file.py"
+WRITTEN_CONFIG = "configs/written_config.py"
 TEST_BASE_MODEL = ("checkpoints/test_base_model.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_DIFFUSERS_FILE = ("checkpoints/test_diffusers_file.py",)
+TEST_NEW_ADAPTER = ("configs/test_new_adapter.py",)
 TEST_OPENED_FOLDER = ("checkpoints/test_opened_folder.py",)
 TEST_PATTERNS = ("configs/test_patterns.py",)
 TEST_PEFT_CONFIG = ("configs/test_peft_config.py",)
 TEST_PEFT_FOLDER = ("checkpoints/test_peft_folder.py",)
 TEST_PEFT_MODEL = ("checkpoints/test_peft_model.py",)
+TEST_PEFT_WRITER = ("checkpoints/test_peft_writer.py",)
 TEST_SAFETENSORS_FILE = ("checkpoints/test_safetensors_file.py",)
 TEST_OTHER_FACTORS = ("model/test_other_factors.py",)
 TEST_ATTACH_PEFT = ("model/test_attach_peft.py",)
 MUTATIONS = {
     "copies: a tied head keeps its tokens": Mutation(
-        BASE_COPIES,
+        BESIDE_FACTORS,
         "sharing = {*base.with_its_tokens(path)} & {*base.targets, path}",
         "sharing = {path}",
         TEST_OTHER_FACTORS,
@@ -72,7 +77,7 @@ MUTATIONS = {
         TEST_BASE_MODEL,
     ),
     "peft folder: any copy of the base": Mutation(
-        BASE_COPIES, "_equal(copy, own)", "True", TEST_BASE_MODEL
+        BESIDE_FACTORS, "_equal(copy, own)", "True", TEST_BASE_MODEL
     ),
     "peft folder: a shift is scaled": Mutation(
         PEFT_FOLDER, "shift / part.scaling", "shift", TEST_BASE_MODEL
@@ -182,5 +187,138 @@ MUTATIONS = {
     ),
     "peft_folder: another order is another config": Mutation(
         PEFT_FOLDER, "sorted(v) for n, v", "v for n, v", TEST_OPENED_FOLDER
+    ),
+    "peft_writer: the old config stays beside other weights": Mutation(
+        PEFT_WRITER,
+        "        for name in there:\n",
+        "        for name in there[1:]:\n",
+        TEST_PEFT_WRITER,
+    ),
+    "peft_writer: the config comes first": Mutation(
+        PEFT_WRITER,
+        "        for name in (WEIGHTS_FILE, CONFIG_FILE):\n            os.replace(spare",
+        "        for name in (CONFIG_FILE, WEIGHTS_FILE):\n            os.replace(spare",
+        TEST_PEFT_WRITER,
+    ),
+    "peft_writer: nothing is put back": Mutation(
+        PEFT_WRITER, "os.replace(old / name, place / name)", "pass", TEST_PEFT_WRITER
+    ),
+    "peft_writer: half a new checkpoint stays": Mutation(
+        PEFT_WRITER, "elif name not in there:", "elif False:", TEST_PEFT_WRITER
+    ),
+    "peft_writer: what was there is taken for ours": Mutation(
+        PEFT_WRITER, "elif name not in there:", "else:", TEST_PEFT_WRITER
+    ),
+    "peft_writer: interrupts are no failures": Mutation(
+        PEFT_WRITER, "    except BaseException:", "    except Exception:", TEST_PEFT_WRITER
+    ),
+    "peft_writer: the same config is moved as well": Mutation(
+        PEFT_WRITER, "if len(there) == 2 and _holds", "if False and _holds", TEST_PEFT_WRITER
+    ),
+    "peft_writer: any config is the same": Mutation(
+        PEFT_WRITER,
+        "if len(there) == 2 and _holds(place / CONFIG_FILE, config)",
+        "if len(there) == 2",
+        TEST_PEFT_WRITER,
+    ),
+    "peft_writer: nobody waits for the disk": Mutation(
+        PEFT_WRITER, "    os.fsync(file.fileno())\n", "", TEST_PEFT_WRITER
+    ),
+    "peft_writer: links are followed": Mutation(
+        PEFT_WRITER, "if os.path.lexists(place / name)]", "if False]", TEST_PEFT_WRITER
+    ),
+    "peft_writer: new folders stay": Mutation(
+        PEFT_WRITER, "                path.rmdir()\n", "                pass\n", TEST_PEFT_WRITER
+    ),
+    "peft_writer: some layers lack a bias": Mutation(
+        PEFT_WRITER, "if biased and part.bias is None:", "if False:", TEST_PEFT_WRITER
+    ),
+    "peft_writer: a gain is forgotten": Mutation(
+        PEFT_WRITER, "if part.gain is not None:", "if False:", TEST_PEFT_WRITER
+    ),
+    "peft_writer: NaN is written": Mutation(
+        PEFT_WRITER, "if not is_finite(tensor, tensor.dtype):", "if False:", TEST_PEFT_WRITER
+    ),
+    "safetensors: dtypes in any order": Mutation(
+        SAFETENSORS_FILE,
+        "key=lambda key: (order.index(tensors[key].dtype), key)",
+        "key=str",
+        TEST_PEFT_WRITER,
+    ),
+    "safetensors: values that are not aligned": Mutation(
+        SAFETENSORS_FILE, 'header += b" " *', 'header += b"" *', TEST_PEFT_WRITER
+    ),
+    "safetensors: strided as they lie": Mutation(
+        SAFETENSORS_FILE, ".detach().cpu().contiguous()", ".detach().cpu().T", TEST_PEFT_WRITER
+    ),
+    "written_config: patterns are plain": Mutation(
+        WRITTEN_CONFIG, "if not _means(found, wanted):", "if False:", TEST_PEFT_WRITER
+    ),
+    "written_config: patterns are exact": Mutation(
+        WRITTEN_CONFIG, "if not _means(found, wanted):", "if True:", TEST_PEFT_WRITER
+    ),
+    "written_config: patterns of any place": Mutation(
+        WRITTEN_CONFIG, 'f"^{re.escape(path)}"', "re.escape(path)", TEST_PEFT_WRITER
+    ),
+    "written_config: patterns that are programs": Mutation(
+        WRITTEN_CONFIG, 'f"^{re.escape(path)}"', 'f"^{path}"', TEST_PEFT_WRITER
+    ),
+    "written_config: only broken numbers": Mutation(
+        WRITTEN_CONFIG,
+        "round(near) if round(near) / divisor == strength.scaling else near",
+        "near",
+        TEST_PEFT_WRITER,
+    ),
+    "written_config: never rslora": Mutation(
+        WRITTEN_CONFIG,
+        "use_rslora = min((False, True)",
+        "use_rslora = min((False,)",
+        TEST_PEFT_WRITER,
+    ),
+    "written_config: always rslora": Mutation(
+        WRITTEN_CONFIG,
+        "use_rslora = min((False, True)",
+        "use_rslora = min((True, False)",
+        TEST_PEFT_WRITER,
+    ),
+    "written_config: the first pair": Mutation(
+        WRITTEN_CONFIG, "pairs.most_common(1)[0]", "next(iter(pairs.items()))", TEST_PEFT_WRITER
+    ),
+    "written_config: last names always": Mutation(
+        WRITTEN_CONFIG, "path if _last(path) in others else", "", TEST_PEFT_WRITER
+    ),
+    "written_config: last names never": Mutation(
+        WRITTEN_CONFIG, "if _last(path) in others else _last(path)", "", TEST_PEFT_WRITER
+    ),
+    "written_config: names that mean too much": Mutation(
+        WRITTEN_CONFIG, "if config.targeted(known) == {*paths}:", "if True:", TEST_PEFT_WRITER
+    ),
+    "new_adapter: the wrong draw": Mutation(
+        NEW_ADAPTER, "    draw(out_features, r)\n", "", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: drawn in the default dtype": Mutation(
+        NEW_ADAPTER,
+        "dtype=torch.float32, device=generator.device",
+        "device=generator.device",
+        TEST_NEW_ADAPTER,
+    ),
+    "new_adapter: another bound": Mutation(NEW_ADAPTER, "a=math.sqrt(5)", "a=0", TEST_NEW_ADAPTER),
+    "new_adapter: B is drawn": Mutation(
+        NEW_ADAPTER, "torch.zeros(out_features, r,", "torch.ones(out_features, r,", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: names of nothing": Mutation(
+        NEW_ADAPTER, "        if missing:\n", "        if False:\n", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: no layer": Mutation(
+        NEW_ADAPTER, "    if not chosen:\n", "    if False:\n", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: patterns of nothing": Mutation(
+        NEW_ADAPTER, "if not any(alone[path] for path in paths):", "if False:", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: patterns behind others are mistakes": Mutation(
+        NEW_ADAPTER, "if not any(alone[path] for path in paths):", "if True:", TEST_NEW_ADAPTER
+    ),
+    "new_adapter: rslora is forgotten": Mutation(
+        NEW_ADAPTER, "use_rslora=bool(use_rslora),", "", TEST_NEW_ADAPTER
     ),
 }
