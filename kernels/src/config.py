@@ -50,19 +50,13 @@ def _limits(low: int, high: int, power: bool = True) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileSizes:
-    """How kernels cut a problem; the fields that every config has.
+class Limits:
+    """Fields that keep within their limits.
 
     Raises:
-        ValueError: a field outside its limits.
+        ValueError: a field outside of them.
     """
 
-    block_m: int = _limits(16, 128)  # rows of a tile, the plan's as well
-    block_n: int = _limits(16, 256)
-    block_k: int = _limits(16, 256)
-    split_k: int = _limits(1, 16)  # parts of K that expand sums, in a fixed order
-    shrink_group: int = _limits(1, 16)  # rank blocks (of 16 rank rows) that shrink takes at once
-    expand_group: int = _limits(1, 16)  # and expand
     # The most that a thread may have (NVIDIA); None = as the compiler likes.
     registers: int | None = _limits(32, 255, power=False)
 
@@ -75,6 +69,18 @@ class TileSizes:
             if not fits or (power and value & (value - 1)):
                 kind = "a power of two" if power else "an int"
                 raise ValueError(f"`{one.name}` must be {kind} from {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSizes(Limits):
+    """How kernels cut a problem; the fields that the configs of a forward pass have."""
+
+    block_m: int = _limits(16, 128)  # rows of a tile, the plan's as well
+    block_n: int = _limits(16, 256)
+    block_k: int = _limits(16, 256)
+    split_k: int = _limits(1, 16)  # parts of K that expand sums, in a fixed order
+    shrink_group: int = _limits(1, 16)  # rank blocks (of 16 rank rows) that shrink takes at once
+    expand_group: int = _limits(1, 16)  # and expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,18 @@ class Config(TileSizes):
 class FusedConfig(TileSizes):
     """For the fused kernel, whose rows are one tile; `choose_fused` makes one."""
 
+    warps: int = _limits(1, 16)
+    stages: int = _limits(1, 16, power=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig(Limits):
+    """For the weight gradient; `choose_gradient` makes one."""
+
+    group: int = _limits(1, 4)  # rank blocks (of 16 rank rows) of one adapter at once
+    block_p: int = _limits(16, 128)  # pairs of a step
+    block_c: int = _limits(16, 256)
+    split: int = _limits(1, 16)  # programs that share an adapter's pairs
     warps: int = _limits(1, 16)
     stages: int = _limits(1, 16, power=False)
 
@@ -261,3 +279,51 @@ def _columns(block_m: int, out_features: int, processors: int) -> int:
         return waves * (block_n + block_m / 3)
 
     return min((128, 64, 32, 16), key=time)
+
+
+def choose_gradient(
+    pairs: int,
+    adapters: int,
+    max_rank: int,
+    columns: int,
+    itemsize: int,
+    architecture: Architecture,
+    batch_invariant: bool = False,
+) -> GradientConfig:
+    """The GradientConfig for the rank rows of trained adapters.
+
+    kernels/README.md has the registers that decided the tiles.
+
+    Args:
+        pairs: of rows and places; at most so many belong to the adapters.
+        adapters: that are trained.
+        max_rank: of them.
+        columns: C of v.
+        itemsize: bytes of an element of v: 2, or 4 for fp32.
+        architecture: of the device.
+        batch_invariant: choose without looking at the batch and at what else is trained, so that an
+            adapter's bits do not depend on them.
+    """
+    cores = architecture.tensor_cores
+    half = itemsize <= 2 and cores != "none"
+    group = 1 if batch_invariant or max_rank <= 16 else 2 if max_rank <= 32 else 4
+    if not half:
+        # Products of 64 columns would be TF32 on sm_100 (triton #10176).
+        tile = {"group": 1, "block_p": 16, "block_c": 32, "warps": 4, "stages": 2}
+    elif cores in ("mma", "mfma") and group > 1:
+        # Both operands fill registers.
+        tile = {"group": group, "block_p": 32, "block_c": 256 // group, "warps": 4, "stages": 3}
+    else:
+        warps = 8 if group == 4 else 4
+        tile = {"group": group, "block_p": 64, "block_c": 128, "warps": warps, "stages": 3}
+    programs = -(-columns // tile["block_c"])
+    most = 4
+    if not batch_invariant:
+        programs *= max(1, adapters) * -(-max_rank // (16 * tile["group"]))
+        # An adapter's part of the sum is as many bytes, written and read, as a step loads of v.
+        most = pairs // (max(1, adapters) * 4 * tile["block_p"])
+    split = 1
+    while 2 * split <= min(most, 8) and 2 * split * programs <= 2 * architecture.processors:
+        split *= 2
+    registers = None if cores == "mfma" else 255
+    return GradientConfig(split=split, registers=registers, **tile)

@@ -5,7 +5,7 @@ replays right for other values. All tensors are on one device, and inner strides
 docstring says otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from math import gcd
 from threading import Lock
@@ -16,15 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Architecture, Config, FusedConfig, TileSizes, nvidia_tensor_cores
+from . import sizes
+from .config import (
+    Architecture,
+    Config,
+    FusedConfig,
+    GradientConfig,
+    TileSizes,
+    choose_gradient,
+    nvidia_tensor_cores,
+)
 from .expand import expand_kernel
 from .fused import fused_kernel
+from .pairs import Pairs, items_on
 from .plan import plan_kernel
-from .rank_blocks import RANK_BLOCK, WIDEST
+from .rank_blocks import RANK_BLOCK
 from .ready import Layout, LinearAgain, PlanAgain, PlanNow, Ready
 from .ready import launch as launched
 from .shrink import shrink_kernel
 from .tensors import STREAMS, Plan, Pool, empty_plan
+from .weight_gradient import reduce_kernel, weight_gradient_kernel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,10 +112,10 @@ def plan_and_again(
         for nothing in (made.length, made.state, made.counters):
             nothing.zero_()
         return made, None
-    block_u, block_j, U = 16, _power(J), made.union.shape[1]
+    block_u, block_j, U = 16, sizes.power(J), made.union.shape[1]
     ready = launched(
         plan_kernel,
-        (_cdiv(M, block_m), _cdiv(U, block_u)),
+        (sizes.cdiv(M, block_m), sizes.cdiv(U, block_u)),
         index,
         weight,
         live,
@@ -137,13 +148,13 @@ def shrink(
     exact = INTERPRETED or product_itemsize(x, pool.A_rows) == 2 or config.block_m < 64
     assert exact, "TF32 on sm_100"
     (M, K), (_, J, R, _), U, S = x.shape, h.shape, plan.union.shape[1], len(pool.rank)
-    unit = _unit(x)
-    tiles = _cdiv(M, config.block_m)
+    unit = sizes.unit(x)
+    tiles = sizes.cdiv(M, config.block_m)
     # Until the machine is full twice.
     most = 2 * architecture(x.device).processors // (tiles * config.split_k)
     return launched(
         shrink_kernel,
-        (tiles, _groups(U, R, config, most), config.split_k),
+        (tiles, sizes.groups(U, R, config, most), config.split_k),
         x,
         h,
         plan,
@@ -158,8 +169,8 @@ def shrink(
         stride_ac=pool.A_rows.stride(0),
         WEIGHTED=weighted,
         BLOCK_M=config.block_m,
-        BLOCK_U=_window(U),
-        SLOTS=_slots(S),
+        BLOCK_U=sizes.window(U),
+        SLOTS=sizes.slots(S),
         GROUP=config.shrink_group,
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
@@ -167,7 +178,7 @@ def shrink(
         DOT_DTYPE=_dot_dtype(x, pool.A_rows),
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
-        **_registers(config, unit),
+        **sizes.registers(config, unit),
     )
 
 
@@ -175,10 +186,10 @@ def shrink(
 def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Ready | None:
     """y [M, N] += B_rows applied to h [M, J, R, split_k]."""
     (M, N), (_, J, R, _), U, S = y.shape, h.shape, plan.union.shape[1], len(pool.rank)
-    unit = _unit(y)
+    unit = sizes.unit(y)
     return launched(
         expand_kernel,
-        (_cdiv(M, config.block_m), _cdiv(N, config.block_n * config.walk)),
+        (sizes.cdiv(M, config.block_m), sizes.cdiv(N, config.block_n * config.walk)),
         h,
         y,
         plan,
@@ -192,8 +203,8 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         stride_bc=pool.B_rows.stride(0),
         stride_ym=y.stride(0) // unit,
         BLOCK_M=config.block_m,
-        BLOCK_U=_window(U),
-        SLOTS=_slots(S),
+        BLOCK_U=sizes.window(U),
+        SLOTS=sizes.slots(S),
         GROUP=config.expand_group,
         BLOCK_N=config.block_n,
         WALK=config.walk,
@@ -202,7 +213,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         DOT_DTYPE=_dot_dtype(y, pool.B_rows),
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
-        **_registers(config, unit),
+        **sizes.registers(config, unit),
     )
 
 
@@ -237,12 +248,12 @@ def linear_and_again(
     y = x.new_empty(x.shape[0], W.shape[0])
     (M, K), N, (_, J, R, splits) = x.shape, W.shape[0], h.shape
     U, S = plan.union.shape[1], len(pool.rank)
-    x_unit, y_unit = gcd(_unit(x), W.stride(0)), _unit(y)
+    x_unit, y_unit = gcd(sizes.unit(x), W.stride(0)), sizes.unit(y)
     # Until each processor has a program.
-    groups = _groups(U, R, config, architecture(x.device).processors // splits)
+    groups = sizes.groups(U, R, config, architecture(x.device).processors // splits)
     ready = launched(
         fused_kernel,
-        (groups * splits + _cdiv(N, config.block_n),),
+        (groups * splits + sizes.cdiv(N, config.block_n),),
         x,
         W,
         bias,
@@ -268,8 +279,8 @@ def linear_and_again(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_U=_window(U),
-        SLOTS=_slots(S),
+        BLOCK_U=sizes.window(U),
+        SLOTS=sizes.slots(S),
         SHRINK_GROUP=config.shrink_group,
         EXPAND_GROUP=config.expand_group,
         SPLIT_K=splits,
@@ -278,9 +289,68 @@ def linear_and_again(
         DOT_DTYPE=_dot_dtype(x, W, pool.A_rows, pool.B_rows, y),
         num_warps=config.warps,
         num_stages=config.stages,
-        **_registers(config, min(x_unit, y_unit)),
+        **sizes.registers(config, min(x_unit, y_unit)),
     )
     return y, ready and LinearAgain(tuple(h.shape), tuple(y.shape), ready)
+
+
+@_on_its_device
+def weight_gradient(
+    u: Tensor,
+    v: Tensor,
+    gain: Tensor | None,
+    pairs: Pairs,
+    ranks: Sequence[tuple[int, int]],
+    constant: Sequence[int] = (),
+    batch_invariant: bool = False,
+    config: GradientConfig | None = None,
+) -> Tensor:
+    """[R', C] fp32: the sum of gain * u v over the pairs of each adapter, one below the other.
+
+    Args:
+        u: [M, J, R, parts] fp32, as `shrink` writes it without weights; R' = sum of the ranks.
+        v: [M, C], with rows of any stride.
+        gain: [M, J] fp32, strength * scaling at the first places of slots; None = 1.
+        pairs: of all adapters that are trained, some of which this layer may not have.
+        ranks: (number in pairs, rank rows) of each adapter of the result.
+        constant: how many of each one's last rank rows get 0; () = none.
+        batch_invariant: let an adapter's bits depend on its own rows alone.
+        config: instead of the chosen one.
+    """
+    (M, J, R, parts), C, rows = u.shape, v.shape[1], sum(rank for _, rank in ranks)
+    if not (M and J and C and rows):
+        return v.new_zeros((rows, C), dtype=torch.float32)
+    machine, highest = architecture(v.device), max(rank for _, rank in ranks)
+    of_problem = M * J, len(ranks), highest, C, product_itemsize(v), machine
+    config = config or choose_gradient(*of_problem, batch_invariant)
+    assert INTERPRETED or product_itemsize(v) == 2 or config.block_c < 64, "TF32 on sm_100"
+    items = items_on(v.device, ranks, config.group, constant)
+    # Once here, not by the programs of all columns; one after the other, for torch's sum may have
+    # another order with other rows.
+    total, unit = u[..., 0], sizes.unit(v)
+    for part in range(1, parts):
+        total = total + u[..., part]
+    out = v.new_empty((config.split, rows, C), dtype=torch.float32)
+    tiles = {"GROUP": config.group, "BLOCK_P": config.block_p}
+    launched(
+        weight_gradient_kernel,
+        (sizes.cdiv(C, config.block_c), len(items), config.split),
+        *(total, v, gain, out, *pairs, items),
+        **{"C": C // unit, "J": J, "R": R, "rows": rows, "stride_vm": v.stride(0) // unit},
+        **{**tiles, "BLOCK_C": config.block_c, "UNIT": unit, "DOT_DTYPE": _dot_dtype(v)},
+        **{"num_warps": config.warps, "num_stages": config.stages},
+        **sizes.registers(config, unit),
+    )
+    if config.split == 1:
+        return out[0]
+    reduced, block_c = v.new_empty((rows, C), dtype=torch.float32), 64
+    launched(
+        reduce_kernel,
+        (sizes.cdiv(C, block_c), len(items)),
+        *(out, reduced, pairs.start, items),
+        **{"C": C, "rows": rows, **tiles, "BLOCK_C": block_c, "SPLIT": config.split},
+    )
+    return reduced
 
 
 # Fused launches of one stream follow one another, so they can share a pair of counters; those of
@@ -303,9 +373,9 @@ def stream_number(device: torch.device) -> int | None:
 
 def h_shape(plan: Plan, max_rank: int, config: TileSizes) -> tuple[int, int, int, int]:
     """[M, J, R, split_k]; R is `max_rank`, at least every rank, rounded up to whole blocks."""
-    blocks = max(1, _cdiv(max_rank, RANK_BLOCK.value))
+    blocks = max(1, sizes.cdiv(max_rank, RANK_BLOCK.value))
     # Where an adapter's blocks begin in a window, and its rank, are 16 bits of rank_blocks.search.
-    assert blocks * _window(plan.union.shape[1]) < 1 << 16, "ranks are too large"
+    assert blocks * sizes.window(plan.union.shape[1]) < 1 << 16, "ranks are too large"
     return *plan.slots.shape, blocks * RANK_BLOCK.value, config.split_k
 
 
@@ -318,45 +388,3 @@ def product_itemsize(*tensors: Tensor) -> int:
 def _dot_dtype(*tensors: Tensor) -> tl.dtype:
     """Tensor cores for 16-bit types; everything else is multiplied in fp32."""
     return DOT_DTYPES[tensors[0].dtype] if product_itemsize(*tensors) == 2 else tl.float32
-
-
-def _unit(tensor: Tensor) -> int:
-    """The largest power of two, up to 16, that divides the columns and the row stride."""
-    return gcd(tensor.shape[1], tensor.stride(0), 16)
-
-
-def _groups(U: int, R: int, config: TileSizes, most: int) -> int:
-    """Programs of shrink for a tile and split: one for each group of blocks, up to `most`."""
-    groups = _cdiv(U * (R // RANK_BLOCK.value), config.shrink_group)
-    return min(groups, max(1, most))
-
-
-def _registers(config: TileSizes, unit: int) -> dict[str, int]:
-    """A limit for the compiler; only NVIDIA's knows the option.
-
-    Rows that are read element by element need more: as many as there are.
-    """
-    if config.registers is None:
-        return {}
-    return {"maxnreg": config.registers if unit >= 8 else 255}
-
-
-def _window(U: int) -> int:
-    """How much of a union the kernels search at once."""
-    widest: int = WIDEST.value
-    return min(widest, max(16, _power(U)))
-
-
-def _slots(S: int) -> int:
-    """How many slots' ranks and offsets a program holds; 0 = it asks for those that it needs."""
-    return max(16, _power(S)) if S <= WIDEST.value else 0
-
-
-def _cdiv(n: int, block: int) -> int:
-    """n / block, rounded up: triton.cdiv takes 2.6 us a call, a sixteenth of a whole launch."""
-    return -(-n // block)
-
-
-def _power(n: int) -> int:
-    """The next power of two, or n itself: triton.next_power_of_2 takes as long."""
-    return 1 << (n - 1).bit_length()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The least that a tensor core takes: K = 16 of expand's product (16-bit types), N = 16 on AMD.
-RANK_BLOCK = tl.constexpr(16)
+from . import tensors
+
+RANK_BLOCK = tl.constexpr(tensors.RANK_BLOCK)
 # The widest window of a union, and the most slots whose tables a program holds: what is searched
 # at once has to fit the registers.
 WIDEST = tl.constexpr(64)

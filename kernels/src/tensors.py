@@ -21,6 +21,9 @@ ALIGNMENT = 16
 # Fused launches of one forward pass may be on 64 streams. Each has counters of its own: 16 bytes,
 # of which the first two numbers are used.
 STREAMS, COUNTERS = 64, 4
+# The least that a tensor core takes: K = 16 of expand's product (16-bit types), N = 16 on AMD.
+RANK_BLOCK = 16
+ITEM = 5  # numbers of an item of the weight gradient: see pairs.items_of
 
 
 class Plan(NamedTuple):

@@ -5,12 +5,16 @@ from mutation import Mutation
 CONFIG = "kernels/config.py"
 EXPAND = "kernels/expand.py"
 FUSED = "kernels/fused.py"
+GRADIENT = "kernels/weight_gradient.py"
 LAUNCH = "kernels/launch.py"
+PAIRS = "kernels/pairs.py"
 PLAN = "kernels/plan.py"
 RANK_BLOCKS = "kernels/rank_blocks.py"
 READY = "kernels/ready.py"
 SHRINK = "kernels/shrink.py"
+SIZES = "kernels/sizes.py"
 TEST_CONFIG = ("kernels/test_config.py",)
+TEST_GRADIENT = ("kernels/test_weight_gradient.py",)
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_LAUNCH = ("kernels/test_launch.py",)
 TEST_KERNELS = ("kernels/test_kernels.py",)
@@ -160,17 +164,17 @@ MUTATIONS = {
         TEST_KERNELS,
     ),
     "launch: more slots than a program holds": Mutation(
-        LAUNCH, "max(16, _power(S)) if S <= WIDEST.value else 0", "16", TEST_KERNELS
+        SIZES, "max(16, power(S)) if S <= WIDEST.value else 0", "16", TEST_KERNELS
     ),
     "launch: a tile too few": Mutation(
         LAUNCH,
-        "(_cdiv(M, config.block_m), _cdiv(N",
-        "(max(1, M // config.block_m), _cdiv(N",
+        "(sizes.cdiv(M, config.block_m), sizes.cdiv(N",
+        "(max(1, M // config.block_m), sizes.cdiv(N",
         TEST_KERNELS,
     ),
     "launch: columns too few": Mutation(
         LAUNCH,
-        "_cdiv(N, config.block_n * config.walk)",
+        "sizes.cdiv(N, config.block_n * config.walk)",
         "max(1, N // (config.block_n * config.walk))",
         TEST_KERNELS,
     ),
@@ -236,5 +240,49 @@ MUTATIONS = {
         'itemsize <= 2 and cores != "none"',
         "itemsize <= 2",
         TEST_CONFIG,
+    ),
+    "gradient: a repeated slot counts twice": Mutation(
+        PAIRS, "torch.where(named_before, T, key)", "key", TEST_GRADIENT
+    ),
+    "gradient: rows in no fixed order": Mutation(
+        PAIRS, "sort(stable=True)", "sort(descending=True)", TEST_GRADIENT
+    ),
+    "gradient: the next adapter's first pair": Mutation(
+        GRADIENT, "mask_p = p + offs_p < end", "mask_p = p + offs_p <= end", TEST_GRADIENT
+    ),
+    "gradient: a column too many": Mutation(
+        GRADIENT, "mask_c = offs_c < C\n", "mask_c = offs_c <= C\n", TEST_GRADIENT
+    ),
+    "gradient: another row's v": Mutation(GRADIENT, "(pair // J)[", "(pair % J)[", TEST_GRADIENT),
+    "gradient: the first rank rows always": Mutation(
+        GRADIENT, "* R + first + offs_r", "* R + offs_r", TEST_GRADIENT
+    ),
+    "gradient: rank rows of the next adapter": Mutation(
+        GRADIENT, "(offs_r < stored)[None, :]", "(offs_r <= stored)[None, :]", TEST_GRADIENT
+    ),
+    "gradient: no gain": Mutation(
+        GRADIENT, "if gain_ptr is not None:", "if gain_ptr is None:", TEST_GRADIENT
+    ),
+    "gradient: constant rank rows are trained": Mutation(
+        GRADIENT, "tl.where((offs_r < wanted)[None, :], acc, 0.0)", "acc", TEST_GRADIENT
+    ),
+    "gradient: each split sums everything": Mutation(
+        GRADIENT, "range(begin, end, splits * BLOCK_P)", "range(begin, end, BLOCK_P)", TEST_GRADIENT
+    ),
+    "gradient: parts that are not written are read": Mutation(
+        GRADIENT, "begin + s * BLOCK_P < end, left, 0)", "s > 0, left, 0)", TEST_GRADIENT
+    ),
+    "gradient: an empty adapter stays as it is": Mutation(
+        GRADIENT, "(split == 0) | (begin < end)", "(begin < end)", TEST_GRADIENT
+    ),
+    "gradient: the first rank block of an item": Mutation(
+        GRADIENT, "tl.minimum(left, GROUP * RANK_BLOCK)", "RANK_BLOCK", TEST_GRADIENT
+    ),
+    "gradient: one part of h": Mutation(LAUNCH, "range(1, parts)", "range(1, 1)", TEST_GRADIENT),
+    "gradient: a graph's items may go": Mutation(
+        PAIRS, "_CAPTURED[id(items)] = items", "pass", TEST_GRADIENT
+    ),
+    "config: bits of an adapter follow its neighbours": Mutation(
+        CONFIG, "1 if batch_invariant or max_rank", "1 if max_rank", TEST_CONFIG
     ),
 }

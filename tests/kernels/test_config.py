@@ -10,8 +10,10 @@ from lora_mux.kernels.config import (
     Architecture,
     Config,
     FusedConfig,
+    GradientConfig,
     choose,
     choose_fused,
+    choose_gradient,
     tile_rows,
 )
 
@@ -35,6 +37,17 @@ def chosen(rows: int = 32, K: int = 4096, N: int = 4096, **others: object) -> Co
 
 def fused(rows: int, N: int = 4096, architecture: Architecture = H200) -> FusedConfig:
     return choose_fused(rows, N, architecture)
+
+
+def gradient(
+    pairs: int = 8192,
+    adapters: int = 1,
+    rank: int = 16,
+    columns: int = 4096,
+    **others: object,
+) -> GradientConfig:
+    given = {"itemsize": 2, "architecture": H200, **others}
+    return choose_gradient(pairs, adapters, rank, columns, **given)  # type: ignore[arg-type]
 
 
 @every_card
@@ -160,6 +173,47 @@ def test_without_tensor_cores_fp16_is_cut_as_fp32_is() -> None:
         half, full = (chosen(rows, itemsize=size, architecture=CARDS["T4"]) for size in (2, 4))
         assert half == full
     assert chosen(600, itemsize=2, architecture=CARDS["T4"]).block_n == 32
+
+
+class TestGradient:
+    def test_groups_follow_the_ranks(self) -> None:
+        found = [gradient(rank=rank) for rank in (1, 16, 17, 32, 33, 512)]
+        assert [c.group for c in found] == [1, 1, 2, 2, 4, 4]
+
+    def test_full_precision_is_not_computed_in_tf32(self) -> None:
+        for architecture, rank in itertools.product(CARDS.values(), (16, 64)):
+            assert gradient(rank=rank, itemsize=4, architecture=architecture).block_c < 64
+
+    def test_without_tensor_cores_fp16_is_cut_as_fp32_is(self) -> None:
+        half, full = (gradient(itemsize=size, architecture=CARDS["T4"]) for size in (2, 4))
+        assert half == full
+
+    def test_splits_follow_the_batch_and_the_machine(self) -> None:
+        assert gradient().split == 8  # 32 blocks of columns on 132 processors
+        assert gradient(columns=14336).split == 2
+        assert gradient(columns=28672).split == 1
+        assert gradient(adapters=4).split == 2
+        assert gradient(rank=512).split == 1  # eight groups of rank blocks
+        assert gradient(pairs=1024).split == 4  # 16 steps
+        assert gradient(pairs=100).split == 1
+        assert gradient(adapters=0, pairs=0, rank=0).split == 1
+
+    @every_card
+    @pytest.mark.parametrize("itemsize", [2, 4])
+    def test_a_split_has_work(self, architecture: Architecture, itemsize: int) -> None:
+        for pairs, adapters in itertools.product((0, 64, 1000, 8192, 10**6), (1, 8, 1100)):
+            c = gradient(pairs, adapters, itemsize=itemsize, architecture=architecture)
+            assert c.split == 1 or pairs >= 4 * c.block_p * c.split * adapters
+
+    @every_card
+    @pytest.mark.parametrize("itemsize", [2, 4])
+    def test_batch_invariance(self, architecture: Architecture, itemsize: int) -> None:
+        """Neither the batch nor what else is trained decides."""
+        how = {"architecture": architecture, "itemsize": itemsize, "batch_invariant": True}
+        for columns in (64, 1024, 4096, 28672):
+            sizes = itertools.product((0, 100, 10**6), (1, 1100), (1, 32, 512))
+            found = {gradient(*some, columns=columns, **how) for some in sizes}
+            assert len(found) == 1 and found.pop().split <= 4
 
 
 @pytest.mark.parametrize(

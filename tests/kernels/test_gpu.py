@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_mux
+from gradients import Batch
 from lora_mux import Routing, ops
+from lora_mux.kernels import launch, pairs
 from lora_mux.kernels.config import FUSED_ROWS
 from lora_mux.measure.timing import no_syncs
 from problem import CASES, FusedProblem, Problem
@@ -99,6 +101,66 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert got.numel() > 2**31
     problem.check(got[:3])
     assert torch.equal(got[-3:], got[:3].roll(-(rows % 3), 0))
+
+
+class TestWeightGradient:
+    """Rows that select two adapters each, some of them trained; what is not theirs is NaN."""
+
+    RANKS = (16, 40, 7, 24, 130)
+
+    def batch(self, trained: list[int], dtype: torch.dtype, columns: int = 1024) -> Batch:
+        slots = torch.rand(700, len(self.RANKS)).argsort(1)[:, :2]
+        slots[torch.rand(700) < 0.2] = -1
+        return Batch(slots, self.RANKS, trained, columns=columns, parts=2, dtype=dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("batch_invariant", [False, True])
+    @pytest.mark.parametrize(
+        ("trained", "columns"), [([0], 4096), ([3, 2], 1024), ([4, 0, 1], 1024), ([1, 0], 999)]
+    )
+    def test_values(
+        self, trained: list[int], columns: int, batch_invariant: bool, dtype: torch.dtype
+    ) -> None:
+        batch = self.batch(trained, dtype, columns)
+        there = batch.to("cuda")
+        got = there.run(config=None, batch_invariant=batch_invariant)
+        batch.check(got.cpu())
+        assert torch.equal(there.run(config=None, batch_invariant=batch_invariant), got)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_batch_invariance(self, dtype: torch.dtype) -> None:
+        """Alone, packed, in other places and without neighbours of higher ranks: the same bits."""
+        batch = self.batch([4, 0, 1], dtype)
+        how: dict[str, Any] = {"config": None, "batch_invariant": True}
+        parts = batch.split_by_adapter(batch.to("cuda").run(**how))
+        for slot, part in zip(batch.trained, parts, strict=True):
+            alone = batch.of_rows(batch.rows_of(slot), [slot])
+            alone.slots, alone.u, alone.gain = (
+                t.flip(1).contiguous() for t in (alone.slots, alone.u, alone.gain)
+            )
+            assert torch.equal(alone.to("cuda").run(**how), part)
+
+    def test_a_captured_graph_replays_right(self) -> None:
+        """After a first call, which copies what the host knows; from then on nothing waits."""
+        batches = [self.batch([3, 1], torch.bfloat16) for _ in range(2)]
+        there = batches[0].to("cuda")
+        trained = torch.tensor(there.trained, dtype=torch.int32, device=CUDA)
+
+        def run() -> Tensor:
+            found = pairs.pairs_of(there.slots, trained, len(there.ranks))
+            return launch.weight_gradient(there.u, there.v, there.gain, found, there.numbered)
+
+        run()
+        with no_syncs():
+            run()
+        graph = torch.cuda.CUDAGraph()
+        with captured(graph):
+            got = run()
+        for batch in batches[::-1]:
+            for name in ("slots", "u", "v", "gain"):
+                getattr(there, name).copy_(getattr(batch, name))
+            graph.replay()
+            batch.check(got.cpu())
 
 
 class TestFused:

@@ -70,6 +70,15 @@ def test_the_fused_launch(report: dict[str, Any]) -> None:
     assert all(fused["specialised"][name] == "16" for name in names.split())
 
 
+def test_the_weight_gradient(report: dict[str, Any]) -> None:
+    """80 columns in blocks of 64, ranks 8 and 40 in groups of 32, and two parts."""
+    products, reduce = report["gradient"]
+    assert (products["name"], reduce["name"]) == ("weight_gradient_kernel", "reduce_kernel")
+    assert products["grid"] == [2, 3, 2] and reduce["grid"] == [2, 3, 1]
+    names = "u_ptr v_ptr gain_ptr out_ptr pair_ptr start_ptr item_ptr R UNIT"
+    assert all(products["specialised"][name] == "16" for name in names.split())
+
+
 def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
     """Its table of argument types is the launchers'."""
     code = "import codegen, json; print(json.dumps(codegen.signatures('bf16')))"
@@ -80,7 +89,7 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
         cwd=SCRIPT.parent,
     )
     table = json.loads(tables.stdout)
-    for one in [*report["values"]["sm_90 aligned"], report["fused"][-1]]:
+    for one in [*report["values"]["sm_90 aligned"], report["fused"][-1], *report["gradient"]]:
         given = {k: v for k, v in one["signature"].items() if v != "constexpr"}
         known = table[one["name"].removesuffix("_kernel")]
         assert given == {k: v for k, v in known.items() if k in given}
@@ -89,7 +98,8 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
 
 def test_rows_routing_and_adapters_do_not_recompile(report: dict[str, Any]) -> None:
     # Two of plan: a tile of the fused kernel has other rows.
-    assert report["variants"] == {"plan": 2, "shrink": 1, "expand": 1, "fused": 1}
+    once = dict.fromkeys(("shrink", "expand", "fused", "weight_gradient", "reduce"), 1)
+    assert report["variants"] == {"plan": 2, **once}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +119,10 @@ def test_launchers_need_no_values(report: dict[str, Any]) -> None:
     """On fake tensors a sync raises; sizes pass 2^31 elements."""
     names = [one["name"] for one in report["fake"]]
     more = ["shrink_kernel", "shrink_kernel", "plan_kernel", "fused_kernel"]
-    assert names == [*KERNELS, *more]
+    assert names == [*KERNELS, *more, "weight_gradient_kernel"]
     assert report["fake"][2]["grid"] == [1094, 79, 1]  # 4 blocks of 128 columns each
-    assert report["fake"][-1]["grid"] == [132 + 313, 1, 1]
+    assert report["fake"][-2]["grid"] == [132 + 313, 1, 1]
+    assert report["fake"][-1]["grid"] == [32, 64, 1]  # blocks of columns, and adapters
 
 
 def test_launches_go_to_the_device_of_their_tensors(report: dict[str, Any]) -> None:

@@ -42,7 +42,9 @@ plan_kernel = importlib.import_module("kernels_src.plan").plan_kernel
 shrink_kernel = importlib.import_module("kernels_src.shrink").shrink_kernel
 expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
 fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
+weight_gradient = importlib.import_module("kernels_src.weight_gradient")
 
+GRADIENT = ("weight_gradient", "reduce")
 CUOBJDUMP = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 # Bytes of shared memory that a program may have, from NVIDIA's and AMD's tables.
 SHARED = {
@@ -78,11 +80,15 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
     )
     tables = {"offset": "*i32", "rank": "*i32", "scaling": "*fp32"}
     both = {"plan": plan, "pool": tensors.Pool(A_rows=x, B_rows=x, constant="*u1", **tables)}
+    items = {"start_ptr": "*i32", "item_ptr": "*i32"}
+    to_sum = {"out_ptr": "*fp32", "pair_ptr": "*i32", **items}
     pointers = {
         "plan": {"index_ptr": "*i64", "weight_ptr": "*fp32", "live_ptr": "*i32", "plan": plan},
         "shrink": {"x_ptr": x, "h_ptr": "*fp32", **both},
         "expand": {"h_ptr": "*fp32", "y_ptr": x, **both},
         "fused": {"x_ptr": x, "W_ptr": x, "bias_ptr": x, "h_ptr": "*fp32", "y_ptr": x, **both},
+        "weight_gradient": {"u_ptr": "*fp32", "v_ptr": x, "gain_ptr": "*fp32", **to_sum},
+        "reduce": {"part_ptr": "*fp32", "out_ptr": "*fp32", **items},
     }
     ints = {
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
@@ -90,6 +96,8 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
         "expand": "M N J R U S stride_bc stride_ym",
         "fused": "M K N J R U S stream_number groups "
         "stride_xm stride_wn stride_ac stride_bc stride_ym",
+        "weight_gradient": "C J R rows stride_vm",
+        "reduce": "C rows",
     }
     return {
         kernel: {**pointers[kernel], **dict.fromkeys(names.split(), "i32")}
@@ -115,9 +123,19 @@ def compile_kernel(
         "shrink": shrink_kernel,
         "expand": expand_kernel,
         "fused": fused_kernel,
+        "weight_gradient": weight_gradient.weight_gradient_kernel,
+        "reduce": weight_gradient.reduce_kernel,
     }
-    if kernel == "plan":
-        constants: dict[str, Any] = {"BLOCK_J": window, "BLOCK_U": 16}
+    if kernel in GRADIENT:
+        constants: dict[str, Any] = {"GROUP": chosen.group, "BLOCK_P": chosen.block_p}
+        warps, stages = chosen.warps, chosen.stages
+        if kernel == "reduce":
+            constants |= {"BLOCK_C": 64, "SPLIT": chosen.split}
+            warps, stages = 4, 3
+        else:
+            constants |= {"BLOCK_C": chosen.block_c, "UNIT": unit, "DOT_DTYPE": DTYPES[dtype]}
+    elif kernel == "plan":
+        constants = {"BLOCK_J": window, "BLOCK_U": 16}
         warps, stages = 8 if chosen.block_m * window > 2048 else 4, 3
     else:
         constants = {
@@ -140,7 +158,8 @@ def compile_kernel(
         constants |= {"BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
         constants |= {"SHRINK_GROUP": chosen.shrink_group, "EXPAND_GROUP": chosen.expand_group}
         warps, stages = chosen.warps, chosen.stages
-    constants["BLOCK_M"] = chosen.block_m
+    if kernel not in GRADIENT:
+        constants["BLOCK_M"] = chosen.block_m
     fn, given = functions[kernel], signatures(dtype)[kernel]
     names = fn.arg_names
     aligned = []  # paths of the arguments: (i,), or (i, j) in a tuple
@@ -158,7 +177,7 @@ def compile_kernel(
     options = {"num_warps": warps, "num_stages": stages}
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture[3:]), 32)
-        if kernel != "plan" and chosen.registers is not None:
+        if kernel not in ("plan", "reduce") and chosen.registers is not None:
             options["maxnreg"] = chosen.registers if unit >= 8 else 255
     else:
         target = GPUTarget("hip", architecture, 64)
@@ -195,9 +214,9 @@ def report(
 def _chains(kernel: str, sass: str) -> dict[str, dict[str, Any]]:
     """Kernel -> the loads that follow one another in it; a fused one's programs of shrink apart.
 
-    Empty where no tensor core multiplies: the plan, fp32, and old cards.
+    Empty where no tensor core multiplies (the plan, fp32, and old cards), and in a backward.
     """
-    ways = ways_through(sass)
+    ways = [] if kernel in GRADIENT else ways_through(sass)
     if not ways:
         return {}
     if kernel != "fused":
@@ -272,6 +291,23 @@ def shipped_fused(architecture: str) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def shipped_gradient(architecture: str, itemsize: int) -> list[Any]:
+    """Every GradientConfig that ships for the architecture, over batches, ranks and columns."""
+    grid = itertools.product(
+        (16, 1024, 16384, 1 << 20),  # pairs
+        (1, 16, 1024),  # adapters
+        (1, 16, 32, 33, 512),  # largest rank
+        (64, 1024, 4096, 28672),  # columns
+    )
+    machine = ARCHITECTURES[architecture]
+    found = (
+        config.choose_gradient(*sizes, itemsize, machine, invariant)
+        for sizes in grid
+        for invariant in (False, True)
+    )
+    return list(dict.fromkeys(found))
+
+
 def half_dtypes(architecture: str) -> tuple[str, ...]:
     """The 16-bit types that run there, the last of which stands for all."""
     return ("fp16",) if ARCHITECTURES[architecture].tensor_cores == "none" else ("fp16", "bf16")
@@ -291,6 +327,7 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
     if half == "bf16" and (swept or SHARED[architecture] < SHARED["sm_80"]):
         chosen = max(shipped_fused(architecture), key=lambda c: (c.block_m + c.block_n) * c.block_k)
         yield report("fused", half, architecture, chosen, 16)
+    yield from sweep_gradient(architecture, (half,), widest=True)
     if swept:
         yield plan_report(architecture, 64, 8)
 
@@ -298,6 +335,21 @@ def few(architecture: str) -> Iterator[dict[str, Any]]:
 def plan_report(architecture: str, block_m: int, places: int) -> dict[str, Any]:
     chosen = dataclasses.replace(shipped(architecture, 4)[0], block_m=block_m)
     return report("plan", "fp32", architecture, chosen, places)
+
+
+def sweep_gradient(
+    architecture: str, dtypes: tuple[str, ...], units: tuple[int, ...] = (16,), widest: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The reports of the weight gradient, whose code is one for all splits, and of reduce."""
+    for dtype in dtypes:
+        configs = shipped_gradient(architecture, ITEMSIZE[dtype])
+        tiles = list({dataclasses.replace(c, split=1): c for c in configs})
+        for chosen in [max(tiles, key=lambda c: c.group)] if widest else tiles:
+            for unit in units:
+                yield report("weight_gradient", dtype, architecture, chosen, 16, unit)
+    sums = {(c.group, c.split): c for c in configs if c.split > 1}
+    for key in [max(sums, key=lambda key: key[::-1])] if widest else sums:
+        yield report("reduce", "fp32", architecture, sums[key], 16)
 
 
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
@@ -348,6 +400,11 @@ def sweep(
                         sizes = block_m, 4095, 4095, ITEMSIZE[dtype]
                         odd = config.choose(*sizes, ARCHITECTURES[architecture], block_m)
                         yield report(kernel, dtype, architecture, odd, 64, 1)
+        if everything:
+            yield from sweep_gradient(architecture, ("fp32", *halves), (16, 8, 1))
+        else:
+            yield from sweep_gradient(architecture, ("fp32", halves[-1]))
+            yield from sweep_gradient(architecture, halves[-1:], (1,), widest=True)
         if "bf16" in halves:
             yield from sweep_fused(architecture, everything)
         for block_m, places in ((16, 1), (64, 8), (64, 32))[: 3 if everything else 2]:

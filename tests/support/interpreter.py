@@ -199,9 +199,9 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    for name in ("plan", "shrink", "expand", "fused"):
-        kernel = getattr(launch, f"{name}_kernel")
-        monkeypatch.setattr(launch, f"{name}_kernel", Noted(kernel, name))
+    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
+        noted = Noted(getattr(launch, name), name.removesuffix("_kernel"))
+        monkeypatch.setattr(launch, name, noted)
     return names
 
 

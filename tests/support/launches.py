@@ -12,6 +12,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ import fake_driver
 import lora_mux
 from fake_cuda import FakeCuda
 from fake_driver import LAUNCHES
+from gradients import SMALL, Batch
 from interpreter import mend_bf16
 from lora_mux import ops
-from lora_mux.kernels import launch
+from lora_mux.kernels import launch, pairs
 from lora_mux.kernels.tensors import Pool
 from lora_mux.ops import operators, tiled
 from oracle import Adapter, forward
 from problem import FusedProblem, Problem
 from quick_interpreter import without_repetitions
 
-KERNELS = "plan", "shrink", "expand", "fused"
+KERNELS = "plan", "shrink", "expand", "fused", "weight_gradient", "reduce"
 
 
 def on(architecture: str, computes: bool = True) -> None:
@@ -46,6 +48,7 @@ def on(architecture: str, computes: bool = True) -> None:
     for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS):
         kernel.device_caches.clear()
     tiled._AGAIN.clear()
+    pairs._kept.cache_clear()  # which may be of fake tensors
     launch.architecture = lambda device: codegen.ARCHITECTURES[architecture]  # type: ignore[assignment]
 
 
@@ -91,6 +94,19 @@ def fused() -> Any:
     return described()
 
 
+def gradient() -> Any:
+    """The weight gradient in two parts, and that its answer is right."""
+    on("sm_90")
+    batch = Batch(
+        torch.tensor([[0, 1], [1, -1]]).repeat(20, 1),
+        *([40, 8], [1, 0]),
+        columns=80,
+        dtype=torch.bfloat16,
+    )
+    batch.check(batch.run(replace(SMALL, block_c=64)))
+    return described()
+
+
 def compiled_variants() -> dict[str, int]:
     """How many variants of shrink 20 batches need that differ in rows, routing and adapters."""
     on("sm_90", computes=False)
@@ -100,6 +116,11 @@ def compiled_variants() -> dict[str, int]:
     for rows in (17, 30, 32):
         for ranks in ((8, 20), (20, 3), (16, 16)):
             FusedProblem(rows=rows, K=64, N=80, ranks=ranks, J=2, dtype=torch.bfloat16).run()
+    for rows in (1, 16, 40, 100):
+        for trained in ([0], [1, 0], [2, 1, 0]):
+            slots = torch.arange(2 * rows).view(rows, 2) % 3
+            batch = Batch(slots, [8, 40, 16], trained, columns=80, dtype=torch.bfloat16)
+            batch.run(replace(SMALL, block_c=64))
     return {name: len(set(_hashes(name))) for name in KERNELS}
 
 
@@ -193,6 +214,10 @@ def fake_tensors() -> list[dict[str, Any]]:
         W, few = torch.empty(N, K, **half), torch.empty(20, J, dtype=torch.int64)
         plan = operators._plan(few, torch.empty(20, J), live, S, 32, True)
         operators._linear(x[:20], W, None, *pool, *plan, 64, False, True)
+        u, slots = torch.empty(rows, J, 64, 2), torch.empty(rows, J, **ints)
+        found = pairs.pairs_of(slots, torch.empty(S, **ints), S)
+        ranks = [(number, 64) for number in range(S)]
+        launch.weight_gradient(u, x, torch.empty(rows, J), found, ranks)
     return described()
 
 
@@ -229,6 +254,7 @@ if __name__ == "__main__":
         report = {
             "values": values(),
             "fused": fused(),
+            "gradient": gradient(),
             "variants": compiled_variants(),
             "graph": graph(fused=False),
             "fused graph": graph(fused=True),
