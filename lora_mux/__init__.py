@@ -3,7 +3,8 @@
     y[m] = W0 x[m] + bias + sum_j weight[m, j] * scaling[i] * B[i] (A[i] x[m]),  i = index[m, j]
 
 `attach` lets the rows of a whole model's batches choose their own adapters, and returns a `Mux`.
-`MuxLinear` does it for a single layer, with a `Routing` for each batch.
+`MuxLinear` does it for a single layer, with a `Routing` for each batch. `mean_by_adapter` is for
+training many adapters in one batch.
 """
 
 from . import errors as errors
@@ -15,6 +16,7 @@ from .model import Mux as Mux
 from .model import attach as attach
 from .model import attach_peft as attach_peft
 from .model import detach as detach
+from .model import mean_by_adapter as mean_by_adapter
 
 __all__ = [
     "LoraMuxError",
@@ -26,4 +28,5 @@ __all__ = [
     "attach_peft",
     "detach",
     "errors",
+    "mean_by_adapter",
 ]

@@ -10,6 +10,7 @@
     |-- BackendError         (ValueError)    a backend does not exist, or cannot run here
     |-- UnknownAdapterError  (KeyError)      no loaded adapter has this name or handle
     |-- PoolCapacityError    (RuntimeError)  adapters do not fit, and their pool cannot grow
+    |-- TrainingError        (RuntimeError)  an adapter cannot be trained, or not like this
     |-- RoutingBusyError     (RuntimeError)  beside others who use the model this cannot be right
     `-- DetachedError        (RuntimeError)  this Mux was detached from its model
 
@@ -117,6 +118,10 @@ class UnknownAdapterError(LoraMuxError, KeyError):
 
 class PoolCapacityError(LoraMuxError, RuntimeError):
     """Adapters do not fit into a pool that cannot grow: it is bounded, or a CUDA graph reads it."""
+
+
+class TrainingError(LoraMuxError, RuntimeError):
+    """An adapter cannot be trained, or its gradients cannot be computed any more."""
 
 
 class RoutingBusyError(LoraMuxError, RuntimeError):

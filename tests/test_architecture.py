@@ -23,7 +23,7 @@ ROOMS = {
     "checkpoints": {"configs", "core", "errors", "layers"},
     "adapters": {"checkpoints", "core", "errors", "layers", "routes"},
     "model": {
-        *("adapters", "checkpoints", "core", "errors"),
+        *("adapters", "checkpoints", "configs", "core", "errors"),
         *("layers", "ops", "progress", "routes"),
     },
     "measure": {"__init__", "core", "errors", "kernels", "layers", "ops", "progress"},

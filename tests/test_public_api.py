@@ -18,6 +18,7 @@ PUBLIC = [
     "attach_peft",
     "detach",
     "errors",
+    "mean_by_adapter",
 ]
 METHODS = {
     "Mux": [
@@ -26,8 +27,10 @@ METHODS = {
             "adapters",
             "add_adapter",
             "call",
+            "create",
             "detach",
             "disable_adapter",
+            "freeze",
             "load",
             "load_many",
             "memory",
@@ -35,9 +38,10 @@ METHODS = {
             "of",
             "pin",
             "prefetch",
+            "publish",
         ),
-        *("remove", "reserve", "route", "route_tokens", "set_adapter", "set_route", "targets"),
-        "unpin",
+        *("reduce_gradients", "remove", "reserve", "route", "route_tokens", "save"),
+        *("set_adapter", "set_route", "targets", "train", "trained", "unpin"),
     ],
     "MuxLinear": [
         *("adapters", "add_adapter", "extra_repr", "forward", "remove_adapter", "reserve"),
@@ -63,6 +67,7 @@ def test_members(name: str) -> None:
 def documented() -> dict[str, Any]:
     found: dict[str, Any] = {"lora_mux": lora_mux, "attach": lora_mux.attach}
     found |= {"attach_peft": lora_mux.attach_peft, "detach": lora_mux.detach}
+    found |= {"mean_by_adapter": lora_mux.mean_by_adapter}
     found |= {name: x for name, x in vars(lora_mux.errors).items() if inspect.isclass(x)}
     for name, members in METHODS.items():
         owner = getattr(lora_mux, name)

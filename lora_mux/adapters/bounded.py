@@ -27,6 +27,7 @@ from .changes import Prepared
 from .memory_budget import rank_rows_within
 from .placement import Placement, find_room
 from .resident import Adapters, AnyRoute, Result
+from .training import TrainedAdapter
 
 Found = TypeVar("Found")
 
@@ -187,6 +188,29 @@ class BoundedAdapters(Adapters):
 
         self._made_resident(handle_of_name, self._pinned.add)
 
+    def _parts_of(self, handle: int) -> dict[str, LoraWeights]:
+        return self._loaded[handle].shapes()
+
+    def _exact(self, handle: int, name: str) -> dict[str, LoraWeights]:
+        return self._loaded[handle].weights(self._read(self._loaded[handle]))
+
+    def train(
+        self, name: str, weights: Mapping[str, LoraWeights], dropout: float | None
+    ) -> TrainedAdapter:
+        """Begin to train an adapter, which stays resident from now on."""
+
+        def handle_of_name() -> tuple[int, Collection[int]]:
+            handle = self._slots.lookup([name])[name]
+            return handle, [handle]
+
+        def begin(handle: int) -> TrainedAdapter:
+            return self.training.begin(handle, name, weights, dropout)
+
+        return self._made_resident(handle_of_name, begin)
+
+    def _learnt(self, handle: int, stored: StoredAdapter) -> None:
+        self._loaded[handle] = stored
+
     @synchronized
     def unpin(self, name: str) -> None:
         """Let an adapter make room for others again."""
@@ -253,7 +277,8 @@ class BoundedAdapters(Adapters):
         present = *self._nameless - self._claims.alive(), *self._resident
         # A route that only the device knows may select any adapter that is present.
         idle = [h for h in present if reachable is not None and h not in reachable]
-        spared = self._slots.companions.beside(self._pinned).union(wanted)
+        kept = self._pinned.union(self.training.handles)
+        spared = self._slots.companions.beside(kept).union(wanted)
         rows = {handle: self._loaded[handle].outline.rank_rows for handle in (*arriving, *idle)}
         return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
 

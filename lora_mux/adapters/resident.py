@@ -1,40 +1,34 @@
 """The adapters of an attached model, all of them resident."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
-import torch
-
-from ..checkpoints import StoredAdapter
+from ..checkpoints import StoredAdapter, copy_to_host
 from ..core import (
     LoraWeights,
     Slots,
-    Stream,
-    has_streams,
     slot_of,
     synchronized,
 )
-from ..errors import AdapterError
 from ..layers import (
     MuxLinear,
     check_reservation,
     check_room,
-    cut_and_check,
-    cut_and_check_shapes,
     follow_materialised,
     write,
 )
 from ..routes import Route, Router
 from .changes import Change, Claims, Prepared
 from .memory_report import MemoryReport, report_memory
+from .training import TrainedAdapter, Training
+from .writing import WrittenPools
 
 AnyRoute = TypeVar("AnyRoute", bound=Route | None)
 Result = TypeVar("Result")
 
 
-class Adapters:
+class Adapters(WrittenPools):
     """Every loaded adapter is resident, and the pools grow with them.
 
     One lock serialises changes. Forward passes do not take it: adapters that they may still ask for
@@ -45,10 +39,7 @@ class Adapters:
     """
 
     def __init__(self, layers: dict[str, MuxLinear], slots: Slots, router: Router) -> None:
-        self._layers = layers  # the Mux's own
-        self._pools = {path: layer.mux_pool for path, layer in layers.items()}
-        self._slots = slots
-        self._router = router
+        super().__init__(layers, slots, router)
         self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
         # Handles without a name: of adapters that lost it and may still be in use, or that are
         # being prepared.
@@ -56,15 +47,13 @@ class Adapters:
         self._claims = Claims()
         self._binding: dict[str, int] = {}  # names that are being given, all of them or none
         self._change = Change(self._mend)
-
-    @property
-    def _lock(self) -> AbstractContextManager[bool]:
-        return self._router.changes
+        self.training = Training(layers, self._pools, slots, router, self._writing)
 
     @synchronized
     def settle(self) -> None:
         """Before a copy is made: everything is in order, and the current stream waits for it."""
         self._change.recover()
+        self.training.publish_changed()
         self._router.order.copied()
 
     @synchronized
@@ -79,7 +68,9 @@ class Adapters:
         """Read an adapter, and bring it to its place."""
         self._cut_shapes(stored)  # which raises before anything is read
         weights = stored.weights(stored.read(False))
-        return self.prepare_weights(weights, stored.source, stored.saved)
+        prepared = self.prepare_weights(weights, stored.source, stored.saved)
+        self.training.keep(prepared.handle, stored)
+        return prepared
 
     def prepare_weights(
         self,
@@ -98,9 +89,12 @@ class Adapters:
         """
         cut = self._cut(weights, source)
         if saved is None:
-            return self._placed(cut, source)
-        modules = self._cut(saved.weights(saved.read(False)), saved.source)
-        return self._placed(cut, source, modules, saved.digest)
+            prepared = self._placed(cut, source)
+        else:
+            modules = self._cut(saved.weights(saved.read(False)), saved.source)
+            prepared = self._placed(cut, source, modules, saved.digest)
+        self.training.note(prepared.handle, weights)
+        return prepared
 
     @synchronized
     def _placed(
@@ -184,7 +178,9 @@ class Adapters:
             self._unbind(name)
 
     def _unbind(self, name: str) -> None:
-        with self._writing([slot_of(self._slots.lookup([name])[name])]):
+        handle = self._slots.lookup([name])[name]
+        self.training.end(handle)
+        with self._writing([slot_of(handle)]):
             self._nameless.add(self._slots.unbind(name))
         self._free_unused()
 
@@ -239,82 +235,60 @@ class Adapters:
                 pool.reserve(rank_rows, self._slots.capacity, rank)
 
     @synchronized
+    def values(self, name: str) -> dict[str, LoraWeights]:
+        """Path -> the factors of an adapter as they are now, as exactly as they are known.
+
+        Raises:
+            TrainingError: it is more than LoRA on linear layers; or nobody has the exact values.
+        """
+        self.outline(name)  # which raises
+        handle = self._slots.lookup([name])[name]
+        if handle in self.training.handles:
+            return self.training.of(name).weights
+        return self._exact(handle, name)
+
+    def _exact(self, handle: int, name: str) -> dict[str, LoraWeights]:
+        return self.training.exact(handle, name)
+
+    @synchronized
+    def outline(self, name: str) -> dict[str, LoraWeights]:
+        """Path -> the factors of an adapter, for their shapes and scalings; see `values`."""
+        self._change.recover()
+        handle = self._slots.lookup([name])[name]
+        parts = self._parts_of(handle)
+        self.training.check(handle, name, parts)
+        return parts
+
+    def _parts_of(self, handle: int) -> dict[str, LoraWeights]:
+        return self.training.in_pools(handle)
+
+    def train(
+        self, name: str, weights: Mapping[str, LoraWeights], dropout: float | None
+    ) -> TrainedAdapter:
+        """Begin to train an adapter, from these values; what is trained of it already."""
+        handle = self._slots.lookup([name])[name]
+        return self.training.begin(handle, name, weights, dropout)
+
+    @synchronized
+    def freeze(self, name: str) -> None:
+        """End the training of an adapter, and go on with what it has learnt."""
+        self._change.recover()
+        handle, trained = self._slots.lookup([name])[name], self.training.of(name)
+        self.training.publish([handle])
+        self._learnt(handle, copy_to_host("what was learnt", trained.weights, False))
+        self.training.end(handle)
+
+    def _learnt(self, handle: int, stored: StoredAdapter) -> None:
+        """Note the values of an adapter, now that they are others."""
+        self.training.keep(handle, stored, always=True)
+
+    @synchronized
     def memory(self) -> MemoryReport:
         """How much memory the pools and the adapters take."""
         self._change.recover()
         with self._change:
             self._free_unused()
         return report_memory(self._pools, self._slots, self._pinned, self._nameless)
-
-    def _touched_layers(
-        self, weights: Mapping[str, LoraWeights], source: str
-    ) -> dict[str, MuxLinear]:
-        """The layers that an adapter touches, ready to hold it."""
-        if not weights:
-            raise AdapterError(f"`{source}` must hold at least one target, got none")
-        unknown = [path for path in weights if path not in self._layers]
-        if unknown:
-            raise AdapterError(
-                f"`{source}`: {unknown[0]!r} must be a target of the attached model, but is not "
-                f"({len(unknown)} of {len(weights)} paths are not); attach with targets that cover "
-                "it"
-            )
-        self._follow_materialised()
-        return {path: layer for path, layer in self._layers.items() if path in weights}
-
-    def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
-        """Path -> checked factors without values, as the pool is to hold them."""
-        shapes = stored.shapes()
-        return {
-            path: cut_and_check_shapes(
-                layer.mux_pool, layer.mux_kind, shapes[path], f"{stored.source}[{path!r}]"
-            )
-            for path, layer in self._touched_layers(shapes, stored.source).items()
-        }
-
-    def _cut(self, weights: Mapping[str, LoraWeights], source: str) -> dict[str, LoraWeights]:
-        """Path -> checked factors, as the pool is to hold them."""
-        return {
-            path: cut_and_check(
-                layer.mux_pool, layer.mux_kind, weights[path], f"{source}[{path!r}]"
-            )
-            for path, layer in self._touched_layers(weights, source).items()
-        }
-
-    @synchronized
-    def _follow_materialised(self) -> None:
-        for layer in self._layers.values():
-            follow_materialised(layer)
-
-    def _devices(self) -> set[torch.device]:
-        return {pool.A_rows.device for pool in self._pools.values()}
-
-    def _stream(self, device: torch.device) -> Stream:
-        """The stream on which the pools of a device are written."""
-        return torch.cuda.current_stream(device) if has_streams(device) else None
-
-    @contextmanager
-    def _writing(self, slots: Iterable[int] | None = None) -> Iterator[None]:
-        """Inside, pools and tables are written, as far as they concern these slots; None = all."""
-        concerned = None if slots is None else frozenset(slots)
-        with ExitStack() as stack:
-            for device in self._devices():
-                stream, order = self._stream(device), self._router.order
-                stack.enter_context(order.writing(device, stream, concerned))
-                if has_streams(device):
-                    self._slots.live(device)  # made before anybody reads it
-            yield
-
-    @contextmanager
-    def _growing(self, slots: Iterable[int] = ()) -> Iterator[None]:
-        """As `_writing`, where pools may grow: who reads the old buffers goes on doing so."""
-        before = [(pool, pool._buffers.copy()) for pool in self._pools.values()]
-        with self._writing(slots):
-            yield
-        for pool, buffers in before:
-            for name, buffer in buffers.items():
-                if buffer is not None and buffer is not pool._buffers[name]:
-                    self._router.order.keep(buffer)
 
     def _bind(self, handles: dict[str, int]) -> None:
         """Give live adapters their names, and free those that had them."""
@@ -327,6 +301,7 @@ class Adapters:
             before = self._slots.bind(name, handle)
             if before not in (None, handle):
                 assert before is not None
+                self.training.end(before)
                 self._nameless.add(before)
                 self._pinned.discard(before)
                 self._router.replace_sticky(before, handle)
@@ -351,6 +326,7 @@ class Adapters:
         named = set(self._slots.handles.values())
         self._nameless = self._slots.tenants - named - self._slots.companions.handles
         self._pinned &= named
+        self.training.mend(named)
         kept = {slot_of(handle) for handle in self._slots.tenants if self._is_whole(handle)}
         for pool in self._pools.values():
             pool.mend(kept)
@@ -381,6 +357,7 @@ class Adapters:
             for handle in handles:
                 companion = self._slots.free(handle)
                 self._nameless.discard(handle)
+                self.training.forget(handle)
                 if companion is not None:
                     self._nameless.add(companion)
 

@@ -9,6 +9,7 @@ one more rank row each, behind the others. The rows of all gains are read as a p
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -370,6 +371,7 @@ class Gains:
     """
 
     in_features = max_rank = 1
+    masters: Mapping[int, Masters] = MappingProxyType({})  # DoRA is not trained here
 
     def __init__(self, pool: Pool) -> None:
         self._pool, self.out_features = pool, pool.out_features

@@ -198,6 +198,10 @@ class Companions:
         self._of[handle] = companion
         self._users.setdefault(companion.digest, set()).add(handle)
 
+    def __contains__(self, handle: int) -> bool:
+        """Whether an adapter has one."""
+        return handle in self._of
+
     def forget(self, handle: int) -> int | None:
         """An adapter has gone; returns the handle of its companion if nobody else has that."""
         companion = self._of.pop(handle, None)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
+from ..errors import AdapterError, ArgumentTypeError, RoutingError, UnknownAdapterError
 from .routing import BASE, NONE, Routing
 from .selections import Companion, Companions
 from .streams import has_streams, to_device
@@ -31,6 +31,35 @@ MAX_NAMES_IN_ERROR = 20
 MAX_NAMES_TO_COMPARE = 200  # with an unknown one, which takes difflib 20 ms
 MAX_LENGTH_TO_COMPARE = 80
 CPU = torch.device("cpu")
+
+
+class Dropout(dict[int, float]):
+    """How large a share of x is dropped before the A of trained adapters: slot -> 0 < p < 1."""
+
+    def of_rows(self, slots: Tensor) -> Tensor:
+        """The share [M, 1] of each row, for slots [M, J]."""
+        highest = max([0, *self])  # no default=, which torch.compile does not know
+        table = torch.zeros(highest + 1, dtype=torch.float32)
+        for slot, rate in self.items():
+            table[slot] = rate
+        (rates,) = to_device([table], slots.device)
+        known = (slots >= 0) & (slots < len(table))
+        return torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0).amax(1, True)
+
+    def check(self, slots: Tensor) -> None:
+        """Refuse rows of slots [M, J] whose adapters drop unequal shares: they have one x.
+
+        Raises:
+            RoutingError: there is such a row.
+        """
+        for row in {tuple(row) for row in slots.tolist()}:
+            rates = {self.get(slot, 0.0) for slot in row if slot >= 0}
+            if len(rates) > 1:
+                raise RoutingError(
+                    "`rows` must name adapters of one dropout in each row while they are trained, "
+                    f"got {sorted(rates)}; give them the same, or call eval() on what train() "
+                    "returned"
+                )
 
 
 class Slots:
@@ -60,10 +89,13 @@ class Slots:
         # stays one.
         self.suspensions = 0
         self.name_changes = 0  # how often a name was removed, or given to another adapter
+        self.trained: tuple[int, ...] = ()  # those whose parameters autograd may follow, in order
+        self.dropout = Dropout()
         self.captured = False  # a CUDA graph reads the pools, which then cannot grow any more
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "captured": False}  # no graph reads the pools of a copy
+        # No graph reads the pools of a copy, and it trains nothing.
+        return {**vars(self), "captured": False, "trained": (), "dropout": Dropout()}
 
     @property
     def next_generations(self) -> list[int]:
@@ -189,6 +221,15 @@ class Slots:
         """The handle that a replaced adapter's name means now; any other handle itself."""
         name = self._names.get(handle)
         return handle if name is None else self._handles.get(name, handle)
+
+    @property
+    def trains(self) -> bool:
+        """Whether passes that begin now may train an adapter, or drop something of its x."""
+        return bool(self.trained) and (torch.is_grad_enabled() or bool(self.dropout))
+
+    def trained_among(self, used: Collection[int] | None) -> tuple[int, ...]:
+        """The slots of trained adapters that a batch may select; None = only the device knows."""
+        return self.trained if used is None else tuple(s for s in self.trained if s in used)
 
     def mend(self) -> None:
         """Put in order what a change has left that an interrupt has ended, at whatever line.

@@ -1,4 +1,4 @@
-"""A routing that is handed to a layer: one row for each row of x, and the last plan, kept."""
+"""A routing that is handed to a layer: one row for each row of x, the last plan, and backward."""
 
 from dataclasses import dataclass
 from math import prod
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import Routing
-from ..errors import RoutingError
+from ..core import Pool, Routing, host_may_read, slot_of
+from ..errors import RoutingError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,27 @@ def spread(routing: Routing, x: Tensor) -> Routing:
         f"`routing` must have {rows} rows (the rows of x {list(x.shape)}){samples}, "
         f"got {routing.rows}"
     )
+
+
+def hold_to_backward(y: Tensor, routing: Routing, pool: Pool, plan: object) -> None:
+    """Refuse the backward of y after an adapter that it goes back through has left, or has moved.
+
+    Nobody keeps adapters for a routing that was handed in. Where only the device knows the index,
+    any adapter of the layer may be meant.
+    """
+    if y.grad_fn is None or not isinstance(plan, ops.WHOLE):  # others have copies
+        return
+    chosen = {*pool.spans}
+    if host_may_read(routing.index):
+        chosen &= {slot_of(handle) for handle in routing.index.flatten().tolist() if handle >= 0}
+    held = {slot: pool.spans[slot] for slot in chosen}
+
+    def check(_: object) -> None:
+        if any(pool.spans.get(slot) is not span for slot, span in held.items()):
+            raise TrainingError(
+                "`routing` must name adapters that stay until backward() has run, got one that was "
+                "removed or moved since the forward pass; remove it later, or run the model in a "
+                "route, which keeps its adapters"
+            )
+
+    y.grad_fn.register_prehook(check)

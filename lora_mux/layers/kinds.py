@@ -12,6 +12,7 @@ Source: peft 0.21, src/peft/tuners/lora/layer.py (Embedding, _ConvNd).
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import NoneType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -157,6 +158,48 @@ def is_plain(module: nn.Module) -> bool:
             return (kind.forward, kind._conv_forward) == torchs
     transformers = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
     return transformers or kind.forward is nn.Linear.forward
+
+
+def plain_weight(layer: Any, x: Tensor) -> Tensor | None:
+    """The weight of a MuxLinear whose base is x W^T + bias and no more.
+
+    None for a forward that is not nn.Linear's own, and a parametrised or quantised weight.
+    """
+    if not layer.mux_owns_output:
+        return None
+    own = layer._parameters  # nn.Module's own look-up takes 1 us
+    weight, bias = own.get("weight"), own.get("bias", x)  # x: it is none of the layer's own
+    if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, NoneType):
+        return None
+    if weight.device != x.device or weight.stride(1) != 1:
+        return None
+    if bias is not None and bias.shape[0] > 1 and bias.stride(0) != 1:
+        return None
+    return weight
+
+
+def fusable_weight(layer: Any, x: Tensor) -> Tensor | None:
+    """The weight of a MuxLinear where base and adapters can be one launch for x, else None."""
+    if not layer.mux_settings.may_fuse(x) or layer.mux_kind is not None:
+        return None
+    weight = plain_weight(layer, x)
+    return None if ops.tracked(x, weight, layer._parameters.get("bias")) else weight
+
+
+def frozen_weight(layer: Any, x: Tensor, plan: ops.WholePlan) -> Tensor | None:
+    """The weight where base and adapters can be one node for autograd, else None.
+
+    Not while torch.compile traces, which then can fuse nothing with the base's product.
+    """
+    pool = layer.mux_pool
+    if torch.compiler.is_compiling() or layer.mux_kind is not None or pool.has_gains:
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not plan.follows(x, pool):
+        return None
+    weight = plain_weight(layer, x)
+    if weight is None or ops.tracked(weight, layer._parameters.get("bias")):
+        return None
+    return weight if weight.dtype == x.dtype else None
 
 
 def kind_of(module: nn.Module, argument: str) -> Embedding | Convolution | None:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from types import NoneType
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Place, Router
 from . import sharding
 from .gains import rescaling, with_gain
-from .handed_in import LastPlan, spread
-from .kinds import Embedding, Kind
+from .handed_in import LastPlan, hold_to_backward, spread
+from .kinds import Embedding, Kind, frozen_weight, fusable_weight
 from .storing import check_reservation, check_room, cut_and_check, scaling_from, write
 from .targets import Target, check_target, device_of, dtype_of
 
@@ -168,16 +167,30 @@ class MuxLinear(nn.Module):
             return self.mux_base(x, **kwargs)
         here = x if kind is None else kind.local(x)
         plan = self._plan(here, routing, fusable=not kwargs)
-        if isinstance(plan, ops.FusedPlan):
-            return plan.linear(x, self.weight, self.bias, self.mux_pool)
-        y = self.mux_base(x, **kwargs)
         if plan is None:
-            return y
-        pool = self._pool
-        plan = rescaling(plan, pool, self) if pool.has_gains else plan
+            return self.mux_base(x, **kwargs)
+        y = self._with_adapters(x, here, plan, kwargs)
+        if routing is not None and not is_compiling():
+            hold_to_backward(y, routing, self._pool, plan)
+        return y
+
+    def _with_adapters(
+        self, x: Tensor, here: Tensor, plan: ops.AnyPlan, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """What base and adapters answer; `here` are the rows of x."""
+        kind, pool = self.mux_kind, self._pool
+        if isinstance(plan, ops.FusedPlan):
+            return plan.linear(x, self.weight, self.bias, pool)
+        if isinstance(plan, ops.WHOLE):
+            if self.training and self.mux_slots.dropout:
+                here = ops.dropped(here, self.mux_slots.dropout.of_rows(plan.slots))
+            elif not kwargs and (weight := frozen_weight(self, x, plan)) is not None:
+                return plan.linear(x, weight, self.bias, pool)
+        y = self.mux_base(x, **kwargs)
+        added = rescaling(plan, pool, self) if pool.has_gains else plan
         if kind is None:
-            return plan.add(y, x, pool, self.mux_owns_output)
-        return kind.add(plan, y, here, pool, self._parameters.get("weight"))
+            return added.add(y, here, pool, self.mux_owns_output)
+        return kind.add(added, y, here, pool, self._parameters.get("weight"))
 
     def mux_base(self, x: Tensor, **kwargs: Any) -> Tensor:
         """What the layer computes without adapters."""
@@ -209,7 +222,7 @@ class MuxLinear(nn.Module):
         if router is None or now is None:
             return None
         self._check_input(x)
-        weight, pool = self._plain_weight(x) if fusable else None, self._pool
+        weight, pool = fusable_weight(self, x) if fusable else None, self._pool
         return router.plan(now, x, pool, weight, self.mux_place)
 
     def _plan_of(self, x: Tensor, routing: Routing, fusable: bool) -> ops.AnyPlan | None:
@@ -228,47 +241,30 @@ class MuxLinear(nn.Module):
             return last.plan  # for which x and routing were checked
         self._check_input(x)
         each = spread(slots.with_companions(routing, "routing"), x)
-        trained = routing.weight.requires_grad
-        weight = self._plain_weight(x) if fusable and not trained else None
+        gate = routing.weight.requires_grad
+        weight = fusable_weight(self, x) if fusable and not gate else None
         method = self._method(x, each.rows, weight)
         if each.index.device != x.device:
             slots.resolve(routing.index)  # on the host, where it raises
             each = each.to(x.device)
         plan = ops.plan(each, slots, method)
-        if method.form == "cpu" and not trained:  # a plan that autograd follows is not kept alive
+        if method.form == "cpu" and not (
+            gate or method.trained
+        ):  # a plan that autograd follows is not kept alive
             self.mux_last = LastPlan.of(x, routing, slots.suspensions, plan)
         return plan
 
     def _method(self, x: Tensor, rows: int, weight: Tensor | None) -> ops.Method:
         """ops.method, which need not choose again for an input like the last one."""
         pool = self._pool
+        trained = self.mux_slots.trains
+        case = self.mux_settings, x, rows, pool, None if trained else weight, trained
         if is_compiling():
-            return ops.method(self.mux_settings, x, rows, pool, weight)
-        like, last = ops.like(x, pool, weight), self.mux_last_method
+            return ops.method(*case)
+        like, last = (ops.like(x, pool, weight), trained), self.mux_last_method
         if last is None or last[0] != like:
-            method = ops.method(self.mux_settings, x, rows, pool, weight)
-            last = self.mux_last_method = like, method
+            last = self.mux_last_method = like, ops.method(*case)
         return last[1]
-
-    def _plain_weight(self, x: Tensor) -> Tensor | None:
-        """The weight where base and adapters can be one launch: the base is x W^T + bias.
-
-        None for a forward that is not nn.Linear's own, a parametrised or quantised weight, a shard,
-        or what autograd follows.
-        """
-        if not self.mux_settings.may_fuse(x):
-            return None
-        if not self.mux_owns_output or self.mux_kind is not None:
-            return None
-        own = self._parameters  # nn.Module's own look-up takes 1 us
-        weight, bias = own.get("weight"), own.get("bias", x)  # x: it is none of the layer's own
-        if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, NoneType):
-            return None
-        if weight.device != x.device or weight.stride(1) != 1:
-            return None
-        if bias is not None and bias.shape[0] > 1 and bias.stride(0) != 1:
-            return None
-        return None if ops.tracked(x, weight, bias) else weight
 
     def _check_input(self, x: Tensor) -> None:
         width = self._pool.in_features

@@ -1,20 +1,27 @@
 """Running blocks and calls under rows, which hooks and wrapped methods of a model need of a Mux."""
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ..adapters import AnyRoute
+from ..errors import ArgumentTypeError
 from ..routes import Kind, Route, Rows, Scope, make_route
-from .loaded import LoadedAdapters
+from .trained import TrainedAdapters
 
 Result = TypeVar("Result")
+
+# What a function may return before it has run: generators, map(), what a pool of threads runs.
+LATER = (Iterator, AsyncIterator, Future)
+Parameters = ParamSpec("Parameters")
 
 KEYWORD = "adapter_names"  # of forward() and generate(), as in PEFT
 
 
-class GivenRows(LoadedAdapters):
+class GivenRows(TrainedAdapters):
     """A Mux as `top`, `generation` and `continuous_batching` see it."""
 
     def _maker(self, make: Callable[[], Route]) -> Callable[[], Route]:
@@ -80,3 +87,28 @@ class GivenRows(LoadedAdapters):
 
     def _route_of_call(self, rows: Rows) -> Route:
         return make_route(rows, None, self._slots, argument=KEYWORD)
+
+
+class Call:
+    """Runs functions under rows; `Mux.call` makes it."""
+
+    def __init__(self, rows: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._rows = rows
+
+    def __call__(
+        self,
+        function: Callable[Parameters, Result],
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Result:
+        """What the function returns for these arguments."""
+        with self._rows():
+            result = function(*args, **kwargs)
+        if inspect.isawaitable(result) or isinstance(result, LATER):
+            if inspect.iscoroutine(result):
+                result.close()  # else Python warns that nobody awaited it
+            raise ArgumentTypeError(
+                f"`function` must have run when it returns, got a {type(result).__name__}, which "
+                "runs after the call; open a `with mux.route(rows)` block inside it"
+            )
+        return result

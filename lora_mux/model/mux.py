@@ -15,9 +15,8 @@ from ..core import Routing, Selection, Slots, weighted_adapters
 from ..errors import ArgumentTypeError, TargetError
 from ..layers import Target, common_dtype, dtype_of, swap_in, swap_out
 from ..routes import Expand, Route, Router, Rows, UniformRoutes, make_route
-from .call import Call
 from .generation import follow_generation, forget_generation
-from .given_rows import GivenRows
+from .given_rows import Call, GivenRows
 from .layout import find_layout
 from .top import BeginPass, EndPass, mux_of, remove_hooks, unwrapped
 

@@ -6,6 +6,7 @@ where it can run, the CPU's own form on the CPU, and the reference elsewhere. A 
 asked for by name never falls back.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,11 +17,14 @@ from ..core import Pool, Routing, Slots
 from ..errors import BackendError, warn
 from . import cpu, operators, plan_in_torch, reference, tuned
 from .forms import Form, Method, Plan, plain, tracked
-from .tiled import EagerPlan, FusedPlan, TiledPlan, plan_now
+from .tiled import EagerPlan, FusedPlan, TiledPlan, TrainedHere, plan_now
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 Fused: TypeAlias = Literal["auto"] | bool
 AnyPlan: TypeAlias = Plan | FusedPlan
+# Those that can compute a frozen base layer as well, as one node for autograd.
+WholePlan: TypeAlias = EagerPlan | TiledPlan | cpu.TrainingPlan
+WHOLE = EagerPlan, TiledPlan, cpu.TrainingPlan
 
 CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
@@ -157,25 +161,34 @@ def choose_form(backend: Backend, device: str, triton: bool, compiling: bool) ->
 
 
 def method(
-    settings: Settings, x: Tensor, rows: int, pool: Pool, weight: Tensor | None = None
+    settings: Settings,
+    x: Tensor,
+    rows: int,
+    pool: Pool,
+    weight: Tensor | None = None,
+    trained: bool = False,
 ) -> Method:
     """How adapters are added for a layer's input x of that many rows.
 
     Args:
         weight: of a base layer that is x W^T + bias and no more, and that autograd does not
             follow; None = any other.
+        trained: there are adapters whose parameters autograd may follow.
 
     Raises:
         BackendError: Triton was asked for by name, and cannot run on x.
     """
     meant = settings.backend == "triton" or (settings.backend == "auto" and x.is_cuda)
     triton = meant and _runs_triton(settings.backend, x, pool)
-    form = choose_form(settings.backend, x.device.type, triton, torch.compiler.is_compiling())
-    if form == "cpu":
-        # That form has no products for the one-hot rows of an embedding.
-        return CPU if x.is_floating_point() else REFERENCE
-    if form == "reference":
+    compiling = torch.compiler.is_compiling()
+    form = choose_form(settings.backend, x.device.type, triton, compiling)
+    if form == "cpu" and x.is_floating_point():
+        return CPU._replace(trained=trained)
+    # The form for the CPU has no products for the one-hot rows of an embedding.
+    if form == "cpu" or (form == "reference" and not trained):
         return REFERENCE
+    if form == "reference":  # whose gradients of adapters are an operator
+        form = "operators"
     from ..kernels.config import fused_tile_rows, tile_rows
 
     # Under autocast the base may answer in another dtype, and then products are fp32. Where gains
@@ -183,10 +196,16 @@ def method(
     dtype = _dtype(x, pool)
     half = dtype == pool.A_rows.dtype and dtype.itemsize == 2 and not pool.has_gains
     half = half and not torch.is_autocast_enabled(x.device.type)
-    if triton and half and weight is not None and _fuses(settings, x, rows, pool, weight):
+    if (
+        triton
+        and half
+        and weight is not None
+        and not trained
+        and _fuses(settings, x, rows, pool, weight)
+    ):
         return Method("fused", fused_tile_rows(rows))
     block_m = tile_rows(rows, 2 if half else 4, settings.batch_invariant)
-    return Method(form, block_m, settings.batch_invariant)
+    return Method(form, block_m, settings.batch_invariant, trained)
 
 
 def like(x: Tensor, pool: Pool, weight: Tensor | None) -> object:
@@ -199,7 +218,7 @@ def like(x: Tensor, pool: Pool, weight: Tensor | None) -> object:
     fused = weight if weight is None else (weight.shape, weight.stride(), weight.dtype)
     autocast = torch.is_autocast_enabled(device.type)
     of_pool = adapters.dtype, pool.max_rank, pool.has_gains
-    return x.shape, x.dtype, device, autocast, fused, of_pool
+    return x.shape, x.dtype, device, autocast, fused, of_pool, torch.is_grad_enabled()
 
 
 def _dtype(x: Tensor, pool: Pool) -> torch.dtype:
@@ -279,7 +298,13 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False) -> AnyPlan | None:
+def plan(
+    routing: Routing,
+    slots: Slots,
+    method: Method,
+    resolved: bool = False,
+    used: Collection[int] | None = None,
+) -> AnyPlan | None:
     """The plan of a routing with one row per row of x, on x's device.
 
     None when no row selects an adapter, where that can be told without a sync.
@@ -289,6 +314,8 @@ def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False)
         slots: which slots they mean.
         method: how adapters are computed.
         resolved: the index holds slots already; only for a method on the host.
+        used: at least all slots that it selects; None = only the device knows. An adapter that is
+            trained, and is not among them, gets no gradients.
 
     Raises:
         UnknownAdapterError: the index holds a handle whose adapter is not there. The operators
@@ -299,13 +326,16 @@ def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False)
         chosen = index if resolved else slots.resolve(index)
         if bool((chosen < 0).all()):
             return None
-        if method.form == "cpu":
-            return cpu.Plan(weight.clone(), chosen)
-        return reference.plan(chosen, weight)
+        if method.form != "cpu":
+            return reference.plan(chosen, weight)
+        made = cpu.Plan(weight.clone(), chosen)
+        trained = slots.trained_among(made.used) if method.trained else ()
+        return cpu.TrainingPlan(made, trained) if trained else made
+    trained = slots.trained_among(used) if method.trained else ()
     if capturing(index.device):
         slots.captured = True
     triton = method.form != "operators"
-    if triton and plain(index, weight) and not tracked(weight):
+    if triton and plain(index, weight) and not (trained or tracked(weight)):
         live = slots.live(index.device)
         now = plan_now(index, weight, live, slots.capacity, method.block_m)
         routing.last_pass.row_states = now.state
@@ -322,4 +352,5 @@ def plan(routing: Routing, slots: Slots, method: Method, resolved: bool = False)
     routing.last_pass.row_states = tensors.state
     if method.form == "fused":
         return FusedPlan(tensors)
-    return TiledPlan(tensors, method.batch_invariant, triton)
+    here = TrainedHere.of(trained, tensors, slots.capacity) if trained else None
+    return TiledPlan(tensors, method.batch_invariant, triton, here)

@@ -18,6 +18,7 @@ class Method(NamedTuple):
     form: Form
     block_m: int = 0  # rows of a tile; the host's forms have none
     batch_invariant: bool = False
+    trained: bool = False  # there are adapters whose parameters autograd may follow
 
     @property
     def on_host(self) -> bool:
@@ -69,3 +70,16 @@ def plain(one: Tensor, other: Tensor) -> bool:
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd follows what is computed from them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def dropped(x: Tensor, rates: Tensor) -> Tensor:
+    """x [..., K] with a share of it at 0, and the rest larger by as much: nn.Dropout, row by row.
+
+    Args:
+        x: whose rows are M.
+        rates: [M, 1], from 0 (every bit stays) to below 1.
+    """
+    p = rates.view(*x.shape[:-1], 1)
+    # Of torch's own generator, whose state checkpointing restores.
+    kept = torch.rand(x.shape, device=x.device) >= p
+    return torch.where(kept, x / (1 - p).to(x.dtype), 0.0)

@@ -9,6 +9,7 @@ autocast too, and rounds once. Weights are read once per distinct adapter of the
 per row. It shares nothing with the kernels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def add_lora(y: Tensor, x: Tensor, rows: RankRows, plan: Plan) -> Tensor:
     row, owner = _rows_in_use(rows, plan.slots)
     if not len(row):
         return y
-    dtype = _wide(x, rows)
+    dtype = wide(x, rows)
     B = rows.B_rows[row, : y.shape[1]].to(dtype)
     selects = plan.selects[:, owner]  # [M, R]
     strength = (plan.strength.to(dtype) * rows.scaling[plan.slots].to(dtype))[:, owner]  # [M, R]
@@ -83,7 +84,7 @@ def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) ->
             return strength_gradient(grad, x, rows, slots)
     used, place = torch.unique(slots, return_inverse=True)  # place [M, J] -> 0..U
     row, owner = _rows_in_use(rows, used.clamp(min=0))
-    dtype = _wide(x, rows)
+    dtype = wide(x, rows)
     h = _shrunk(x, rows, row, dtype)
     if rows.constant is not None:
         h = torch.where(rows.constant[row], 1.0, h)
@@ -93,7 +94,56 @@ def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, slots: Tensor) ->
     return torch.where(slots >= 0, of_slot.gather(1, place), 0.0)
 
 
-def _wide(x: Tensor, rows: RankRows) -> torch.dtype:
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    rows: RankRows,
+    slots: Tensor,
+    strength: Tensor,
+    trained: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the rank rows of trained adapters i, one after the other.
+
+        dA[i] = sum_m gain[m] * (B[i]^T grad[m]) x[m]^T
+        dB[i] = sum_m gain[m] * grad[m] (A[i] x[m])^T
+
+    with gain[m] = sum_j strength[m, j] * scaling[i] over the j with slots[m, j] = i. Only rows that
+    select an adapter are read for it: others may hold NaN. A bias is a rank row whose A x is 1, and
+    whose part of dA is 0.
+
+    Args:
+        grad: [M, N].
+        x: [M, K].
+        rows: of the pool.
+        slots: [M, J], -1 = none.
+        strength: [M, J].
+        trained: (slot, rank rows) of each.
+
+    Returns:
+        dA [R, K] and dB [R, N], the latter transposed; zeros for an adapter that no row selects.
+    """
+    dtype = wide(x, rows)
+    of_A, of_B = (
+        [x.new_zeros(0, x.shape[1], dtype=dtype)],
+        [x.new_zeros(0, grad.shape[1], dtype=dtype)],
+    )
+    for slot, rank in trained:
+        at = (slots == slot).any(1)
+        mine = torch.where(slots[at] == slot, strength[at].to(dtype), 0.0).sum(1, keepdim=True)
+        gain = mine * rows.scaling[slot].to(dtype)
+        held = slice(int(rows.offset[slot]), int(rows.offset[slot]) + rank)
+        A, B = rows.A_rows[held, : x.shape[1]], rows.B_rows[held, : grad.shape[1]]
+        x_rows, dy = x[at].to(dtype), grad[at].to(dtype)
+        h, of_h = x_rows @ A.to(dtype).T, gain * (dy @ B.to(dtype).T)
+        if rows.constant is not None:
+            biases = rows.constant[held]
+            h, of_h = torch.where(biases, 1.0, h), torch.where(biases, 0.0, of_h)
+        of_A.append(of_h.T @ x_rows)
+        of_B.append((gain * h).T @ dy)
+    return torch.cat(of_A), torch.cat(of_B)
+
+
+def wide(x: Tensor, rows: RankRows) -> torch.dtype:
     """In which everything is computed."""
     given = x if x.is_floating_point() else rows.A_rows
     return torch.promote_types(given.dtype, torch.float32)

@@ -13,11 +13,42 @@ from torch import Tensor
 
 from ..core import AnyPool, Pool, RankRows
 from ..kernels.tensors import ALIGNMENT, BASE
-from . import operators
+from . import on_triton, operators
 from .forms import plain, tracked
+from .operands import How, Trained
 
 if TYPE_CHECKING:
     from ..kernels.ready import PlanNow
+
+
+class TrainedHere(NamedTuple):
+    """The adapters of a batch that are trained, and which rows select them; see Trained."""
+
+    slots: tuple[int, ...]  # [T]
+    trained: Tensor  # the same as a tensor
+    pair: Tensor
+    start: Tensor
+
+    @classmethod
+    def of(cls, slots: tuple[int, ...], plan: operators.Plan, capacity: int) -> "TrainedHere":
+        """Those of a plan, without a sync."""
+        from ..kernels.pairs import pairs_of
+
+        trained = torch.tensor(slots, dtype=torch.int32, device=plan.slots.device)
+        return cls(slots, trained, *pairs_of(plan.slots, trained, capacity))
+
+    def of_layer(self, pool: AnyPool) -> Trained:
+        """What a layer trains of them."""
+        owned = [
+            (number, parameter)
+            for number, slot in enumerate(self.slots)
+            if slot in pool.masters
+            for parameter in pool.masters[slot].parameters
+        ]
+        if not owned:
+            return Trained()
+        owners, parameters = map(list, zip(*owned, strict=True))
+        return Trained(parameters, owners, self.trained, self.pair, self.start)
 
 
 class TiledPlan(NamedTuple):
@@ -26,6 +57,12 @@ class TiledPlan(NamedTuple):
     tensors: operators.Plan
     batch_invariant: bool
     triton: bool
+    trained: TrainedHere | None = None
+
+    @property
+    def slots(self) -> Tensor:
+        """slots [M, J] of `tensors`."""
+        return self.tensors.slots
 
     @property
     def strength(self) -> Tensor:
@@ -47,15 +84,34 @@ class TiledPlan(NamedTuple):
 
     def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
-        arguments = (
-            *(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *pool.rows, *self.tensors),
-            *(pool.max_rank, self.batch_invariant, self.triton),
-        )
-        if owned and not tracked(y, x, self.tensors.strength) and y.is_contiguous():
+        arguments = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *self._shared(pool)
+        if owned and not tracked(y) and not self.follows(x, pool) and y.is_contiguous():
             torch.ops.lora_mux.add_lora_(*arguments)
             return y
-        added: Tensor = torch.ops.lora_mux.add_lora(*arguments)
+        trained = self._trained_in(pool)
+        added: Tensor = torch.ops.lora_mux.add_lora(*arguments, *trained)
         return added.reshape(y.shape)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
+        """y [..., N] = x W^T + bias + the adapters' part, for x [..., K]: one node for autograd.
+
+        Its gradient of x is made in place, by dy W. A base layer beside it would cost a tensor of
+        zeros, one of the adapters' part and a sum: 3 times the traffic.
+        """
+        arguments = x.reshape(-1, x.shape[-1]), weight, bias, *self._shared(pool)
+        y: Tensor = torch.ops.lora_mux.linear(*arguments, *self._trained_in(pool))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def follows(self, x: Tensor, pool: AnyPool) -> bool:
+        """Whether autograd follows what the adapters add to a layer."""
+        return tracked(x, self.tensors.strength, *(self._trained_in(pool).parameters or ()))
+
+    def _shared(self, pool: AnyPool) -> tuple[Any, ...]:
+        how = How(pool.max_rank, self.batch_invariant, self.triton, fused=False)
+        return *pool.rows, *self.tensors, *how
+
+    def _trained_in(self, pool: AnyPool) -> Trained:
+        return Trained() if self.trained is None else self.trained.of_layer(pool)
 
 
 class EagerPlan(NamedTuple):
@@ -68,6 +124,11 @@ class EagerPlan(NamedTuple):
     def tiled(self) -> TiledPlan:
         """The same for operators."""
         return TiledPlan(self.now.tensors, self.batch_invariant, True)
+
+    @property
+    def slots(self) -> Tensor:
+        """slots [M, J]."""
+        return self.now.tensors.slots
 
     @property
     def strength(self) -> Tensor:
@@ -102,11 +163,19 @@ class EagerPlan(NamedTuple):
             again(y, x, now, pointers)
             return y
         flat = x.reshape(-1, x.shape[-1])
-        how = operators.How(pool.max_rank, self.batch_invariant, True)
-        made = operators.triton_add_(y.view(-1, y.shape[-1]), flat, rows, now.tensors, how)
+        how = How(pool.max_rank, self.batch_invariant, True)
+        made = on_triton.add_(y.view(-1, y.shape[-1]), flat, rows, now.tensors, how)
         if flat.data_ptr() == x.data_ptr():  # else it is a copy
             _keep(case, made, y.data_ptr() | x.data_ptr(), pointers)
         return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
+        """The whole layer for autograd; see TiledPlan."""
+        return self.tiled.linear(x, weight, bias, pool)
+
+    def follows(self, x: Tensor, pool: AnyPool) -> bool:
+        """Whether autograd follows what the adapters add to a layer."""
+        return tracked(x)
 
 
 class FusedPlan(NamedTuple):
@@ -152,8 +221,8 @@ def _linear_now(
     if again is not None:
         y: Tensor = again(x, weight, bias, now, pointers)
         return y
-    flat, how = x.reshape(-1, x.shape[-1]), operators.How(pool.max_rank, False, True)
-    made = operators.triton_linear(flat, weight, bias, rows, now.tensors, how)
+    flat, how = x.reshape(-1, x.shape[-1]), How(pool.max_rank, False, True)
+    made = on_triton.linear(flat, weight, bias, rows, now.tensors, how)
     if made is None:
         return None
     y, again = made
@@ -181,7 +250,7 @@ def plan_now(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m
         return now
     from ..kernels import launch, ready
 
-    given = operators.computable(weight)
+    given = on_triton.computable(weight)
     made, again = launch.plan_and_again(index, given, live, capacity, block_m)
     _keep(case, again, 0, pointers)
     return ready.PlanNow.of(made)

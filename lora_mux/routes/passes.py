@@ -4,7 +4,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from types import FrameType, MappingProxyType
@@ -179,9 +179,13 @@ class Passes:
         self._hooks: dict[int, weakref.ref[functools.partial[None]]] = {}
         self._in_backward: dict[int, Pass] = {}  # by autograd's number of the backward
         self._thread = _Thread()
+        self.before: Callable[[], None] = (
+            _nothing  # called before a pass begins that is in no other
+        )
 
     def none(self) -> Pass:
         """What a layer reads that is called by itself."""
+        self.before()
         return Pass(self._owner)
 
     def begin(self, caller: FrameType) -> Pass:
@@ -191,6 +195,8 @@ class Passes:
             caller: a frame that is on the stack until the pass is over.
         """
         self.forget_interrupted()
+        if self.current() is None:
+            self.before()
         began = Pass(self._owner, caller, _PASS.get(), self._thread.token)
         self._in_progress[id(began)] = began
         _PASS.set(began)
@@ -259,6 +265,11 @@ class Passes:
             if began.thread is not self._thread.token:
                 self._in_progress.pop(id(began), None)
 
+    def use_any(self, handles: Collection[int]) -> bool:
+        """Whether a pass that is in progress may use one of these adapters."""
+        used = handles_of(began.route for began in self._in_progress_now())
+        return used is None or not used.isdisjoint(handles)
+
     def in_use(self) -> list[Route | None]:
         """The routes of passes that are in progress, or may still be run backward."""
         alive = (hook() for hook in list(self._hooks.values()))
@@ -303,6 +314,10 @@ class Passes:
             return None
         # A backward inside a backward, as of reentrant checkpoints, has a number of its own.
         return self._in_backward.get(number) or self._in_backward.get(self._thread.backward)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Thread(threading.local):

@@ -94,14 +94,16 @@ class Plans:
         assert route is not None
         rows = prod(x.shape[:-1])
         samples = shape.samples_of(x, route)  # for each layer: it refuses shapes
-        trained = route.routing.weight.requires_grad
-        method = ops.method(settings, x, rows, pool, None if trained else weight)
+        gate = route.routing.weight.requires_grad
+        trained = self._slots.trains
+        method = ops.method(settings, x, rows, pool, None if gate or trained else weight, trained)
         # A plan with gradients is each layer's own: checkpointing runs layers again one by one.
-        if shape.samples is None or trained:
+        if shape.samples is None or gate:
             return self._made(now, x, rows, samples, method, site)
         layers, case = (rows, site, method), None
         if method.form == "cpu":  # never while compiling, which would guard the version
-            case = route.value, rows, samples, shape.beams, self._slots.suspensions
+            kept = self._slots.suspensions, trained and self._slots.trained
+            case = route.value, rows, samples, shape.beams, kept
         known = self._shared.find(now.plans, layers, case)
         if known is None:
             made = self._made(now, x, rows, samples, method, site)
@@ -124,6 +126,8 @@ class Plans:
         if now.shape.samples is None and samples == route.routing.rows:
             beams = None  # generate() runs encoders by themselves, before it repeats samples
         manner = route.manner(rows, samples, beams)
+        if self._slots.dropout and isinstance(now, Pass) and now.resolved is not None:
+            self._slots.dropout.check(now.resolved.slots)
         if isinstance(now, Cell):
             given = route.routing
             # A trace holds no values, so that there is nothing to note on the user's routing.
@@ -134,7 +138,9 @@ class Plans:
             given, index = route.routing, now.resolved.slots
             resolved = unchecked_routing(index, given.weight, given.last_pass).to(x.device)
             return ops.plan(manner.spread(resolved), self._slots, method, resolved=True)
-        return ops.plan(manner.spread(self._at(now, site, method)), self._slots, method)
+        used = None if now.resolved is None else now.resolved.used
+        placed = manner.spread(self._at(now, site, method))
+        return ops.plan(placed, self._slots, method, used=used)
 
     def _at(self, now: Pass, site: Site, method: ops.Method) -> Routing:
         """The pass's own rows where its layers run."""

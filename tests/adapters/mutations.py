@@ -47,10 +47,10 @@ MUTATIONS = {
         TEST_STREAMS,
     ),
     "placement: what is asked for is evicted": Mutation(
-        BOUNDED, "beside(self._pinned).union(wanted)", "beside(self._pinned)", TEST_BOUNDED
+        BOUNDED, "beside(kept).union(wanted)", "beside(kept)", TEST_BOUNDED
     ),
     "placement: the pinned is evicted": Mutation(
-        BOUNDED, "beside(self._pinned).union(wanted)", "beside(wanted)", TEST_BOUNDED
+        BOUNDED, "beside(kept).union(wanted)", "beside(wanted)", TEST_BOUNDED
     ),
     "placement: the last routed makes room": Mutation(
         BOUNDED, "self._resident.move_to_end(handle)", "pass", TEST_BOUNDED

@@ -27,15 +27,18 @@ MUTATIONS = {
     "gains: a row without an adapter is computed": Mutation(
         GAINS, "if selecting is None:", "if True:", TEST_DORA
     ),
-    "fused: whatever the base": Mutation(LINEAR, "not self.mux_owns_output or", "", TEST_FUSED),
+    "fused: whatever the base": Mutation(KINDS, "not layer.mux_owns_output", "False", TEST_FUSED),
     "fused: gradients are lost": Mutation(
-        LINEAR, "None if ops.tracked(x, weight, bias) else weight", "weight", TEST_FUSED
+        KINDS,
+        'None if ops.tracked(x, weight, layer._parameters.get("bias")) else weight',
+        "weight",
+        TEST_FUSED,
     ),
     "fused: gradients of weights are lost": Mutation(
-        LINEAR, "if fusable and not trained", "if fusable", TEST_FUSED
+        LINEAR, "if fusable and not gate", "if fusable", TEST_FUSED
     ),
     "fused: a wrapped weight": Mutation(
-        LINEAR, "type(weight) is not nn.Parameter or", "", TEST_FUSED
+        KINDS, "type(weight) is not nn.Parameter or", "", TEST_FUSED
     ),
     "kinds: the odd place comes first": Mutation(
         KINDS, "((k - 1) // 2, k // 2)", "(k // 2, (k - 1) // 2)", TEST_KINDS

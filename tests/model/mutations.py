@@ -4,7 +4,7 @@ from mutation import Mutation
 
 ATTACH = "model/attach.py"
 BOUNDED = "adapters/bounded.py"
-CALL = "model/call.py"
+CALL = "model/given_rows.py"
 CONTINUOUS_BATCHING = "model/continuous_batching.py"
 GENERATION = "model/generation.py"
 GIVEN_ROWS = "model/given_rows.py"

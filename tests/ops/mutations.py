@@ -5,6 +5,8 @@ from mutation import Mutation
 CPU = "ops/cpu/plan.py"
 CPU_GROUPS = "ops/cpu/groups.py"
 DISPATCH = "ops/dispatch.py"
+ON_TRITON = "ops/on_triton.py"
+OPERANDS = "ops/operands.py"
 OPERATORS = "ops/operators.py"
 REFERENCE = "ops/reference.py"
 TILED = "ops/tiled.py"
@@ -33,7 +35,7 @@ MUTATIONS = {
         DISPATCH, "tuned.fuses(launch", "not tuned.fuses(launch", TEST_TUNED
     ),
     "embedding: no scaling": Mutation(
-        OPERATORS,
+        ON_TRITON,
         "(plan.strength[:, :, None] * rows.scaling[slot])",
         "plan.strength[:, :, None]",
         TEST_KINDS,
@@ -98,8 +100,8 @@ MUTATIONS = {
     ),
     "cpu: another adapter's rank rows": Mutation(
         CPU,
-        "rank_rows=_rows(rank_rows)",
-        "rank_rows=_rows(rank_rows[0] + np.arange(len(rank_rows)))",
+        "rank_rows=rows_of(rank_rows)",
+        "rank_rows=rows_of(rank_rows[0] + np.arange(len(rank_rows)))",
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "cpu: writes to what is not ours": Mutation(
@@ -181,19 +183,22 @@ MUTATIONS = {
         DISPATCH, 'backend == "auto" and device == "cpu"', 'device == "cpu"', TEST_DISPATCH
     ),
     "operators: the gradient of x keeps the bias": Mutation(
-        OPERATORS,
+        OPERANDS,
         "B_rows=rows.A_rows, constant=None)",
         "B_rows=rows.A_rows)",
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "operators: gradients in another order": Mutation(
         OPERATORS,
-        '("y", "x", *RankRows',
-        '("x", "y", *RankRows',
+        '("y", "x", *_NAMES',
+        '("x", "y", *_NAMES',
         TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "operators: the gradient of strength without scaling": Mutation(
-        OPERATORS, ".sum(2) * scaling)", ".sum(2))", TEST_OPERATORS_AND_TEST_TRITON_BACKEND
+        ON_TRITON,
+        ".sum(2) * _scaling(rows, plan))",
+        ".sum(2))",
+        TEST_OPERATORS_AND_TEST_TRITON_BACKEND,
     ),
     "operators: dead handles are the base on the CPU": Mutation(
         OPERATORS,
@@ -210,7 +215,7 @@ MUTATIONS = {
     ),
     "ops: gradients are lost": Mutation(
         TILED,
-        "owned and not tracked(y, x, self.tensors.strength)",
+        "owned and not tracked(y) and not self.follows(x, pool)",
         "owned",
         TEST_TRITON_BACKEND,
     ),

@@ -44,8 +44,9 @@ def test_schemas_are_made_of_the_tuples() -> None:
     """What callers rely on: the order of the arguments, their types and their defaults."""
     rows = "Tensor A_rows, Tensor B_rows, Tensor? constant, Tensor offset, Tensor rank, Tensor"
     plan = "Tensor slots, Tensor strength, Tensor union, Tensor length, Tensor place, Tensor state"
-    how = "SymInt max_rank, bool batch_invariant=False, bool? triton=None"
-    shared = f"{rows} scaling, {plan}, Tensor counters, {how}"
+    how = "SymInt max_rank, bool batch_invariant=False, bool? triton=None, bool fused=True"
+    trained = "Tensor[]? parameters=None, int[]? owners=None, Tensor? trained=None, Tensor? pair="
+    shared = f"{rows} scaling, {plan}, Tensor counters, {how}, {trained}None, Tensor? start=None"
     assert shared == operators.SHARED
     schema = str(OPS.add_lora.default._schema)
     assert schema == f"lora_mux::add_lora(Tensor y, Tensor x, {shared}) -> Tensor"

@@ -30,7 +30,7 @@ def test_other_strengths(form: Any) -> None:
 
         def added(strength: Tensor) -> Tensor:
             made = plan.with_strength(strength)
-            assert torch.equal(made.strength, strength)
+            assert made.strength is strength  # by values: unused places of Triton's may be NaN
             return made.add(nothing.clone(), x, layer.mux_pool, owned=False)
 
         for times in (1.0, -3.0):

@@ -16,6 +16,7 @@ import lora_mux
 from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
 from lora_mux.kernels import installed
+from lora_mux.layers.kinds import plain_weight
 from lora_mux.ops import dispatch
 from oracle import Adapter, assert_close, forward
 
@@ -122,7 +123,7 @@ def test_fused_whatever_lies_between_rows(by_columns: bool, apart: int) -> None:
     handle = layer.add_adapter("a", A, B, scaling=0.5)
     x = torch.randn(3, 16 + apart).half()[:, :16]
     with torch.no_grad():
-        assert (layer._plain_weight(x) is None) == by_columns
+        assert (plain_weight(layer, x) is None) == by_columns
         y = layer(x, Routing(torch.tensor([[handle], [-1], [handle]])))
     adapter = [(Adapter(A, B, 0.5), 1.0)]
     assert_close(y, forward(linear, x, [adapter, [], adapter]))
@@ -375,7 +376,7 @@ class TestModel:
         model, mux = blocks()
         calls = []
         plan = ops.plan
-        monkeypatch.setattr(ops, "plan", lambda *a: calls.append(a) or plan(*a))
+        monkeypatch.setattr(ops, "plan", lambda *a, **k: calls.append(a) or plan(*a, **k))
         with mux.route(ROWS):
             for _ in range(2):
                 model(torch.randn(4, 16))

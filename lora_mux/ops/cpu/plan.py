@@ -28,8 +28,8 @@ from torch.nn.functional import pad
 
 from ...core import AnyPool, Span, Version, computed_once
 from .. import reference
-from .groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
 from ..forms import tracked
+from .groups import Doubles, Group, Ints, all_with_all, by_slot, multiplies_all
 
 Rows: TypeAlias = slice | Tensor  # of a tensor: those that follow one another, or int64 [n]
 Factors: TypeAlias = tuple[Tensor, Tensor]  # A^T [G, K, R] and B [G, R, N] of a Product
@@ -74,8 +74,8 @@ class Product(NamedTuple):
         """A^T and B; views of the pool where dtype and the order of rank rows allow it."""
         (G, _, R), N = self.shape, pool.out_features
         K = _even(pool.in_features, dtype)
-        A = _taken(pool.A_rows, self.rank_rows).to(dtype)
-        B = _taken(pool.B_rows, self.rank_rows).to(dtype)
+        A = taken(pool.A_rows, self.rank_rows).to(dtype)
+        B = taken(pool.B_rows, self.rank_rows).to(dtype)
         (a, one), (b, step) = A.stride(), B.stride()
         # One call each for what slice, view and mT do in three: rows are rounded up in the pool.
         if G == 1:
@@ -87,7 +87,7 @@ class Product(NamedTuple):
         """y[rows] += alpha * (x[rows] A, scaled and masked) B, for its factors."""
         (G, m, _), rows = self.shape, self.rows
         if rows is not None:
-            x = _taken(x, rows)
+            x = taken(x, rows)
         if G > 1:
             x = x.view(G, m, x.shape[1])
         multiply = torch.bmm if G > 1 else torch.mm
@@ -309,8 +309,8 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
     every = np.array_equal(rows.ravel(), np.arange(M))
     return Product(
         shape=(G, m, sum(ranks) + odd),
-        rows=None if every else _rows(rows.ravel()),
-        rank_rows=_rows(rank_rows),
+        rows=None if every else rows_of(rows.ravel()),
+        rank_rows=rows_of(rank_rows),
         constant=biases if constant.any() else None,
         alpha=float(wanted[0]) if equal else 1.0,
         strength=None
@@ -325,11 +325,13 @@ def _last_twice(values: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate((values, values[:, -1:]), 1).ravel()
 
 
-def _rows(rows: Ints) -> Rows:
+def rows_of(rows: Ints) -> Rows:
+    """The numbers of rows as what takes them fastest."""
     if (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return torch.from_numpy(rows)
 
 
-def _taken(table: Tensor, rows: Rows) -> Tensor:
+def taken(table: Tensor, rows: Rows) -> Tensor:
+    """Those rows of a table."""
     return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)

@@ -1,0 +1,326 @@
+"""Adapters that are being trained: their parameters, and how their values reach the pools.
+
+An optimizer steps parameters of its own, in fp32: with those of a 16-bit pool, AdamW at a learning
+rate of 1e-4 leaves 6 % of the weights where they are. What has changed is rounded into the pools
+when the next forward pass begins, so that every pass has one state of each adapter.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..checkpoints import StoredAdapter
+from ..core import LoraWeights, Masters, Pool, Slots, slot_of
+from ..errors import RoutingBusyError, TrainingError
+from ..layers import MuxLinear
+from ..routes import Router
+
+Self = TypeVar("Self", bound="TrainedAdapter")
+PREFIX = "base_model.model."  # of keys in PEFT's files
+PATIENCE = 60.0  # seconds that a publish waits for the passes of other threads
+
+
+class TrainedAdapter(nn.Module):
+    """The parameters of one adapter that is trained, under the keys of PEFT's files.
+
+    `Mux.train` makes it. It is no part of the model. Its parameters lie where the layers' pools do:
+    to(), half() and their kin leave them alone. In eval(), as in the model's, nothing is dropped.
+    """
+
+    def __init__(
+        self, name: str, masters: Mapping[str, Masters], set_dropout: Callable[[bool], None]
+    ) -> None:
+        super().__init__()
+        self.mux_name, self.mux_masters, self.mux_set_dropout = name, dict(masters), set_dropout
+        self.mux_steps = 0  # of optimizers; fused ones leave no other trace on a parameter
+        self.mux_parameters = [p for one in masters.values() for p in one.parameters]
+        owner = weakref.ref(self)
+        for path, one in masters.items():
+            for key, parameter in (("lora_A.weight", one.A), ("lora_B.weight", one.B)):
+                _register(self, f"{PREFIX}{path}.{key}", parameter)
+            if one.bias is not None:
+                _register(self, f"{PREFIX}{path}.lora_B.bias", one.bias)
+        for parameter in self.mux_parameters:
+            parameter.mux_owner = owner  # type: ignore[attr-defined]  # for the optimizers' hook
+
+    @property
+    def mux_state(self) -> list[int]:
+        """Another one whenever the values may be others."""
+        return [parameter._version for parameter in self.mux_parameters] + [self.mux_steps]
+
+    @property
+    def weights(self) -> dict[str, LoraWeights]:
+        """Path -> the factors as they are now; not copies."""
+        return {path: masters.weights for path, masters in self.mux_masters.items()}
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As of any module; in eval() nothing of x is dropped for this adapter."""
+        self.mux_set_dropout(mode)
+        return super().train(mode)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self
+
+    def extra_repr(self) -> str:
+        """Name, and how many numbers are trained."""
+        numbers = sum(parameter.numel() for parameter in self.mux_parameters)
+        return f"{self.mux_name!r}, {numbers} numbers"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _register(root: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    *folders, last = key.split(".")
+    for folder in folders:
+        inner = root._modules.get(folder)
+        if inner is None:
+            inner = root._modules[folder] = nn.Module()
+        root = inner
+    root.register_parameter(last, parameter)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step of any optimizer: note whose parameters it has."""
+    owners = {
+        owner
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (owner := getattr(parameter, "mux_owner", None)) is not None
+    }
+    for owner in owners:
+        if (trained := owner()) is not None:
+            trained.mux_steps += 1
+
+
+_HOOKS: list[Any] = []  # ours, once there is one
+
+
+class Training:
+    """The adapters of a model that are trained, by handle."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, MuxLinear],
+        pools: Mapping[str, Pool],
+        slots: Slots,
+        router: Router,
+        writing: Callable[[Iterable[int]], AbstractContextManager[None]],
+    ) -> None:
+        self._layers = layers
+        self._pools = pools
+        self._slots = slots
+        self._router = router
+        self._writing = writing
+        self._trained: dict[int, TrainedAdapter] = {}
+        self._published: dict[int, list[int]] = {}  # TrainedAdapter.mux_state then
+        # Of adapters whose values the pools do not hold exactly; None = nobody has them.
+        self._origins: dict[int, StoredAdapter | None] = {}
+        self.dropouts: dict[int, float] = {}  # by handle, of the adapters that were made with one
+
+    @property
+    def handles(self) -> Collection[int]:
+        """Those of the adapters that are trained."""
+        return self._trained.keys()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_trained": {},
+            "_published": {},
+        }  # a copy of the model trains nothing
+
+    @property
+    def all(self) -> list[TrainedAdapter]:
+        """What is trained, in order."""
+        return list(self._trained.values())
+
+    def note(self, handle: int, weights: Mapping[str, LoraWeights]) -> None:
+        """An adapter was loaded from these values: note whether the pools have rounded them."""
+        for path, part in weights.items():
+            dtype = self._pools[path].A_rows.dtype
+            if any(torch.promote_types(t.dtype, dtype) != dtype for t in part.tensors().values()):
+                self._origins[handle] = None
+                return
+
+    def keep(self, handle: int, stored: StoredAdapter, always: bool = False) -> None:
+        """Note where the exact values of an adapter are, if the pools do not hold them."""
+        if always or handle in self._origins:
+            self._origins[handle] = stored
+
+    def forget(self, handle: int) -> None:
+        """An adapter is gone."""
+        self._origins.pop(handle, None)
+        self.dropouts.pop(handle, None)
+
+    def check(self, handle: int, name: str, parts: Mapping[str, LoraWeights]) -> None:
+        """Refuse an adapter that is more than LoRA on linear layers.
+
+        Args:
+            handle: of the adapter.
+            name: of the adapter.
+            parts: path -> its factors, which need no values.
+
+        Raises:
+            TrainingError: it is.
+        """
+        more = "saved modules as a whole" if handle in self._slots.companions else ""
+        for path, part in parts.items():
+            if self._layers[path].mux_kind is not None:
+                more = f"a part for {path!r}, which is no whole linear layer"
+            elif part.gain is not None:
+                more = f"DoRA at {path!r}"
+        if more:
+            raise TrainingError(
+                f"`name` {name!r} must be an adapter of LoRA on linear layers, got one with "
+                f"{more}; train and save that by PEFT"
+            )
+
+    def exact(self, handle: int, name: str) -> dict[str, LoraWeights]:
+        """Path -> the factors of a resident adapter, in the dtype that they were given in.
+
+        Raises:
+            TrainingError: nobody has them.
+        """
+        if handle not in self._origins:
+            return self.in_pools(handle)
+        stored = self._origins[handle]
+        if stored is None:
+            raise TrainingError(
+                f"`name` {name!r} must be an adapter whose exact values are known, got one of "
+                "tensors that the model's dtype has rounded; train(name, weights={path: (A, B)}) "
+                "begins with the tensors"
+            )
+        return stored.weights(stored.read(False))
+
+    def in_pools(self, handle: int) -> dict[str, LoraWeights]:
+        """Path -> the factors of an adapter as the pools hold them."""
+        slot, found = slot_of(handle), {}
+        for path, pool in self._pools.items():
+            span = pool.span(slot)
+            if span is not None:
+                held = slice(span.offset, span.offset + span.rank - span.bias)
+                A, B = pool.A_rows[held, : pool.in_features], pool.B_rows[held, : pool.out_features]
+                bias = pool.B_rows[held.stop, : pool.out_features].clone() if span.bias else None
+                gain = pool.B_rows[held.stop] if span.gain else None  # whose value nobody reads
+                found[path] = LoraWeights(A.clone(), B.T.clone(), span.scaling, bias, gain)
+        return found
+
+    def begin(
+        self, handle: int, name: str, weights: Mapping[str, LoraWeights], rate: float | None
+    ) -> TrainedAdapter:
+        """Train a resident adapter, from values of its own shapes; as it is if it is trained."""
+        if handle in self._trained:
+            return self._trained[handle]
+        dropout = self.dropouts.setdefault(handle, 0.0) if rate is None else rate
+        self.dropouts[handle] = dropout
+        self._router.passes.before = self.publish_changed
+        if not _HOOKS:
+            _HOOKS.append(register_optimizer_step_post_hook(_stepped))
+        slot = slot_of(handle)
+        masters = {
+            path: Masters.of(part, self._pools[path].A_rows.device)
+            for path, part in weights.items()
+        }
+
+        def set_dropout(training: bool) -> None:
+            if training and dropout and slot in self._slots.trained:
+                self._slots.dropout[slot] = dropout
+            else:
+                self._slots.dropout.pop(slot, None)
+
+        trained = TrainedAdapter(name, masters, set_dropout)
+        for path, one in masters.items():
+            self._pools[path].masters[slot] = one
+        self._trained[handle] = trained
+        self._slots.trained = *self._slots.trained, slot  # from now on, passes have its gradients
+        return trained.train()
+
+    def of(self, name: str) -> TrainedAdapter:
+        """What is trained of an adapter.
+
+        Raises:
+            TrainingError: nothing is.
+        """
+        handle = self._slots.lookup([name])[name]
+        if handle not in self._trained:
+            raise TrainingError(
+                f"`name` must be an adapter that is trained, got {name!r}; call train({name!r})"
+            )
+        return self._trained[handle]
+
+    def end(self, handle: int) -> None:
+        """Let the pools keep what they have; the parameters belong to nobody from now on."""
+        slot = slot_of(handle)
+        self._slots.trained = tuple(other for other in self._slots.trained if other != slot)
+        self._slots.dropout.pop(slot, None)
+        for pool in self._pools.values():
+            pool.masters.pop(slot, None)
+        self._trained.pop(handle, None)
+        self._published.pop(handle, None)
+
+    def mend(self, named: Collection[int]) -> None:
+        """Put in order what an interrupt has left."""
+        whole = {slot_of(handle): handle for handle in self._trained if handle in named}
+        kept = {handle for slot, handle in whole.items() if slot in self._slots.trained}
+        slots = {slot_of(handle) for handle in kept}
+        for handle in self._trained.keys() - kept:
+            self.end(handle)
+        for pool in self._pools.values():
+            for slot in pool.masters.keys() - slots:
+                pool.masters.pop(slot, None)
+        self._slots.trained = tuple(slot for slot in self._slots.trained if slot in slots)
+        for slot in self._slots.dropout.keys() - slots:
+            self._slots.dropout.pop(slot)
+
+    def publish_changed(self) -> None:
+        """Before a pass begins: let the pools have what optimizers and users have changed."""
+        if not self._slots.trained:
+            return
+        changed = {
+            handle: state
+            for handle, trained in list(self._trained.items())
+            if (state := trained.mux_state) != self._published.get(handle)
+        }
+        if changed:
+            self.publish(changed)
+
+    def publish(self, handles: Collection[int]) -> None:
+        """Let the pools have the present values of adapters, whether they seem changed or not.
+
+        Raises:
+            RoutingBusyError: passes of other threads, which use them, do not end.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            with self._router.changes:
+                if not self._router.passes.use_any(handles):
+                    self._write(handles)
+                    return
+            if time.monotonic() > end:
+                raise RoutingBusyError(
+                    "what was learnt must reach the pools between passes, got passes of other "
+                    f"threads that have used the adapters for {PATIENCE:.0f} s"
+                )
+            time.sleep(0.0005)
+
+    def _write(self, handles: Collection[int]) -> None:
+        for handle in handles:
+            trained = self._trained.get(handle)
+            if trained is None:  # its training has just ended
+                continue
+            slot, before = slot_of(handle), self._published.get(handle, trained.mux_state)
+            if before[:-1] == trained.mux_state[:-1] and before != trained.mux_state:
+                # A backward that is still to come would not see that its parameters have changed.
+                torch.autograd.graph.increment_version(trained.mux_parameters)
+            state = trained.mux_state
+            with self._writing([slot]):
+                for path in trained.mux_masters:
+                    self._pools[path].publish(slot)
+            self._published[handle] = state

@@ -1,0 +1,180 @@
+"""The operators by Triton: launches, and what they need besides."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core import RankRows
+from ..kernels.tensors import Plan, Pool
+from . import tuned
+from .operands import How, Trained, transposed
+
+if TYPE_CHECKING:
+    from ..kernels.ready import AddAgain, LinearAgain
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """fp32 for bf16 in Triton's interpreter, which multiplies bf16's bits (triton #11584)."""
+    from ..kernels import launch
+
+    return tensor.float() if launch.INTERPRETED and tensor.dtype is torch.bfloat16 else tensor
+
+
+def _pool(rows: RankRows) -> Pool:
+    """The same tensors, as the launchers take them."""
+    return Pool(computable(rows.A_rows), computable(rows.B_rows), *rows[2:])
+
+
+def add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgain | None":
+    """Launch shrink and expand; what does so again, where the tensors need no copies."""
+    from ..kernels import launch, ready
+
+    if not (y.numel() and plan.slots.shape[1]):
+        return None
+    pool = _pool(rows)
+    given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
+    shrink = None
+    if x.is_floating_point():
+        config = _config(x, out, pool.A_rows, plan, how)
+        h = x.new_empty(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
+        shrink = launch.shrink(x, h, plan, pool, config)
+    else:
+        config = dataclasses.replace(_config(out, out, pool.B_rows, plan, how), split_k=1)
+        h = _columns(x, rows, plan, launch.h_shape(plan, how.max_rank, config))
+    expand = launch.expand(h, out, plan, pool, config)
+    if out is not y:
+        y.copy_(out)
+    if shrink is None or expand is None or x is not given or out is not y:
+        return None
+    return ready.AddAgain(tuple(h.shape), shrink, expand)
+
+
+def _columns(
+    x: Tensor, rows: RankRows, plan: Plan, shape: tuple[int, ...], weighted: bool = True
+) -> Tensor:
+    """h [M, J, R, 1] as shrink makes it, for ints x [M, 1]: columns of A, which need no product."""
+    slots, S = plan.slots[:, :, None], len(rows.rank)
+    place = torch.arange(shape[2], device=x.device)
+    if not (S and len(rows.A_rows)):
+        return x.new_zeros(*shape[:3], 1, dtype=torch.float32)
+    known = (slots >= 0) & (slots < S)
+    slot = torch.where(known, slots, 0).long()  # [M, J, 1]
+    held = known & (place < rows.rank[slot])
+    row = torch.where(held, rows.offset[slot] + place, 0)
+    h = rows.A_rows[row, x[:, :, None]].float()
+    if rows.constant is not None:
+        h = torch.where(rows.constant[row], 1.0, h)
+    if weighted:
+        h = h * (plan.strength[:, :, None] * rows.scaling[slot])
+    return torch.where(held, h, 0.0)[..., None].contiguous()
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: RankRows, plan: Plan, how: How
+) -> "tuple[Tensor, LinearAgain | None] | None":
+    """The fused launch, and what makes it again where x needs no copy; None = there is none."""
+    from ..kernels import config, launch
+
+    (M, K), N, stream = x.shape, weight.shape[0], launch.stream_number(x.device)
+    one_tile = M <= config.FUSED_ROWS and plan.block_m == config.fused_tile_rows(M)
+    if stream is None or not one_tile or not (x.numel() and N and plan.slots.shape[1]):
+        return None
+    pool, W, inputs = _pool(rows), computable(weight), _row_major(computable(x))
+    if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
+        inputs = inputs.contiguous()
+    case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
+    chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
+    if chosen is None:
+        chosen = config.choose_fused(M, N, launch.architecture(x.device))
+    arguments = inputs, W, bias, plan, pool, how.max_rank, stream, chosen
+    y, again = launch.linear_and_again(*arguments)
+    return y.to(x.dtype), again if inputs is x else None
+
+
+def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> Tensor:
+    """<B^T grad, A x> * scaling at the first place of each slot, else 0."""
+    gradient = plan.strength.new_zeros(plan.strength.shape)
+    if not gradient.numel():
+        return gradient
+    h, g = _low(x, grad, rows, plan, how), _low(grad, x, transposed(rows), plan, how)
+    return gradient.copy_((h.sum(3) * g.sum(3)).sum(2) * _scaling(rows, plan))
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How, trained: Trained
+) -> tuple[Tensor, Tensor]:
+    """The gradients [R, K] and [R, N] fp32 of the rank rows that are trained, of A and of B."""
+    from ..kernels import launch
+    from ..kernels.pairs import Pairs
+
+    assert trained.pair is not None and trained.start is not None
+    pairs, biases = (
+        Pairs(trained.pair, trained.start),
+        [len(b) for _, (_, _, *b) in trained.factors],
+    )
+    h, g = _low(x, grad, rows, plan, how), _low(grad, x, transposed(rows), plan, how)
+    gain = plan.strength.float() * _scaling(rows, plan)
+    dy, x = _row_major(computable(grad)), _row_major(computable(x))
+    shared = gain, pairs, trained.ranks
+    return (
+        launch.weight_gradient(g, x, *shared, biases, batch_invariant=how.batch_invariant),
+        launch.weight_gradient(h, dy, *shared, batch_invariant=how.batch_invariant),
+    )
+
+
+def _low(vectors: Tensor, other: Tensor, rows: RankRows, plan: Plan, how: How) -> Tensor:
+    """A x without weights, [M, J, R, parts]; 0 where a row selects nothing.
+
+    Args:
+        vectors: x.
+        other: of the other side of the layer, whose sizes count where x holds numbers.
+    """
+    from ..kernels import launch
+
+    pool = _pool(rows)
+    if not vectors.is_floating_point():
+        config = dataclasses.replace(_config(other, other, pool.B_rows, plan, how), split_k=1)
+        shape = launch.h_shape(plan, how.max_rank, config)
+        return _columns(vectors, rows, plan, shape, weighted=False)
+    vectors = _row_major(computable(vectors))
+    config = _config(vectors, vectors, pool.A_rows, plan, how)
+    h = vectors.new_zeros(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
+    launch.shrink(vectors, h, plan, pool, config, weighted=False)
+    return h
+
+
+def _scaling(rows: RankRows, plan: Plan) -> Tensor:
+    """scaling [M, J] of what each place selects, else 0."""
+    return torch.where(plan.slots >= 0, rows.scaling[plan.slots.clamp(min=0)], 0.0)
+
+
+def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
+    """The measured Config for a batch, or the chosen one."""
+    from ..kernels import config, launch
+
+    case = tuned.Case(
+        rows=x.shape[0],
+        in_features=x.shape[1],
+        out_features=y.shape[1],
+        rank=how.max_rank,
+        selections=plan.slots.shape[1],
+        itemsize=launch.product_itemsize(x, y, factor),
+    )
+    # Measured ones differ with the rows, so that a row's bits would.
+    if not how.batch_invariant:
+        measured = tuned.find(launch.device_name(x.device), case, plan.block_m)
+        if measured is not None:
+            return measured
+    return config.choose(
+        *(case.rows, case.in_features, case.out_features, case.itemsize),
+        architecture=launch.architecture(x.device),
+        block_m=plan.block_m,
+        batch_invariant=how.batch_invariant,
+    )
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    """With an inner stride of 1, as the kernels take it for granted; itself where it has that."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

@@ -1,0 +1,105 @@
+"""What operators take besides their own tensors, and how that is written in their signatures."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+from ..core import RankRows
+from ..errors import TrainingError
+
+
+class How(NamedTuple):
+    """The options of an operator."""
+
+    max_rank: int  # at least every rank of the pool
+    batch_invariant: bool = False
+    triton: bool | None = None  # None = on CUDA
+    fused: bool = True  # `linear` alone: in one launch, where that can be
+
+
+class Trained(NamedTuple):
+    """What is trained of a layer's adapters: nothing, or parameters whose gradients are wanted.
+
+    Their values are those of the pool's rank rows: autograd follows the parameters, and nothing
+    reads them. T adapters are trained in the model, and are numbered in the order of `trained`.
+    """
+
+    # A [r, K], B [N, r] and, where it has one, bias [N] of each adapter that this layer trains.
+    parameters: list[Tensor] | None = None
+    owners: list[int] | None = None  # of each parameter: the number of its adapter
+    trained: Tensor | None = None  # [T] int32, the adapters' slots
+    pair: Tensor | None = None  # [M * J] int32: see kernels/src/pairs.py
+    start: Tensor | None = None  # [T + 1] int32
+
+    @property
+    def factors(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """The number of each adapter that this layer trains, and its A, B and, if any, bias."""
+        owned = zip(self.owners or (), self.parameters or (), strict=True)
+        for number, found in groupby(owned, key=itemgetter(0)):
+            yield number, [parameter for _, parameter in found]
+
+    @property
+    def ranks(self) -> list[tuple[int, int]]:
+        """(number, rank rows) of each adapter that this layer trains; a bias is one more."""
+        return [(number, A.shape[0] + len(bias)) for number, (A, _, *bias) in self.factors]
+
+    def split(self, of_A: Tensor, of_B: Tensor) -> list[Tensor]:
+        """The gradient of each parameter.
+
+        Args:
+            of_A: [R, K], of all their rank rows.
+            of_B: [R, N], likewise.
+        """
+        parts, row = [], 0
+        for _, (A, B, *bias) in self.factors:
+            end = row + A.shape[0]
+            parts += [of_A[row:end].to(A.dtype), of_B[row:end].T.to(B.dtype)]
+            parts += [of_B[end].to(one.dtype) for one in bias]
+            row = end + len(bias)
+        return parts
+
+
+def check_unchanged(parameters: Iterable[Tensor], versions: Sequence[int]) -> None:
+    """Refuse a backward after the adapters that it trains were changed.
+
+    Args:
+        parameters: of the adapters.
+        versions: `parameter._version` of each, at the forward pass.
+
+    Raises:
+        TrainingError: one of them is another now.
+    """
+    if [parameter._version for parameter in parameters] != list(versions):
+        raise TrainingError(
+            "the parameters of an adapter must be those of the forward pass when backward() runs, "
+            "got changed ones, as after an optimizer's step or publish(); run backward() before "
+            "the step, or the forward pass again"
+        )
+
+
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    bool: "bool",
+    bool | None: "bool?",
+    list[Tensor] | None: "Tensor[]?",
+    list[int] | None: "int[]?",
+}
+
+
+def schema(fields: Any) -> str:
+    """The fields of a NamedTuple class as arguments of an operator: "Tensor slots, ..."."""
+    types = get_type_hints(fields, localns={"Tensor": Tensor})
+    defaults = {name: f"={value}" for name, value in fields._field_defaults.items()}
+    return ", ".join(
+        f"{SCHEMA_TYPES[types[name]]} {name}{defaults.get(name, '')}" for name in fields._fields
+    )
+
+
+def transposed(rows: RankRows) -> RankRows:
+    """The adapters from y to x: A and B in each other's place. A bias does not depend on x."""
+    return rows._replace(A_rows=rows.B_rows, B_rows=rows.A_rows, constant=None)
