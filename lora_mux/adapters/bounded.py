@@ -204,7 +204,8 @@ class BoundedAdapters(Adapters):
             return handle, [handle]
 
         def begin(handle: int) -> TrainedAdapter:
-            return self.training.begin(handle, name, weights, dropout)
+            with self._change:
+                return self.training.begin(handle, name, weights, dropout)
 
         return self._made_resident(handle_of_name, begin)
 

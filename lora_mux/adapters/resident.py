@@ -179,9 +179,9 @@ class Adapters(WrittenPools):
 
     def _unbind(self, name: str) -> None:
         handle = self._slots.lookup([name])[name]
-        self.training.end(handle)
         with self._writing([slot_of(handle)]):
             self._nameless.add(self._slots.unbind(name))
+        self.training.end(handle)  # after it: before, an interrupt would lose what was learnt
         self._free_unused()
 
     @synchronized
@@ -266,8 +266,10 @@ class Adapters(WrittenPools):
         self, name: str, weights: Mapping[str, LoraWeights], dropout: float | None
     ) -> TrainedAdapter:
         """Begin to train an adapter, from these values; what is trained of it already."""
+        self._change.recover()
         handle = self._slots.lookup([name])[name]
-        return self.training.begin(handle, name, weights, dropout)
+        with self._change:
+            return self.training.begin(handle, name, weights, dropout)
 
     @synchronized
     def freeze(self, name: str) -> None:
@@ -275,8 +277,9 @@ class Adapters(WrittenPools):
         self._change.recover()
         handle, trained = self._slots.lookup([name])[name], self.training.of(name)
         self.training.publish([handle])
-        self._learnt(handle, copy_to_host("what was learnt", trained.weights, False))
-        self.training.end(handle)
+        with self._change:
+            self._learnt(handle, copy_to_host("what was learnt", trained.weights, False))
+            self.training.end(handle)
 
     def _learnt(self, handle: int, stored: StoredAdapter) -> None:
         """Note the values of an adapter, now that they are others."""

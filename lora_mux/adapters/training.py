@@ -223,24 +223,24 @@ class Training:
         self._router.passes.before = self.publish_changed
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_post_hook(_stepped))
-        slot = slot_of(handle)
+        slot, rates = slot_of(handle), self._slots.dropout
         masters = {
             path: Masters.of(part, self._pools[path].A_rows.device)
             for path, part in weights.items()
         }
 
         def set_dropout(training: bool) -> None:
-            if training and dropout and slot in self._slots.trained:
-                self._slots.dropout[slot] = dropout
+            if training and dropout and self._trained.get(handle) is trained:
+                rates[slot] = dropout
             else:
-                self._slots.dropout.pop(slot, None)
+                rates.pop(slot, None)
 
-        trained = TrainedAdapter(name, masters, set_dropout)
+        trained = self._trained[handle] = TrainedAdapter(name, masters, set_dropout)
         for path, one in masters.items():
             self._pools[path].masters[slot] = one
-        self._trained[handle] = trained
+        trained.train()
         self._slots.trained = *self._slots.trained, slot  # from now on, passes have its gradients
-        return trained.train()
+        return trained
 
     def of(self, name: str) -> TrainedAdapter:
         """What is trained of an adapter.

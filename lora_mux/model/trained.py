@@ -230,9 +230,8 @@ class TrainedAdapters(LoadedAdapters):
         import torch.distributed as dist
 
         trained = sorted(self._adapters.training.all, key=lambda one: one.mux_name)
-        if not trained:
-            return
-        device = trained[0].mux_parameters[0].device
+        # Not that of a parameter: a process that trains nothing must not let the others wait.
+        device = next(iter(self._layers.values())).mux_pool.A_rows.device
         names = repr([(one.mux_name, [p.shape for p in one.mux_parameters]) for one in trained])
         known = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "big")
         extremes = torch.tensor([known, -known], device=device)
@@ -242,6 +241,8 @@ class TrainedAdapters(LoadedAdapters):
                 "all processes must train adapters of the same names and shapes, got "
                 f"{[one.mux_name for one in trained]} here and others elsewhere"
             )
+        if not trained:
+            return
         has = [any(p.grad is not None for p in one.mux_parameters) for one in trained]
         counts = torch.tensor(has, dtype=torch.int64, device=device)
         dist.all_reduce(counts, group=group)

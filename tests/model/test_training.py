@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from interrupts import interrupted
 from torch import Tensor, nn
 
 import lora_mux
@@ -523,6 +524,47 @@ class TestState:
             changed = layers.run(["a"], x)
         serving.join(20)
         assert torch.equal(found[0], want) and not torch.allclose(changed, want)
+
+
+ACTS: dict[str, Callable[[Any], object]] = {
+    "train": lambda mux: mux.train("b", dropout=0.5),
+    "freeze": lambda mux: mux.freeze("a"),
+    "publish": lambda mux: mux.publish("a"),
+    "remove": lambda mux: mux.remove("a"),
+}
+
+
+@pytest.mark.parametrize("memory", [None, "20KiB"])
+@pytest.mark.parametrize("act", ACTS)
+def test_an_interrupt_at_any_line(act: str, memory: Any) -> None:
+    """Afterwards an adapter is trained, or it is not; nothing of what was learnt is lost."""
+    line, going = 0, True
+    while going:
+        layers, x = Layers(memory=memory), torch.randn(2, 24)
+        mux = layers.mux
+        a = mux.train("a")
+        with torch.no_grad():
+            for p in a.parameters():
+                p.mul_(2.0)
+        going = interrupted(lambda mux=mux: ACTS[act](mux), line)
+        if act == "remove" and "a" not in mux.adapters:
+            assert not mux.trained
+            y = layers.run(["b", "b"], x)
+            assert not y.requires_grad
+        else:
+            with torch.no_grad():
+                want = [layer.weight + 0 for layer in (layers.model[0], layers.model[2])]
+                for path, w in a.weights.items():
+                    want[path == "2"] += w.scaling * w.B @ w.A
+                h = torch.tanh(nn.functional.linear(x, want[0], layers.model[0].bias))
+                torch.testing.assert_close(layers.run(["a", "a"], x), h @ want[1].T)
+            for name in ("a", "b"):
+                y = layers.run([name, None], x)
+                assert y.requires_grad == (name in mux.trained), name
+                module = mux.train(name, dropout=0.5)
+                layers.run([name, None], x).sum().backward()
+                assert all(g is not None for g in gradients(module))
+        line += 7  # lines that are prime to most loops' lengths; all of them take minutes
 
 
 class TestBeginning:

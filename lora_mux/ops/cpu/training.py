@@ -5,8 +5,8 @@
 
 The forward pass is that of plan.py, so that rows have the same bits whether others are trained or
 not. In the backward the rows of each slot are brought side by side, and slots of one rank with
-about as many rows share batched products. A slot's products see its own rows only: those of others
-may hold NaN.
+about as many rows share batched products, of so many rows at once that they stay in a cache. A
+slot's products see its own rows only: those of others may hold NaN.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from ...core import AnyPool, Pool, Span, computed_once
 from ..forms import tracked
 from ..operands import check_unchanged
 from .groups import by_slot
-from .plan import Plan, Rows, rows_of, taken
+from .plan import MOVED, Plan, Rows, rows_of, taken
 
 
 class Share(NamedTuple):
@@ -97,7 +97,7 @@ class TrainingPlan:
 
     def follows(self, x: Tensor, pool: AnyPool) -> bool:
         """Whether autograd follows what the adapters add to a layer."""
-        return tracked(x, self.strength, *self._parameters(pool))
+        return tracked(x, self.strength) or tracked(*self._parameters(pool))
 
     def _arguments(self, pool: AnyPool) -> tuple[Any, ...]:
         return self.strength, self, pool, *self._parameters(pool)
@@ -106,19 +106,20 @@ class TrainingPlan:
         own = (pool.masters[slot] for slot in self.trained if slot in pool.masters)
         return [parameter for masters in own for parameter in masters.parameters]
 
-    def shares(self, spans: Mapping[int, Span], dtype: torch.dtype) -> list[Share]:
+    def shares(self, spans: Mapping[int, Span], width: int, dtype: torch.dtype) -> list[Share]:
         """The products of a layer; layers that are alike share them.
 
         Args:
             spans: of the slots that have rank rows there.
+            width: of x and y together.
             dtype: of the products.
         """
-        key = dtype, tuple(spans.items())
+        key = dtype, width, tuple(spans.items())
         if key not in self._shares:
-            self._shares[key] = [*self._made(spans, dtype)]
+            self._shares[key] = [*self._made(spans, width, dtype)]
         return self._shares[key]
 
-    def _made(self, spans: Mapping[int, Span], dtype: torch.dtype) -> Iterator[Share]:
+    def _made(self, spans: Mapping[int, Span], width: int, dtype: torch.dtype) -> Iterator[Share]:
         row, slot, weight = self._pairs
         for mine in (True, False):  # apart: of the others no factors are wanted
             here = [s for s in spans if (s in self.trained) == mine]
@@ -129,9 +130,11 @@ class TrainingPlan:
                 alike: dict[tuple[int, bool], list[int]] = {}
                 for g, (one,) in enumerate(group.slots.tolist()):
                     alike.setdefault((spans[one].rank, spans[one].bias), []).append(g)
+                at_once = max(1, MOVED // (group.rows.shape[1] * width))
                 for (_, bias), members in alike.items():
-                    part = group.part(members, np.array([0]))
-                    yield _share([*part.slots[:, 0].tolist()], part, spans, bias, dtype)
+                    for start in range(0, len(members), at_once):
+                        part = group.part(members[start : start + at_once], np.array([0]))
+                        yield _share([*part.slots[:, 0].tolist()], part, spans, bias, dtype)
 
     @computed_once
     def _pairs(self) -> tuple[Any, Any, Any]:
@@ -198,25 +201,25 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     dx = None
     if to_x:
-        base = torch.zeros_like(x) if weight is None else grad.to(x.dtype) @ weight
+        base = torch.zeros_like(x) if weight is None else torch.mm(grad.to(x.dtype), weight)
         dx = base.to(dtype)
-    slots = training.plan.slots
+    slots, wanted = training.plan.slots, any(to_parameters)
     of_strength = torch.zeros(slots.shape, dtype=dtype) if to_strength else None
     wide_x, dy = x.to(dtype), grad.to(dtype)
     factors: dict[int, tuple[Tensor, Tensor]] = {}
-    for share in training.shares(ctx.spans, dtype):
+    for share in training.shares(ctx.spans, x.shape[1] + grad.shape[1], dtype):
         A = share.factor(ctx.A_rows, x.shape[1], dtype)
         B = share.factor(ctx.B_rows, grad.shape[1], dtype)
         dy_rows = share.bring(dy)
-        g = share.only(dy_rows @ B.mT)  # [G, m, R]
+        g = share.only(torch.bmm(dy_rows, B.mT))  # [G, m, R]
+        gained = g * share.gain
         if dx is not None:
-            added = ((g * share.gain) @ A).flatten(0, 1)
-            _add_rows(dx, share.rows, added)
-        trained = any(to_parameters) and share.slots[0] in training.trained
+            _add_rows(dx, share.rows, torch.bmm(gained, A).flatten(0, 1))
+        trained = wanted and share.slots[0] in training.trained
         if not (trained or to_strength):
             continue
         x_rows = share.bring(wide_x)
-        h = share.only(x_rows @ A.mT)
+        h = share.only(torch.bmm(x_rows, A.mT))
         if share.bias:
             h[..., -1] = 1.0
             h = share.only(h)
@@ -227,8 +230,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             of_rows = torch.where(mine, of_pair[:, :, None], 0.0).flatten(0, 1)
             of_strength.index_add_(0, rows, of_rows)
         if trained:
-            of_A, of_B = (g * share.gain).mT @ x_rows, (h * share.gain).mT @ dy_rows
-            factors |= {slot: (of_A[i], of_B[i]) for i, slot in enumerate(share.slots)}
+            of_A = torch.bmm(gained.mT, x_rows).unbind()
+            of_B = torch.bmm(h.mul_(share.gain).mT, dy_rows).unbind()
+            factors.update(zip(share.slots, zip(of_A, of_B, strict=True), strict=True))
     of_strength = None if of_strength is None else of_strength.to(training.strength.dtype)
     return (
         *(grad if to_y else None, None if dx is None else dx.to(x.dtype), None, None),
@@ -236,21 +240,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _split(ctx: Any, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor | None]:
+def _split(ctx: Any, factors: Mapping[int, tuple[Tensor, Tensor]]) -> list[Tensor | None]:
     """The gradient of each parameter: A, B and, if any, a bias of each adapter in order."""
-    parameters = list(ctx.parameters)
     if not factors:
-        yield from [None] * len(parameters)
-        return
+        return [None] * len(ctx.parameters)
+    found: list[Tensor] = []
     for slot in ctx.training.trained:
-        if slot not in ctx.spans or not parameters:
-            continue
-        of_A, of_B = factors[slot]
-        r = parameters[0].shape[0]
-        yield of_A[:r].to(parameters.pop(0).dtype)
-        yield of_B[:r].T.to(parameters.pop(0).dtype)
-        if len(of_B) > r:
-            yield of_B[r].to(parameters.pop(0).dtype)
+        if slot in ctx.spans and len(found) < len(ctx.parameters):
+            of_A, of_B = factors[slot]
+            if ctx.spans[slot].bias:
+                found += of_A[:-1], of_B[:-1].T, of_B[-1]
+            else:
+                found += of_A, of_B.T
+    return [of.to(parameter.dtype) for of, parameter in zip(found, ctx.parameters, strict=True)]
 
 
 def _add_rows(table: Tensor, rows: Rows, values: Tensor) -> None:
