@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import RankRows
+from ..errors import TrainingError
 from ..kernels.tensors import DEAD, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import on_triton, plan_in_torch, reference
@@ -216,6 +217,11 @@ def _backward(ctx: Any, grad: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]
     if needed.get("bias"):
         gradients["bias"] = grad.sum(0)
     if trained.parameters:
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                "`create_graph` must be False where adapters are trained, whose gradients have no "
+                "gradients themselves, got True; freeze() the adapters for that pass"
+            )
         shared = *rows, *plan, *how, *trained
         gradients["parameters"] = trained.split(*operators.weight_gradient(upstream, x, *shared))
     return tuple(gradients.get(name) for name in needed)

@@ -12,6 +12,8 @@ TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_PLACEMENT = ("adapters/test_placement.py",)
 TEST_STREAMS = ("adapters/test_streams.py",)
 PASSES, STREAMS = "routes/passes.py", "core/streams.py"
+TRAINING = "adapters/training.py"
+TEST_TRAINING = ("model/test_training.py",)
 MUTATIONS = {
     "streams: a pass does not wait for its adapters": Mutation(
         STREAMS, "if last is not None and last.stream != stream:", "if False:", TEST_STREAMS
@@ -105,5 +107,29 @@ MUTATIONS = {
     ),
     "interrupts: a signal handler mends what goes on below it": Mutation(
         CHANGES, "is_running(self._frame)", "False", TEST_INTERRUPTS
+    ),
+    "training: fused steps are not published": Mutation(
+        TRAINING, "trained.mux_steps += 1", "pass", TEST_TRAINING
+    ),
+    "training: fused steps are not seen by a backward": Mutation(
+        TRAINING,
+        "torch.autograd.graph.increment_version(trained.mux_parameters)",
+        "pass",
+        TEST_TRAINING,
+    ),
+    "training: nobody waits for passes": Mutation(
+        TRAINING, "if not self._router.passes.use_any(handles):", "if True:", TEST_TRAINING
+    ),
+    "training: an eviction of what is trained": Mutation(
+        BOUNDED, "self._pinned.union(self.training.handles)", "self._pinned", TEST_TRAINING
+    ),
+    "training: what was learnt is lost by an eviction": Mutation(
+        BOUNDED, "self._loaded[handle] = stored", "pass", TEST_TRAINING
+    ),
+    "training: ends before the name goes": Mutation(
+        RESIDENT,
+        "        with self._writing([slot_of(handle)]):",
+        "        self.training.end(handle)\n        with self._writing([slot_of(handle)]):",
+        TEST_TRAINING,
     ),
 }

@@ -110,4 +110,7 @@ MUTATIONS = {
     "interrupts: a handle without a name lives": Mutation(
         SLOTS, "if handle not in self._names and", "if False and", ("core/test_slots.py",)
     ),
+    "training: what is not finite reaches the pool": Mutation(
+        "core/weights.py", "torch.where(finite, A, 0.0)", "A", ("model/test_training.py",)
+    ),
 }

@@ -82,4 +82,7 @@ MUTATIONS = {
     "sharding: a part of the gradient": Mutation(
         SHARDING, "whole.to_local(grad_placements=[Partial()])", "whole.to_local()", TEST_SHARDED
     ),
+    "training: a routing that was handed in keeps nobody": Mutation(
+        HANDED_IN, "is not span", "is span is None", ("model/test_training.py",)
+    ),
 }

@@ -21,6 +21,9 @@ TEST_TUNED = ("measure/test_tune.py",)
 TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
 TEST_AUTOCAST = ("ops/test_autocast.py",)
 TEST_LARGE_WEIGHTS = ("ops/test_large_weights.py",)
+CPU_TRAINING = "ops/cpu/training.py"
+TEST_TRAINING = ("model/test_training.py",)
+TEST_OPERATORS_ALONE = ("ops/test_operators.py",)
 MUTATIONS = {
     "dispatch: one launch that knows no gains": Mutation(
         "ops/dispatch.py", " and not pool.has_gains", "", ("model/test_dora.py",)
@@ -100,8 +103,8 @@ MUTATIONS = {
     ),
     "cpu: another adapter's rank rows": Mutation(
         CPU,
-        "rank_rows=rows_of(rank_rows)",
-        "rank_rows=rows_of(rank_rows[0] + np.arange(len(rank_rows)))",
+        "rank_rows=blocks_of(rank_rows, G)",
+        "rank_rows=blocks_of(rank_rows[0] + np.arange(len(rank_rows)), G)",
         TEST_CPU_AND_TEST_LINEAR,
     ),
     "cpu: writes to what is not ours": Mutation(
@@ -221,5 +224,20 @@ MUTATIONS = {
     ),
     "ops: no flag on the routing": Mutation(
         DISPATCH, "routing.last_pass.row_states =", "_ =", TEST_TRITON_BACKEND
+    ),
+    "training: rows that only fill up count": Mutation(
+        CPU_TRAINING, "torch.where(self.selects, values, 0.0)", "values", TEST_TRAINING
+    ),
+    "training: A learns without the gain": Mutation(
+        CPU_TRAINING, "(g * share.gain).mT @ x_rows", "g.mT @ x_rows", TEST_TRAINING
+    ),
+    "training: changed parameters are not noticed": Mutation(
+        OPERANDS, "!= list(versions)", "== []", TEST_TRAINING
+    ),
+    "training: the gradient of x is the adapters' alone": Mutation(
+        OPERATORS, "base = grad @ weight", "base = torch.zeros_like(x)", TEST_OPERATORS_ALONE
+    ),
+    "training: biases are left out": Mutation(
+        OPERANDS, "row = end + len(bias)", "row = end", TEST_OPERATORS_ALONE
     ),
 }

@@ -13,7 +13,9 @@ from lora_mux import ops
 from lora_mux.core.pool import RankRows
 from lora_mux.core.slots import SLOT_BITS
 from lora_mux.kernels import tensors
+from lora_mux.kernels.pairs import pairs_of
 from lora_mux.ops import operators, plan_in_torch, reference
+from lora_mux.ops.operands import Trained
 from problem import Problem
 
 OPS: Any = torch.ops.lora_mux
@@ -22,6 +24,23 @@ OPS: Any = torch.ops.lora_mux
 def plan_of(problem: Problem, block_m: int = 16) -> tensors.Plan:
     batch = problem.index, problem.weight, problem.live, len(problem.rank)
     return tensors.Plan(*OPS.plan(*batch, block_m))
+
+
+def trained_in(problem: Problem, plan: tensors.Plan) -> Trained:
+    """All adapters of a problem but the second, with parameters of their values."""
+    parameters: list[Tensor] = []
+    owners: list[int] = []
+    slots = [s for s in range(len(problem.rank)) if s != 1 and problem.rank[s]]
+    for number, slot in enumerate(slots):
+        first, end = int(problem.offset[slot]), int(problem.offset[slot] + problem.rank[slot])
+        biased = problem.constant is not None and bool(problem.constant[end - 1])
+        A = problem.A_rows[first : end - biased, : problem.K].clone()
+        B = problem.B_rows[first : end - biased, : problem.N].T.clone()
+        bias = [problem.B_rows[end - 1, : problem.N].clone()] if biased else []
+        parameters += [t.requires_grad_() for t in (A, B, *bias)]
+        owners += [number] * (2 + biased)
+    chosen = torch.tensor(slots, dtype=torch.int32)
+    return Trained(parameters, owners, chosen, *pairs_of(plan.slots, chosen, len(problem.rank)))
 
 
 def finite(problem: Problem) -> Problem:
@@ -97,6 +116,24 @@ class TestContract:
         y = problem.y.clone()
         self.check(OPS.add_lora_.default, y, problem.x, *problem.pool, *plan_of(problem), 24)
 
+    def test_linear_with_gradients(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        plan = plan_of(problem)
+        followed = problem.x, torch.randn(problem.N, problem.K).to(problem.dtype), plan.strength
+        x, W, strength = (t.clone().requires_grad_() for t in followed)
+        arguments = *problem.pool, *plan._replace(strength=strength), 24
+        self.check(OPS.linear.default, x, W, W.detach()[:, 0].clone(), *arguments)
+
+    def test_what_is_trained(self, name: str) -> None:
+        problem = finite(PROBLEMS[name])
+        plan = plan_of(problem)
+        trained = trained_in(problem, plan)
+        how = 24, False, None, False
+        self.check(OPS.add_lora.default, problem.y, problem.x, *problem.pool, *plan, *how, *trained)
+        without = [p.detach() for p in trained.parameters or ()]
+        arguments = *problem.pool, *plan, *how, *trained._replace(parameters=without)
+        self.check(OPS.weight_gradient.default, problem.y, problem.x, *arguments)
+
     def test_strength_gradient(self, name: str) -> None:
         problem = finite(PROBLEMS[name])
         arguments = problem.y, problem.x, *problem.pool, *plan_of(problem), 24
@@ -126,6 +163,44 @@ def test_fp64_gradients_numerically() -> None:
 
     inputs = [t.double().requires_grad_() for t in (problem.y, problem.x, plan.strength)]
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_fp64_gradients_of_the_whole_layer_numerically() -> None:
+    problem = finite(Problem(rows=4, K=5, N=6, ranks=(2, 3), J=2))
+    plan = plan_of(problem)
+    pool = [t.double() if t.is_floating_point() else t for t in problem.pool]
+
+    def run(x: Tensor, W: Tensor, bias: Tensor, strength: Tensor) -> Tensor:
+        made: Tensor = OPS.linear(x, W, bias, *pool, *plan._replace(strength=strength), 3)
+        return made
+
+    given = problem.x, torch.randn(6, 5), torch.randn(6), plan.strength
+    assert torch.autograd.gradcheck(run, [t.double().requires_grad_() for t in given])
+
+
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("ranks", [(4, 17, 8), (2, 1, 40)], ids=str)
+def test_weight_gradients(ranks: tuple[int, ...], triton: bool) -> None:
+    """Against autograd through one adapter after the other, in fp64; biases as well."""
+    problem = finite(Problem(ranks=ranks, biased=(0,), J=2))
+    arguments = problem.index, problem.weight, problem.live, len(problem.rank), 16, triton
+    plan = tensors.Plan(*OPS.plan(*arguments))
+    trained = trained_in(problem, plan)
+    dy = torch.randn(problem.x.shape[0], problem.N)
+    shared = *problem.pool, *plan, problem.max_rank, False, triton, False, *trained
+    have = trained.split(*OPS.weight_gradient(dy, problem.x, *shared))
+    x, leaves = (
+        problem.x.double(),
+        [p.detach().double().requires_grad_() for p in trained.parameters],
+    )
+    y = torch.zeros(len(x), problem.N, dtype=torch.float64)
+    for number, (A, B, *bias) in Trained(leaves, trained.owners).factors:
+        slot = int(trained.trained[number])
+        gain = torch.where(plan.slots == slot, problem.weight.double(), 0.0).sum(1, keepdim=True)
+        y = y + gain * problem.scaling[slot].double() * (x @ A.T @ B.T + sum(bias))
+    wants = torch.autograd.grad(y, leaves, dy.double())
+    for got, want in zip(have, wants, strict=True):
+        assert (got.double() - want).abs().max() <= 3e-6 * want.abs().max()
 
 
 def test_dead_handles_are_nan_without_kernels_too() -> None:

@@ -247,4 +247,10 @@ MUTATIONS = {
         "(successor := handle)",
         ("model/test_interrupts.py",),
     ),
+    "training: no pass publishes": Mutation(
+        PASSES, "            self.before()\n", "            pass\n", ("model/test_training.py",)
+    ),
+    "training: a plan of before": Mutation(
+        PLANS, "trained and self._slots.trained", "()", ("model/test_training.py",)
+    ),
 }

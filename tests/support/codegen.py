@@ -347,9 +347,9 @@ def sweep_gradient(
         for chosen in [max(tiles, key=lambda c: c.group)] if widest else tiles:
             for unit in units:
                 yield report("weight_gradient", dtype, architecture, chosen, 16, unit)
-    sums = {(c.group, c.split): c for c in configs if c.split > 1}
-    for key in [max(sums, key=lambda key: key[::-1])] if widest else sums:
-        yield report("reduce", "fp32", architecture, sums[key], 16)
+    sums = {c.split: c for c in configs if c.split > 1}
+    for split in [max(sums)] if widest else sums:
+        yield report("reduce", "fp32", architecture, sums[split], 16)
 
 
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:
