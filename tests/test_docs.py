@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import learning
 import lora_mux
 import plot
 from paths import ROOT
@@ -28,7 +29,7 @@ WITH_CODE = {"README.md"} | {
     f"docs/{name}.md"
     for name in (
         *("compose", "concepts", "errors", "examples", "from_peft", "graphs"),
-        *("isolation", "quickstart", "route_tokens", "serving", "towers"),
+        *("isolation", "mixtures", "quickstart", "route_tokens", "serving", "towers", "training"),
     )
 }
 MODULES = [m.name for m in pkgutil.walk_packages(lora_mux.__path__, "lora_mux.")]
@@ -129,6 +130,14 @@ def test_the_tables_of_a_gpu_are_the_record_s() -> None:
     records = plot.read(ROOT / "bench/results/h100-headline.jsonl")
     assert plot.headline_table(records) in page and plot.gpu_table(records) in page
     assert all(r["gate"] != "failed" for r in records if "gate" in r)
+
+
+def test_what_is_said_of_learning_is_the_record_s() -> None:
+    page = " ".join((ROOT / "docs/training.md").read_text("utf-8").split())
+    records = plot.read(ROOT / "bench/results/learning.jsonl")
+    assert learning.sentence(records) in page
+    assert [r["rows"] for r in records] == [1, 2, 4]
+    assert all(len(r["mixed"]) == len(r["alone"]) == 100 for r in records)
 
 
 def test_the_quickstart_s_error_message() -> None:

@@ -13,7 +13,7 @@ TEST_PLACEMENT = ("adapters/test_placement.py",)
 TEST_STREAMS = ("adapters/test_streams.py",)
 PASSES, STREAMS = "routes/passes.py", "core/streams.py"
 TRAINING = "adapters/training.py"
-TEST_TRAINING = ("model/test_training.py",)
+TEST_TRAINING = ("model/test_training_rows.py",)
 MUTATIONS = {
     "streams: a pass does not wait for its adapters": Mutation(
         STREAMS, "if last is not None and last.stream != stream:", "if False:", TEST_STREAMS

@@ -18,6 +18,7 @@ import model
 import providers
 import residency
 import run
+import train
 import workloads
 from lora_mux.cli import main as command_line
 from lora_mux.measure import timing
@@ -326,6 +327,39 @@ def test_residency_compares_loading_with_peft(tmp_path: Path) -> None:
         "2 layers, 8 of rank 2, one of 4": 2,
     }
     assert all(times["longest route"] > 0 for times in crowd.values())
+
+
+def test_train_compares_gradients_before_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "train.jsonl"
+    sizes = ["--width", "32", "--rows", "6", "--cells", "1", "4", "--runs", "3", "--seconds", "0"]
+    assert train.main([*sizes, "--note", "a test", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["cell"]["adapters"] for r in records] == [4, 8]
+    for record in records:
+        found = record["providers"]
+        assert [*found] == [*train.PROVIDERS] and record["note"] == "a test"
+        assert all(of["microseconds"]["runs"] == 3 for of in found.values())
+        assert all(0 < of["error"] <= record["tolerance"] for n, of in found.items() if n != "base")
+        floor = found["base"]
+        M = record["cell"]["adapters"] * 6
+        assert floor["flops"] == 2 * 2 * M * 32 * 32  # y, and dx from dy
+        assert floor["moved_bytes"] == 2 * 4 * (32 * 32 + 2 * M * 32)
+        assert all(of["flops"] > floor["flops"] for n, of in found.items() if n != "base")
+    assert len(re.findall("of ours by min", capsys.readouterr().out)) == 2
+
+
+def test_train_times_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = train.Problem(train.Cell(3, 5, (4, 2)), 16, torch.float32, CPU)
+
+    def unscaled(p: train.Problem) -> train.Step:
+        p.scalings = [1.0] * len(p.scalings)
+        return train.loop(p)
+
+    monkeypatch.setattr(train, "PROVIDERS", {"unscaled": unscaled})
+    with pytest.raises(ArithmeticError, match="unscaled: an error of"):
+        train.measure(problem, CPU, 3, 0.0)
 
 
 def test_dispatch_times_getting_into_an_operator(tmp_path: Path) -> None:

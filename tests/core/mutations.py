@@ -111,6 +111,6 @@ MUTATIONS = {
         SLOTS, "if handle not in self._names and", "if False and", ("core/test_slots.py",)
     ),
     "training: what is not finite reaches the pool": Mutation(
-        "core/weights.py", "torch.where(finite, A, 0.0)", "A", ("model/test_training.py",)
+        "core/weights.py", "torch.where(finite, A, 0.0)", "A", ("model/test_training_rows.py",)
     ),
 }

@@ -83,6 +83,6 @@ MUTATIONS = {
         SHARDING, "whole.to_local(grad_placements=[Partial()])", "whole.to_local()", TEST_SHARDED
     ),
     "training: a routing that was handed in keeps nobody": Mutation(
-        HANDED_IN, "is not span", "is span is None", ("model/test_training.py",)
+        HANDED_IN, "is not span", "is span is None", ("model/test_training_rows.py",)
     ),
 }

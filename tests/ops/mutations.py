@@ -22,7 +22,7 @@ TEST_BF16_PRODUCTS = ("ops/test_bf16_products.py",)
 TEST_AUTOCAST = ("ops/test_autocast.py",)
 TEST_LARGE_WEIGHTS = ("ops/test_large_weights.py",)
 CPU_TRAINING = "ops/cpu/training.py"
-TEST_TRAINING = ("model/test_training.py",)
+TEST_TRAINING = ("model/test_training_rows.py",)
 TEST_OPERATORS_ALONE = ("ops/test_operators.py",)
 MUTATIONS = {
     "dispatch: one launch that knows no gains": Mutation(

@@ -248,9 +248,9 @@ MUTATIONS = {
         ("model/test_interrupts.py",),
     ),
     "training: no pass publishes": Mutation(
-        PASSES, "            self.before()\n", "            pass\n", ("model/test_training.py",)
+        PASSES, "            self.before()\n", "            pass\n", ("model/test_training_rows.py",)
     ),
     "training: a plan of before": Mutation(
-        PLANS, "trained and self._slots.trained", "()", ("model/test_training.py",)
+        PLANS, "trained and self._slots.trained", "()", ("model/test_training_rows.py",)
     ),
 }
