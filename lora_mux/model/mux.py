@@ -265,6 +265,8 @@ class Mux(GivenRows):
         _GENERATIONS[model] = self._slots.next_generations
         self._router.set(None)  # what is still to be taken out adds nothing from here on
         self._router.is_detached = True
+        for handle in [*self._adapters.training.handles]:
+            self._adapters.training.end(handle)
         self._take_out(model)
         self._model = None
 

@@ -276,6 +276,7 @@ class TestState:
         else:
             layers.mux.detach()
             optimizer.step()
+            assert not layers.mux.trained
             return
         assert not layers.mux.trained
         layers.mux.add_adapter("d", layers.drawn(4), alpha=8)  # in the slot that may be free
