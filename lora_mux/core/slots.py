@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AdapterError, ArgumentTypeError, RoutingError, UnknownAdapterError
-from .routing import BASE, NONE, Routing
+from .routing import BASE, NONE, Routing, host_may_read
 from .selections import Companion, Companions
 from .streams import has_streams, to_device
 
@@ -37,29 +37,33 @@ class Dropout(dict[int, float]):
     """How large a share of x is dropped before the A of trained adapters: slot -> 0 < p < 1."""
 
     def of_rows(self, slots: Tensor) -> Tensor:
-        """The share [M, 1] of each row, for slots [M, J]."""
+        """The share [M, 1] of each row, for slots [M, J].
+
+        Adapters of one row have one x. Where theirs are unequal it is NaN, if the host may not
+        read the slots.
+
+        Raises:
+            RoutingError: the host may, and there is such a row.
+        """
         highest = max([0, *self])  # no default=, which torch.compile does not know
         table = torch.zeros(highest + 1, dtype=torch.float32)
         for slot, rate in self.items():
             table[slot] = rate
         (rates,) = to_device([table], slots.device)
         known = (slots >= 0) & (slots < len(table))
-        return torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0).amax(1, True)
-
-    def check(self, slots: Tensor) -> None:
-        """Refuse rows of slots [M, J] whose adapters drop unequal shares: they have one x.
-
-        Raises:
-            RoutingError: there is such a row.
-        """
-        for row in {tuple(row) for row in slots.tolist()}:
-            rates = {self.get(slot, 0.0) for slot in row if slot >= 0}
-            if len(rates) > 1:
-                raise RoutingError(
-                    "`rows` must name adapters of one dropout in each row while they are trained, "
-                    f"got {sorted(rates)}; give them the same, or call eval() on what train() "
-                    "returned"
-                )
+        each = torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0)
+        most = each.amax(1, True)
+        if slots.shape[1] == 1:
+            return most
+        unequal = ((each != most) & (slots >= 0)).any(1, True)
+        if host_may_read(slots) and bool(unequal.any()):
+            row = int(unequal.flatten().nonzero()[0])
+            raise RoutingError(
+                "`rows` must name adapters of one dropout in each row while they are trained, got "
+                f"{sorted(each[row][slots[row] >= 0].tolist())}; give them the same, or call "
+                "eval() on what train() returned"
+            )
+        return torch.where(unequal, torch.nan, most)
 
 
 class Slots:

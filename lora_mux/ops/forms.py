@@ -77,9 +77,9 @@ def dropped(x: Tensor, rates: Tensor) -> Tensor:
 
     Args:
         x: whose rows are M.
-        rates: [M, 1], from 0 (every bit stays) to below 1.
+        rates: [M, 1], from 0 (every bit stays) to below 1; NaN makes all of a row NaN.
     """
     p = rates.view(*x.shape[:-1], 1)
     # Of torch's own generator, whose state checkpointing restores.
     kept = torch.rand(x.shape, device=x.device) >= p
-    return torch.where(kept, x / (1 - p).to(x.dtype), 0.0)
+    return torch.where(kept, x / (1 - p).to(x.dtype), torch.where(p.isnan(), p, 0.0).to(x.dtype))

@@ -126,8 +126,6 @@ class Plans:
         if now.shape.samples is None and samples == route.routing.rows:
             beams = None  # generate() runs encoders by themselves, before it repeats samples
         manner = route.manner(rows, samples, beams)
-        if self._slots.dropout and isinstance(now, Pass) and now.resolved is not None:
-            self._slots.dropout.check(now.resolved.slots)
         if isinstance(now, Cell):
             given = route.routing
             # A trace holds no values, so that there is nothing to note on the user's routing.

@@ -513,9 +513,19 @@ class TestDropout:
     def test_unequal_rates_in_a_row_are_refused(self) -> None:
         layers = Layers()
         layers.model.train()
-        layers.mux.train("a", dropout=0.5)
+        a, x = layers.mux.train("a", dropout=0.5), torch.randn(2, 24)
+        rows = ["a", ("a", "c")]
         with pytest.raises(lora_mux.errors.RoutingError, match="one dropout in each row"):
-            layers.run([("a", "c")], torch.randn(1, 24))
+            layers.run(rows, x)
+        layers.model.eval()  # in which nothing is dropped
+        whole = layers.run(rows, x)
+        a.eval()
+        layers.model.train()
+        assert torch.equal(layers.run(rows, x), whole)
+        a.train()
+        compiled = torch.compile(layers.model, backend="aot_eager")
+        with layers.mux.route(rows):
+            assert compiled(x).isnan().all(1).tolist() == [False, True]
 
 
 class TestMeans:
