@@ -15,6 +15,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -59,8 +60,9 @@ def forms(schema: Any, library: Any) -> dict[str, Callable[..., Any]]:
 
 
 def arguments(schema: Any) -> list[Any]:
-    """A value for each argument of the schema."""
-    types = [str(argument.type) for argument in schema.arguments]
+    """A value for each argument of the schema, but for those of adapters that are trained."""
+    given = itertools.takewhile(lambda argument: argument.name != "parameters", schema.arguments)
+    types = [str(argument.type) for argument in given]
     return [torch.zeros(4, 4) if "Tensor" in type_ else VALUES[type_] for type_ in types]
 
 

@@ -190,8 +190,7 @@ class Pool(nn.Module):
             B_rows[start + r, : self.out_features] = weights.bias
         if weights.gain is not None:
             B_rows[start + rank, : self.out_features] = weights.gain
-        # Filled: what is assigned to one element comes from the host by a copy, which on a GPU
-        # waits. The ranks last: they are what makes the rows count.
+        # Filled: an assigned number comes by a copy, which on a GPU waits. Ranks make rows count.
         self.offset.data[slot].fill_(start)
         self.scaling.data[slot].fill_(weights.scaling)
         if weights.gain is not None:
@@ -204,19 +203,21 @@ class Pool(nn.Module):
     def publish(self, slot: int) -> None:
         """Round the masters of a slot into its rank rows, without a sync on a GPU.
 
-        Values that are not finite there would reach other adapters' rows, since 0 x NaN is NaN: the
-        scaling becomes NaN in their place, and with it the rows that select the slot.
+        If they are not finite there, zeros, and a scaling of NaN: 0 x NaN is NaN in others' rows.
         """
         masters, span = self.masters[slot], self.spans[slot]
-        A, B, finite = masters.rounded(self.A_rows)
-        held = slice(span.offset, span.offset + len(A))
-        self.A_rows.data[held, : self.in_features] = A
-        self.B_rows.data[held, : self.out_features] = B
-        self.scaling.data[slot].fill_(masters.scaling).masked_fill_(~finite, math.nan)
-        if finite.device.type == "cpu":  # where forms go by what the host knows
-            scaling = masters.scaling if finite else math.nan
-            if scaling != span.scaling:
-                self.version, self.spans[slot] = Version(), span._replace(scaling=scaling)
+        held, on_host = slice(span.offset, span.offset + span.rank), self.A_rows.is_cpu
+        A = self.A_rows.data[held, : self.in_features]
+        B = self.B_rows.data[held, : self.out_features]
+        masters.write(A, B)
+        finite = torch.stack([*A.aminmax(), *B.aminmax()]).isfinite().all()
+        scaling = masters.scaling if not on_host or finite else math.nan
+        if on_host and scaling == span.scaling:
+            return
+        A.masked_fill_(~finite, 0.0), B.masked_fill_(~finite, 0.0)
+        self.scaling.data[slot].fill_(scaling).masked_fill_(~finite, math.nan)
+        if on_host:  # where forms go by what the host knows
+            self.version, self.spans[slot] = Version(), span._replace(scaling=scaling)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -97,17 +97,12 @@ class Masters(NamedTuple):
         bias = None if self.bias is None else self.bias.detach()
         return LoraWeights(self.A.detach(), self.B.detach(), self.scaling, bias)
 
-    def rounded(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A [r, in_features], B and bias [rank, out_features], whether all are finite).
-
-        Zeros where they are not, of the dtype and on the device of another tensor.
-        """
-        A, B = self.A.detach().to(like), self.B.detach().T.to(like)
+    def write(self, A: Tensor, B: Tensor) -> None:
+        """Round the values into rank rows A [rank, in_features] and B [rank, out_features]."""
+        r = len(self.A)
+        A[:r], B[:r] = self.A.detach(), self.B.detach().T
         if self.bias is not None:
-            A = torch.cat([A, torch.zeros_like(A[:1])])
-            B = torch.cat([B, self.bias.detach().to(like)[None]])
-        finite = A.isfinite().all() & B.isfinite().all()
-        return torch.where(finite, A, 0.0), torch.where(finite, B, 0.0), finite
+            B[r] = self.bias.detach()
 
     def move(self, device: torch.device) -> None:
         """Bring the values to a device; the parameters stay the ones that optimizers hold."""

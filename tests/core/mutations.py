@@ -111,6 +111,9 @@ MUTATIONS = {
         SLOTS, "if handle not in self._names and", "if False and", ("core/test_slots.py",)
     ),
     "training: what is not finite reaches the pool": Mutation(
-        "core/weights.py", "torch.where(finite, A, 0.0)", "A", ("model/test_training_rows.py",)
+        POOL,
+        "A.masked_fill_(~finite, 0.0), B.masked_fill_(~finite, 0.0)",
+        "pass",
+        ("model/test_training_rows.py",),
     ),
 }

@@ -248,7 +248,10 @@ MUTATIONS = {
         ("model/test_interrupts.py",),
     ),
     "training: no pass publishes": Mutation(
-        PASSES, "            self.before()\n", "            pass\n", ("model/test_training_rows.py",)
+        PASSES,
+        "            self.before()\n",
+        "            pass\n",
+        ("model/test_training_rows.py",),
     ),
     "training: a plan of before": Mutation(
         PLANS, "trained and self._slots.trained", "()", ("model/test_training_rows.py",)

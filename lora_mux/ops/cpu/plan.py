@@ -56,6 +56,35 @@ def _even(size: int, dtype: torch.dtype) -> int:
     return size + size % 2 if dtype == torch.bfloat16 else size
 
 
+class Blocks(NamedTuple):
+    """As many rank rows of each slot, that a view of the pool shows."""
+
+    first: int
+    step: int  # from where one slot's begin to where the next one's do
+
+
+def blocks_of(rank_rows: Ints, G: int) -> Blocks | Tensor:
+    """The rank rows of G slots as what takes them fastest."""
+    each = rank_rows.reshape(G, -1)
+    steps = np.diff(each[:, 0])
+    even = (steps > 0).all() and (steps[1:] == steps[:-1]).all()
+    if even and (np.diff(each) == 1).all():
+        return Blocks(int(each[0, 0]), int(steps[0]) if G > 1 else each.shape[1])
+    return torch.from_numpy(rank_rows)
+
+
+def block(
+    table: Tensor, where: Blocks | Tensor, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """Rank rows [G, R, width] of a pool; a view where there are Blocks, and the dtype fits."""
+    row, one = table.stride()
+    if isinstance(where, Blocks):
+        first, strides = where.first * row, (where.step * row, row, one)
+        return table.as_strided(shape, strides, first).to(dtype)
+    held = table.index_select(0, where).to(dtype)
+    return held.as_strided(shape, (shape[1] * row, row, one))
+
+
 class Product(NamedTuple):
     """What a Group adds in a layer where its J slots have R rank rows: y += alpha * h B.
 
@@ -64,7 +93,7 @@ class Product(NamedTuple):
 
     shape: tuple[int, int, int]  # G, m, R; tensors have no dimension G where G = 1
     rows: Rows | None  # [G * m] of x and y; None = all, in order
-    rank_rows: Rows  # [G * R] of the pool
+    rank_rows: Blocks | Tensor  # [G * R] of the pool
     constant: Tensor | None  # [G, 1, R] bool: biases, whose h is 1; None = none is
     alpha: float  # weight * scaling where it is the same for all
     strength: Tensor | None  # [G, m, R] weight * scaling where it is not
@@ -74,14 +103,9 @@ class Product(NamedTuple):
         """A^T and B; views of the pool where dtype and the order of rank rows allow it."""
         (G, _, R), N = self.shape, pool.out_features
         K = _even(pool.in_features, dtype)
-        A = taken(pool.A_rows, self.rank_rows).to(dtype)
-        B = taken(pool.B_rows, self.rank_rows).to(dtype)
-        (a, one), (b, step) = A.stride(), B.stride()
-        # One call each for what slice, view and mT do in three: rows are rounded up in the pool.
-        if G == 1:
-            return A.as_strided((K, R), (one, a)), B.as_strided((R, N), (b, step))
-        A_shape, A_strides = (G, K, R), (R * a, one, a)
-        return A.as_strided(A_shape, A_strides), B.as_strided((G, R, N), (R * b, b, step))
+        A = block(pool.A_rows, self.rank_rows, (G, R, K), dtype).mT
+        B = block(pool.B_rows, self.rank_rows, (G, R, N), dtype)
+        return (A, B) if G > 1 else (A[0], B[0])
 
     def add_to(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
         """y[rows] += alpha * (x[rows] A, scaled and masked) B, for its factors."""
@@ -243,7 +267,7 @@ class Plan:
         # Views are kept, copies are not.
         views = A_rows.dtype == dtype
         products = [
-            (p, p.factors(pool, dtype) if views and isinstance(p.rank_rows, slice) else None)
+            (p, p.factors(pool, dtype) if views and isinstance(p.rank_rows, Blocks) else None)
             for p in self._products[key]
         ]
         widening = _even(pool.in_features, dtype) - pool.in_features
@@ -310,7 +334,7 @@ def _product(group: Group, spans: Mapping[int, Span], dtype: torch.dtype, M: int
     return Product(
         shape=(G, m, sum(ranks) + odd),
         rows=None if every else rows_of(rows.ravel()),
-        rank_rows=rows_of(rank_rows),
+        rank_rows=blocks_of(rank_rows, G),
         constant=biases if constant.any() else None,
         alpha=float(wanted[0]) if equal else 1.0,
         strength=None

@@ -22,7 +22,9 @@ from ...core import AnyPool, Pool, Span, computed_once
 from ..forms import tracked
 from ..operands import check_unchanged
 from .groups import by_slot
-from .plan import MOVED, Plan, Rows, rows_of, taken
+from .plan import Blocks, Plan, Rows, block, blocks_of, rows_of, taken
+
+BROUGHT = 1 << 19  # elements of x and dy that are brought at once: with dx, 3 MB in fp32
 
 
 class Share(NamedTuple):
@@ -30,7 +32,8 @@ class Share(NamedTuple):
 
     slots: list[int]  # [G]
     rows: Rows  # [G * m] of x and y
-    rank_rows: Rows  # [G * R] of the pool
+    rank: int  # R, a bias included
+    rank_rows: Blocks | Tensor  # [G * R] of the pool
     gain: Tensor  # [G, m, 1]; 0 where a row only fills up
     selects: Tensor | None  # [G, m, 1] bool; None = no row only fills up
     scaling: Tensor  # [G, 1]
@@ -41,9 +44,8 @@ class Share(NamedTuple):
         return taken(table, self.rows).view(*self.gain.shape[:2], table.shape[1])
 
     def factor(self, rank_rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """A or B^T of each slot, [G, R, width]."""
-        held = taken(rank_rows, self.rank_rows)[:, :width].to(dtype)
-        return held.view(len(self.slots), -1, width)
+        """A or B^T of each slot, [G, R, width]; where possible a view of the pool."""
+        return block(rank_rows, self.rank_rows, (len(self.slots), self.rank, width), dtype)
 
     def only(self, values: Tensor) -> Tensor:
         """Zeros where a row only fills up: selected, since 0 times NaN is NaN."""
@@ -130,7 +132,7 @@ class TrainingPlan:
                 alike: dict[tuple[int, bool], list[int]] = {}
                 for g, (one,) in enumerate(group.slots.tolist()):
                     alike.setdefault((spans[one].rank, spans[one].bias), []).append(g)
-                at_once = max(1, MOVED // (group.rows.shape[1] * width))
+                at_once = max(1, BROUGHT // (group.rows.shape[1] * width))
                 for (_, bias), members in alike.items():
                     for start in range(0, len(members), at_once):
                         part = group.part(members[start : start + at_once], np.array([0]))
@@ -149,13 +151,14 @@ def _share(
 ) -> Share:
     held = [spans[slot] for slot in slots]
     scaling = torch.tensor([span.scaling for span in held], dtype=dtype)[:, None]
-    rank_rows = np.concatenate([np.arange(s.offset, s.offset + s.rank) for s in held])
+    all_rank_rows = np.concatenate([np.arange(s.offset, s.offset + s.rank) for s in held])
     selects = None if group.selects.all() else torch.from_numpy(group.selects)
     gain = torch.from_numpy(group.weight).to(dtype) * scaling[:, :, None]
     if selects is not None:
         gain = torch.where(selects, gain, 0.0)
     rows = rows_of(group.rows.ravel())
-    return Share(slots, rows, rows_of(rank_rows), gain, selects, scaling, bias)
+    rank_rows = blocks_of(all_rank_rows, len(held))
+    return Share(slots, rows, held[0].rank, rank_rows, gain, selects, scaling, bias)
 
 
 class _Layer(torch.autograd.Function):
@@ -211,15 +214,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         A = share.factor(ctx.A_rows, x.shape[1], dtype)
         B = share.factor(ctx.B_rows, grad.shape[1], dtype)
         dy_rows = share.bring(dy)
-        g = share.only(torch.bmm(dy_rows, B.mT))  # [G, m, R]
+        g = share.only(_product(dy_rows, B.mT))  # [G, m, R]
         gained = g * share.gain
         if dx is not None:
-            _add_rows(dx, share.rows, torch.bmm(gained, A).flatten(0, 1))
+            _add_rows(dx, share.rows, _product(gained, A).flatten(0, 1))
         trained = wanted and share.slots[0] in training.trained
         if not (trained or to_strength):
             continue
         x_rows = share.bring(wide_x)
-        h = share.only(torch.bmm(x_rows, A.mT))
+        h = share.only(_product(x_rows, A.mT))
         if share.bias:
             h[..., -1] = 1.0
             h = share.only(h)
@@ -230,14 +233,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             of_rows = torch.where(mine, of_pair[:, :, None], 0.0).flatten(0, 1)
             of_strength.index_add_(0, rows, of_rows)
         if trained:
-            of_A = torch.bmm(gained.mT, x_rows).unbind()
-            of_B = torch.bmm(h.mul_(share.gain).mT, dy_rows).unbind()
+            of_A = _product(gained.mT, x_rows).unbind()
+            of_B = _product(h.mul_(share.gain).mT, dy_rows).unbind()
             factors.update(zip(share.slots, zip(of_A, of_B, strict=True), strict=True))
     of_strength = None if of_strength is None else of_strength.to(training.strength.dtype)
     return (
         *(grad if to_y else None, None if dx is None else dx.to(x.dtype), None, None),
         *(of_strength, None, None, *_split(ctx, factors)),
     )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of each slot; torch.bmm takes longer for one alone."""
+    return torch.bmm(a, b) if len(a) > 1 else torch.mm(a[0], b[0])[None]
 
 
 def _split(ctx: Any, factors: Mapping[int, tuple[Tensor, Tensor]]) -> list[Tensor | None]:
