@@ -266,18 +266,10 @@ class Training:
         self._published.pop(handle, None)
 
     def mend(self, named: Collection[int]) -> None:
-        """Put in order what an interrupt has left."""
-        whole = {slot_of(handle): handle for handle in self._trained if handle in named}
-        kept = {handle for slot, handle in whole.items() if slot in self._slots.trained}
-        slots = {slot_of(handle) for handle in kept}
-        for handle in self._trained.keys() - kept:
-            self.end(handle)
-        for pool in self._pools.values():
-            for slot in pool.masters.keys() - slots:
-                pool.masters.pop(slot, None)
-        self._slots.trained = tuple(slot for slot in self._slots.trained if slot in slots)
-        for slot in self._slots.dropout.keys() - slots:
-            self._slots.dropout.pop(slot)
+        """End what an interrupt has left half begun or ended, and what has no name any more."""
+        for handle in [*self._trained]:
+            if handle not in named or slot_of(handle) not in self._slots.trained:
+                self.end(handle)
 
     def publish_changed(self) -> None:
         """Before a pass begins: let the pools have what optimizers and users have changed."""

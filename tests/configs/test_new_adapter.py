@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_mux.configs import initial_factors, new_strengths
+from lora_mux.configs import initial_factors, new_strengths, written_config
 from lora_mux.errors import AdapterError, ArgumentTypeError, LoraMuxError
 from peft_oracle import llama, peft
 
@@ -205,3 +205,7 @@ class TestInitialFactors:
         assert A.abs().max() <= 1 / math.sqrt(400) and B.shape == (5, 100)
         # 40,000 draws: the mean of squares of a uniform one is a third of the bound's, to 2 %.
         assert A.square().mean().item() == pytest.approx(1 / 1200, rel=0.02)
+
+
+def test_fields_that_cannot_be_read_mean_nothing() -> None:
+    assert not written_config._means({"r": 0}, {})

@@ -402,7 +402,7 @@ def test_an_interrupt_at_any_line(act: str, memory: Any) -> None:
                 module = mux.train(name, dropout=0.5)
                 layers.run([name, None], x).sum().backward()
                 assert all(g is not None for g in gradients(module))
-        line += 7  # lines that are prime to most loops' lengths; all of them take minutes
+        line += 1 if act == "train" and memory is None else 7  # all of all take a minute
 
 
 def distance(have: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:

@@ -1,0 +1,219 @@
+"""What happens seldom to adapters that are trained: refusals, and layers of other kinds."""
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lora_mux
+from lora_mux.adapters import training
+from lora_mux.errors import RoutingBusyError, TargetError, TrainingError
+
+
+def pair(K: int, N: int, r: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(r, K) / 4, torch.randn(N, r) / 4
+
+
+def attached(**options: Any) -> tuple[Any, lora_mux.Mux]:
+    """Two layers: "both" touches both of them, "second" the second one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)).requires_grad_(False)
+    mux = lora_mux.attach(model, **options)
+    mux.add_adapter("both", {"0": pair(6, 8), "1": pair(8, 5)}, alpha=3)
+    mux.add_adapter("second", {"1": pair(8, 5)}, alpha=3)
+    return model, mux
+
+
+def run(model: Any, mux: lora_mux.Mux, rows: Any, x: torch.Tensor) -> torch.Tensor:
+    with mux.route(rows):
+        y: torch.Tensor = model(x)
+    return y
+
+
+def test_what_it_looks_like() -> None:
+    _, mux = attached()
+    assert repr(mux.train("second")) == "TrainedAdapter('second', 39 numbers)"
+
+
+def test_embeddings_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+    mux = lora_mux.attach(model)
+    mux.add_adapter("tokens", {"0": pair(10, 8)}, alpha=3)
+    with pytest.raises(TrainingError, match="'0', which is no whole linear layer"):
+        mux.train("tokens")
+
+
+def saved(folder: Path, **options: Any) -> Path:
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **options)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned: Any = peft.get_peft_model(model, config)
+        tuned.save_pretrained(folder)
+    return folder
+
+
+def test_dora_and_saved_modules_are_refused(tmp_path: Path) -> None:
+    _, mux = attached()
+    mux.load("dora", saved(tmp_path / "dora", use_dora=True))
+    mux.load("saved", saved(tmp_path / "saved", modules_to_save=["1"]))
+    with pytest.raises(TrainingError, match="DoRA at '0'"):
+        mux.train("dora")
+    with pytest.raises(TrainingError, match="saved modules"):
+        mux.save("saved", tmp_path / "again")
+
+
+def test_beside_dora_in_the_same_layer(tmp_path: Path) -> None:
+    """Its rows are rescaled, and those that are trained have the gradients that they had."""
+    x, rows = torch.randn(3, 6), ["both", None, "both"]
+    found = []
+    for dora in (False, True):
+        model, mux = attached()
+        if dora:
+            mux.load("dora", saved(tmp_path, use_dora=True))
+        both = mux.train("both")
+        y = run(model, mux, [*rows, "dora"] if dora else rows, x if not dora else x[[0, 1, 2, 0]])
+        y[:3].sum().backward()
+        found.append([p.grad for p in both.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_layer_without_it(backend: Any) -> None:
+    model, mux = attached(backend=backend)
+    second = mux.train("second")
+    x = torch.randn(2, 6, requires_grad=True)
+    run(model, mux, ["second", "both"], x).sum().backward()
+    assert x.grad is not None and all(p.grad is not None for p in second.parameters())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_parameters_that_are_held_still(backend: Any) -> None:
+    model, mux = attached(backend=backend)
+    x = torch.randn(2, 6, requires_grad=True)
+    run(model, mux, ["both", None], x).sum().backward()
+    want, x.grad = x.grad, None
+    both = mux.train("both").requires_grad_(False)
+    run(model, mux, ["both", None], x).sum().backward()
+    torch.testing.assert_close(x.grad, want)
+    assert all(p.grad is None for p in both.parameters())
+
+
+def test_no_gradients_of_gradients() -> None:
+    for backend, error in (("reference", TrainingError), ("auto", RuntimeError)):
+        model, mux = attached(backend=backend)
+        both, x = mux.train("both"), torch.randn(2, 6, requires_grad=True)
+        y = run(model, mux, ["both", None], x).square().sum()
+        with pytest.raises(error, match="create_graph|once_differentiable"):
+            (first,) = torch.autograd.grad(y, x, create_graph=True)
+            first.sum().backward()
+        assert len(list(both.parameters())) == 4
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+)
+def test_dropout_on_other_backends(backend: Any) -> None:
+    """Also in a batch of others alone, without gradients, of which nothing is dropped."""
+    model, mux = attached(backend=backend)
+    x = torch.randn(64, 6)
+    with torch.no_grad():
+        others, mine = (run(model, mux, [name] * 64, x) for name in ("second", "both"))
+        model.train()
+        mux.train("both", dropout=0.5)
+        assert torch.equal(run(model, mux, ["second"] * 64, x), others)
+        assert not torch.allclose(run(model, mux, ["both"] * 64, x), mine)
+
+
+def test_gradients_move_with_the_model() -> None:
+    model, mux = attached()
+    both = mux.train("both")
+    run(model, mux, ["both"], torch.randn(1, 6)).sum().backward()
+    want = [p.grad for p in both.parameters()]
+    model.to("cpu")
+    assert all(
+        p.grad is not None and torch.equal(p.grad, w)
+        for p, w in zip(both.parameters(), want, strict=True)
+    )
+
+
+def test_passes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PATIENCE", 0.05)
+    model, mux = attached()
+    both, x = mux.train("both"), torch.randn(1, 6)
+    inside, go = threading.Event(), threading.Event()
+
+    def pause(*_: Any) -> None:
+        if threading.current_thread() is other:
+            inside.set()
+            go.wait(20)
+
+    model[0].register_forward_hook(pause)
+    other = threading.Thread(target=lambda: run(model, mux, ["both"], x))
+    run(model, mux, ["both"], x)
+    other.start()
+    assert inside.wait(20)
+    with torch.no_grad():
+        next(both.parameters()).mul_(2.0)
+    with pytest.raises(RoutingBusyError, match="between passes"):
+        run(model, mux, ["both"], x)
+    go.set()
+    other.join(20)
+    assert run(model, mux, ["both"], x).isfinite().all()
+
+
+def test_an_end_on_the_way_to_the_pools() -> None:
+    """Another thread may end the training while this one waits."""
+    _, mux = attached()
+    mux.train("both")
+    handle = mux.adapters["both"]
+    mux.remove("both")
+    mux._adapters.training.publish([handle])
+    assert not mux.trained
+
+
+def test_processes_that_train_nothing() -> None:
+    _, mux = attached()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mux.reduce_gradients()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_plan_with_other_strengths() -> None:
+    """As a split layer puts in."""
+    model, mux = attached()
+    mux.train("both")
+    layer = model[0]
+    index = torch.tensor([[mux.adapters["both"]]])
+    plan: Any = layer._plan_of(torch.randn(1, 6), lora_mux.Routing(index), fusable=True)
+    other = torch.full_like(plan.strength, 2.0)
+    assert plan.with_strength(other).strength is other
+
+
+def test_a_head_that_was_replaced_before_it_joined() -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.lm_head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.lm_head(self.body(x))
+            return y
+
+    model = WithHead()
+    mux = lora_mux.attach(model)
+    model.lm_head = nn.Linear(8, 5)
+    with pytest.raises(TargetError, match="must be the layer that was attached"):
+        mux.add_adapter("head", {"lm_head": pair(8, 5)}, alpha=3)
