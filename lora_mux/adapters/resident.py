@@ -262,6 +262,7 @@ class Adapters(WrittenPools):
     def _parts_of(self, handle: int) -> dict[str, LoraWeights]:
         return self.training.in_pools(handle)
 
+    @synchronized
     def train(
         self, name: str, weights: Mapping[str, LoraWeights], dropout: float | None
     ) -> TrainedAdapter:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..checkpoints import StoredAdapter
+from ..checkpoints import StoredAdapter, saved_key
 from ..core import LoraWeights, Masters, Pool, Slots, slot_of
 from ..errors import RoutingBusyError, TrainingError
 from ..layers import MuxLinear
 from ..routes import Router
 
 Self = TypeVar("Self", bound="TrainedAdapter")
-PREFIX = "base_model.model."  # of keys in PEFT's files
 PATIENCE = 60.0  # seconds that a publish waits for the passes of other threads
 
 
@@ -42,10 +41,8 @@ class TrainedAdapter(nn.Module):
         self.mux_parameters = [p for one in masters.values() for p in one.parameters]
         owner = weakref.ref(self)
         for path, one in masters.items():
-            for key, parameter in (("lora_A.weight", one.A), ("lora_B.weight", one.B)):
-                _register(self, f"{PREFIX}{path}.{key}", parameter)
-            if one.bias is not None:
-                _register(self, f"{PREFIX}{path}.lora_B.bias", one.bias)
+            for name in one.weights.tensors():
+                _register(self, saved_key(path, name), getattr(one, name))
         for parameter in self.mux_parameters:
             parameter.mux_owner = owner  # type: ignore[attr-defined]  # for the optimizers' hook
 
@@ -189,7 +186,7 @@ class Training:
             TrainingError: nobody has them.
         """
         if handle not in self._origins:
-            return self.in_pools(handle)
+            return {path: part.cloned() for path, part in self.in_pools(handle).items()}
         stored = self._origins[handle]
         if stored is None:
             raise TrainingError(
@@ -200,16 +197,16 @@ class Training:
         return stored.weights(stored.read(False))
 
     def in_pools(self, handle: int) -> dict[str, LoraWeights]:
-        """Path -> the factors of an adapter as the pools hold them."""
+        """Path -> the factors of an adapter as the pools hold them; not copies."""
         slot, found = slot_of(handle), {}
         for path, pool in self._pools.items():
             span = pool.span(slot)
             if span is not None:
                 held = slice(span.offset, span.offset + span.rank - span.bias)
                 A, B = pool.A_rows[held, : pool.in_features], pool.B_rows[held, : pool.out_features]
-                bias = pool.B_rows[held.stop, : pool.out_features].clone() if span.bias else None
+                bias = pool.B_rows[held.stop, : pool.out_features] if span.bias else None
                 gain = pool.B_rows[held.stop] if span.gain else None  # whose value nobody reads
-                found[path] = LoraWeights(A.clone(), B.T.clone(), span.scaling, bias, gain)
+                found[path] = LoraWeights(A, B.T, span.scaling, bias, gain)
         return found
 
     def begin(

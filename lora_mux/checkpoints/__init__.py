@@ -19,6 +19,7 @@ from .peft_folder import read_peft_folder as read_peft_folder
 from .peft_model import read_peft_model as read_peft_model
 from .peft_model import retire_peft as retire_peft
 from .peft_model import without_peft as without_peft
+from .peft_writer import saved_key as saved_key
 from .peft_writer import write_peft_folder as write_peft_folder
 from .stored_adapter import Outline as Outline
 from .stored_adapter import PackedTensors as PackedTensors

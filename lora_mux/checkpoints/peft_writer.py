@@ -38,6 +38,11 @@ MAX_PATH_BYTES = MAX_KEY_BYTES - 40  # what PEFT adds in front and behind is sho
 KEYS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}
 
 
+def saved_key(path: str, factor: str) -> str:
+    """The key of a layer's factor in PEFT's files: "A", "B" or "bias"."""
+    return f"{PREFIX}{path}{KEYS[factor]}"
+
+
 def write_peft_folder(
     folder: str | PathLike[str],
     factors: Mapping[str, LoraWeights],
@@ -145,7 +150,7 @@ def _tensors(factors: object) -> dict[str, Tensor]:
             named["bias"] = torch.zeros_like(part.B[:, 0])
         for name, tensor in named.items():
             _check_values(tensor, f"factors[{short(path)}].{name}")
-            tensors[f"{PREFIX}{path}{KEYS[name]}"] = tensor
+            tensors[saved_key(path, name)] = tensor
     return tensors
 
 

@@ -299,10 +299,7 @@ class Companions:
             )
         of = sorted((handle, companion.handle) for handle, companion in [*self._of.items()])
         table = torch.tensor(of, dtype=torch.int64).T.contiguous()
-        # What torch.compile traces pins no memory.
-        tracing = torch.compiler.is_compiling()
-        there = table.to(index.device) if tracing else to_device([table], index.device)[0]
-        handles, companions = there
+        handles, companions = to_device([table], index.device)[0]
         place = torch.searchsorted(handles, index.long()).clamp(max=len(handles) - 1)
         found: Tensor = companions[place].where(handles[place] == index, NONE)
         return found

@@ -46,7 +46,8 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
     From pageable memory each copy would stop the host until the stream has come to it.
     """
-    if not has_streams(device):
+    # What torch.compile traces pins no memory.
+    if not has_streams(device) or torch.compiler.is_compiling():
         return [tensor.to(device, copy=True) for tensor in tensors]
     flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     # Kernels are compiled for tensors that begin at a multiple of 16 bytes, as others do.

@@ -34,6 +34,11 @@ class LoraWeights:
         }
         return replace(self, **moved)
 
+    def cloned(self) -> "LoraWeights":
+        """The same values in tensors of their own."""
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return replace(self, **copies)
+
     def check_shapes(self, in_features: int, out_features: int, argument: str) -> None:
         """Refuse factors of other shapes than the layer's, by an error that names `argument`."""
         K, N = in_features, out_features

@@ -248,9 +248,8 @@ class MuxLinear(nn.Module):
             slots.resolve(routing.index)  # on the host, where it raises
             each = each.to(x.device)
         plan = ops.plan(each, slots, method)
-        if method.form == "cpu" and not (
-            gate or method.trained
-        ):  # a plan that autograd follows is not kept alive
+        followed = gate or method.trained  # such a plan is not kept alive
+        if method.form == "cpu" and not followed:
             self.mux_last = LastPlan.of(x, routing, slots.suspensions, plan)
         return plan
 

@@ -330,7 +330,7 @@ def plan(
             return reference.plan(chosen, weight)
         made = cpu.Plan(weight.clone(), chosen)
         trained = slots.trained_among(made.used) if method.trained else ()
-        return cpu.TrainingPlan(made, trained) if trained else made
+        return cpu.TrainingPlan(made.weight, chosen, trained) if trained else made
     trained = slots.trained_among(used) if method.trained else ()
     if capturing(index.device):
         slots.captured = True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import AnyPool, Pool, RankRows
+from ..core import AnyPool, Pool, RankRows, to_device
 from ..kernels.tensors import ALIGNMENT, BASE
 from . import on_triton, operators
 from .forms import plain, tracked
@@ -34,7 +34,7 @@ class TrainedHere(NamedTuple):
         """Those of a plan, without a sync."""
         from ..kernels.pairs import pairs_of
 
-        trained = torch.tensor(slots, dtype=torch.int32, device=plan.slots.device)
+        (trained,) = to_device([torch.tensor(slots, dtype=torch.int32)], plan.slots.device)
         return cls(slots, trained, *pairs_of(plan.slots, trained, capacity))
 
     def of_layer(self, pool: AnyPool) -> Trained:
@@ -85,10 +85,11 @@ class TiledPlan(NamedTuple):
     def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
         arguments = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *self._shared(pool)
-        if owned and not tracked(y) and not self.follows(x, pool) and y.is_contiguous():
+        trained = self._trained_in(pool)
+        followed = tracked(y, x, self.tensors.strength, *(trained.parameters or ()))
+        if owned and not followed and y.is_contiguous():
             torch.ops.lora_mux.add_lora_(*arguments)
             return y
-        trained = self._trained_in(pool)
         added: Tensor = torch.ops.lora_mux.add_lora(*arguments, *trained)
         return added.reshape(y.shape)
 

@@ -16,7 +16,7 @@ the caches, each step from Python costs 2 to 10 us (docs/benchmarks.md, "As a mo
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -169,7 +169,7 @@ class Plan:
 
     def with_strength(self, strength: Tensor) -> "Plan":
         """The plan with another tensor of equal values there."""
-        return Plan(strength, self.slots)
+        return replace(self, weight=strength)
 
     def touches(self, pool: AnyPool) -> bool:
         """Whether a row selects what is in a pool."""

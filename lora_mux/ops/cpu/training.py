@@ -53,40 +53,16 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingPlan:
+class TrainingPlan(Plan):
     """A plan some of whose adapters are trained."""
 
-    plan: Plan
-    trained: tuple[int, ...]  # slots that a row selects
+    trained: tuple[int, ...] = ()  # slots that a row selects
     _shares: dict[object, list[Share]] = field(default_factory=dict, init=False)
-
-    @property
-    def slots(self) -> Tensor:
-        """The plan's."""
-        return self.plan.slots
-
-    @property
-    def strength(self) -> Tensor:
-        """The plan's."""
-        return self.plan.strength
-
-    def with_strength(self, strength: Tensor) -> "TrainingPlan":
-        """The plan with another tensor of equal values there."""
-        return TrainingPlan(self.plan.with_strength(strength), self.trained)
-
-    @property
-    def selecting(self) -> Tensor | None:
-        """The plan's."""
-        return self.plan.selecting
-
-    def touches(self, pool: AnyPool) -> bool:
-        """The plan's."""
-        return self.plan.touches(pool)
 
     def add(self, y: Tensor, x: Tensor, pool: AnyPool, owned: bool) -> Tensor:
         """y [..., N] plus the adapters' part for x [..., K]; see forms.Plan."""
         if not (tracked(y) or self.follows(x, pool)):
-            return self.plan.add(y, x, pool, owned)
+            return super().add(y, x, pool, owned)
         flat = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         added: Tensor = _Layer.apply(*flat, None, None, *self._arguments(pool))  # type: ignore[no-untyped-call]
         return added.reshape(y.shape)
@@ -141,7 +117,7 @@ class TrainingPlan:
     @computed_once
     def _pairs(self) -> tuple[Any, Any, Any]:
         """(row, slot, weight) of each slot of a row; of one that stands there twice, the sum."""
-        row, slot, weight = self.plan.selections
+        row, slot, weight = self.selections
         pairs, place = np.unique(np.stack([row, slot], 1), axis=0, return_inverse=True)
         return pairs[:, 0], pairs[:, 1], np.bincount(place.ravel(), weight, len(pairs))
 
@@ -181,13 +157,13 @@ class _Layer(torch.autograd.Function):
         # Not saved: torch would refuse a backward after another adapter came or went. The rank rows
         # of those in use stay as they are until it is over, in these buffers.
         ctx.A_rows, ctx.B_rows = pool.A_rows, pool.B_rows
-        used = training.plan.used
+        used = training.used
         ctx.spans = {slot: span for slot in used if (span := pool.span(slot)) is not None}
         ctx.save_for_backward(x, weight)
         if y is not None:
-            return training.plan.add(y, x, pool, owned=False)
+            return training.add(y, x, pool, owned=False)
         assert weight is not None
-        return training.plan.add(torch.nn.functional.linear(x, weight, bias), x, pool, owned=True)
+        return training.add(torch.nn.functional.linear(x, weight, bias), x, pool, owned=True)
 
     @staticmethod
     @once_differentiable
@@ -206,7 +182,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if to_x:
         base = torch.zeros_like(x) if weight is None else torch.mm(grad.to(x.dtype), weight)
         dx = base.to(dtype)
-    slots, wanted = training.plan.slots, any(to_parameters)
+    slots, wanted = training.slots, any(to_parameters)
     of_strength = torch.zeros(slots.shape, dtype=dtype) if to_strength else None
     wide_x, dy = x.to(dtype), grad.to(dtype)
     factors: dict[int, tuple[Tensor, Tensor]] = {}
