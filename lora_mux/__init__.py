@@ -4,7 +4,8 @@
 
 `attach` lets the rows of a whole model's batches choose their own adapters, and returns a `Mux`.
 `MuxLinear` does it for a single layer, with a `Routing` for each batch. `mean_by_adapter` is for
-training many adapters in one batch.
+training many adapters in one batch. `parse_row` reads "sql+0.4*french", the text of a row, and
+`compose` makes one PEFT folder of a row, for engines that take one adapter per request.
 """
 
 from . import errors as errors
@@ -12,6 +13,9 @@ from ._version import __version__ as __version__
 from .core import Routing as Routing
 from .errors import LoraMuxError as LoraMuxError
 from .layers import MuxLinear as MuxLinear
+from .mixes import compose as compose
+from .mixes import format_row as format_row
+from .mixes import parse_row as parse_row
 from .model import Mux as Mux
 from .model import attach as attach
 from .model import attach_peft as attach_peft
@@ -26,7 +30,10 @@ __all__ = [
     "__version__",
     "attach",
     "attach_peft",
+    "compose",
     "detach",
     "errors",
+    "format_row",
     "mean_by_adapter",
+    "parse_row",
 ]

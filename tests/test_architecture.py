@@ -21,6 +21,7 @@ ROOMS = {
     "layers": {"core", "errors", "ops", "routes"},
     "configs": {"errors"},
     "checkpoints": {"configs", "core", "errors", "layers"},
+    "mixes": {"checkpoints", "core", "errors"},
     "adapters": {"checkpoints", "core", "errors", "layers", "routes"},
     "model": {
         *("adapters", "checkpoints", "configs", "core", "errors"),
@@ -34,7 +35,7 @@ FILES = {
     "errors": set(),
     "progress": set(),
     "_version": set(),
-    "__init__": {"_version", "core", "errors", "layers", "model"},
+    "__init__": {"_version", "core", "errors", "layers", "mixes", "model"},
     "cli": {"__init__", "demo", "errors", "measure", "ops"},
     "__main__": {"cli"},
 }

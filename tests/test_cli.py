@@ -56,17 +56,17 @@ def test_info_of_a_package_without_metadata(
     ("text", "weights"),
     [
         ("name", {"name": 1.0}),
-        ("name=1.0,noisy=0.5", {"name": 1.0, "noisy": 0.5}),
-        (" name=-2 , noisy ", {"name": -2.0, "noisy": 1.0}),
+        ("name+0.5*noisy", {"name": 1.0, "noisy": 0.5}),
+        ("-2*name+noisy", {"name": -2.0, "noisy": 1.0}),
     ],
 )
 def test_adapters_option(text: str, weights: dict[str, float]) -> None:
     assert adapter_weights(text) == weights
 
 
-@pytest.mark.parametrize("text", ["", "name=", "name=x", "=1", "name,name=2", "name=nan", "a,,b"])
+@pytest.mark.parametrize("text", ["", "name=1", "name+name", "nan*name", "a++b"])
 def test_adapters_option_refuses(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="name=1.0,noisy=0.5"):
+    with pytest.raises(argparse.ArgumentTypeError, match="at position"):
         adapter_weights(text)
 
 

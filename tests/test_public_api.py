@@ -16,9 +16,12 @@ PUBLIC = [
     "__version__",
     "attach",
     "attach_peft",
+    "compose",
     "detach",
     "errors",
+    "format_row",
     "mean_by_adapter",
+    "parse_row",
 ]
 METHODS = {
     "Mux": [

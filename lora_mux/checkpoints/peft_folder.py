@@ -95,6 +95,12 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
         content, header = config_file.read(0, size), read_header(file)
     fields = parse_fields(content, config_file.path)
     config = parse_config(fields, config_file.path, BIASES)
+    if base is None and (config.use_dora or config.blocks > 1):
+        name = "use_dora" if config.use_dora else "use_bdlora"
+        raise CheckpointError(
+            f"{config_file.path}: `{name}` must be unset where there is no model, whose layers "
+            "such an adapter depends on; load it into one"
+        )
 
     def make(fingerprint: Fingerprint) -> FileOutline:
         places = parse_header(file.path, header, file.state.bytes).places

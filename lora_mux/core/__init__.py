@@ -36,6 +36,7 @@ from .routing import value_of as value_of
 from .selections import Selection as Selection
 from .selections import flattened as flattened
 from .selections import routing_from_names as routing_from_names
+from .selections import selected_adapters as selected_adapters
 from .selections import weighted_adapters as weighted_adapters
 from .slots import Slots as Slots
 from .slots import slot_of as slot_of

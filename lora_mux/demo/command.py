@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters",
         type=adapter_weights,
         default={},
-        metavar="NAME[=WEIGHT],...",
-        help="the adapters for --text, such as name=1.0,noisy=0.5 (default: the base model alone)",
+        metavar="ROW",
+        help="the adapters for --text, such as name+0.5*noisy (default: the base model alone)",
     )
     parser.add_argument(
         "--quick",
@@ -74,20 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def adapter_weights(text: str) -> dict[str, float]:
-    """`name=1.0,noisy=0.5` as a mapping; an adapter without a weight has weight 1."""
-    weights = {}
-    for part in text.split(","):
-        name, equals, weight = part.strip().partition("=")
-        try:
-            value = float(weight) if equals else 1.0
-        except ValueError:
-            value = float("nan")
-        if not name or name in weights or not abs(value) < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"expected different adapters such as name=1.0,noisy=0.5, got {text!r}"
-            )
-        weights[name] = value
-    return weights
+    """The row of adapters in a text, such as `name+0.5*noisy`."""
+    try:
+        return lora_mux.parse_row(text)
+    except lora_mux.errors.RoutingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> int:
