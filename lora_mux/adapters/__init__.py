@@ -12,6 +12,7 @@ memory_report  how much memory the adapters take
 
 from .bounded import BoundedAdapters as BoundedAdapters
 from .changes import Prepared as Prepared
+from .changes import Promise as Promise
 from .memory_budget import parse_size as parse_size
 from .memory_report import MemoryReport as MemoryReport
 from .resident import Adapters as Adapters

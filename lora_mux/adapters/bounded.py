@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -12,7 +12,6 @@ import torch
 from ..checkpoints import Outline, PackedTensors, StoredAdapter, copy_to_host
 from ..core import (
     LoraWeights,
-    Pool,
     Slots,
     Stream,
     has_streams,
@@ -23,8 +22,8 @@ from ..core import (
 from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
 from ..routes import Route, Router
-from .changes import Prepared
-from .memory_budget import rank_rows_within
+from .changes import Prepared, Promise, Promises
+from .memory_budget import check_fit, rank_rows_within
 from .placement import Placement, find_room
 from .resident import Adapters, AnyRoute, Result
 from .training import TrainedAdapter
@@ -61,6 +60,7 @@ class BoundedAdapters(Adapters):
         self._resident: OrderedDict[int, None] = OrderedDict()
         # Of adapters that fit, and for which the pools have room: checked once for each shape.
         self._known: WeakSet[Outline] = WeakSet()
+        self._staying = Promises()  # whose adapters are resident
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name != "_known"}
@@ -167,7 +167,8 @@ class BoundedAdapters(Adapters):
     def _handles_of(self, route: Route | None) -> Collection[int]:
         if route is None or not route.handles:
             return ()
-        if not (route.handles <= self._loaded.keys() and route.handles.isdisjoint(self._nameless)):
+        there = route.handles <= self._loaded.keys()
+        if not (there and (route.promised or route.handles.isdisjoint(self._nameless))):
             route.check_loaded(self._slots)  # which raises
         return route.handles
 
@@ -187,6 +188,32 @@ class BoundedAdapters(Adapters):
             return handle, self._slots.companions.beside([handle])
 
         self._made_resident(handle_of_name, self._pinned.add)
+
+    def promise(self, find: Callable[[], Sequence[Collection[int]]]) -> list[Promise]:
+        """Promise adapters that fit, beside those that stay in the pools whatever comes."""
+
+        def checked() -> Sequence[Collection[int]]:
+            found, kept = find(), self._pinned.union(self.training.handles)
+            for wanted in found:
+                rows = {h: self._loaded[h].outline.rank_rows for h in kept.union(wanted)}
+                check_fit(self._pools, rows, wanted)
+            return found
+
+        return super().promise(checked)
+
+    def hold(self, handles: Collection[int]) -> Promise:
+        """Make promised adapters resident, and keep them so while the new promise lives.
+
+        Raises:
+            PoolCapacityError: there is no room at this moment.
+            CheckpointError: their files cannot be read any more.
+        """
+        held = Promise(frozenset(handles))
+        return self._made_resident(lambda: (held, held.handles), self._hold)
+
+    def _hold(self, held: Promise) -> Promise:
+        self._staying.add(held)
+        return held
 
     def _parts_of(self, handle: int) -> dict[str, LoraWeights]:
         return self._loaded[handle].shapes()
@@ -275,25 +302,18 @@ class BoundedAdapters(Adapters):
 
     def _find_room(self, arriving: list[int], wanted: Collection[int], leaving: bool) -> Placement:
         reachable = self._router.reachable(leaving)
-        present = *self._nameless - self._claims.alive(), *self._resident
+        going = self._nameless - self._claims.alive() - self._promises.handles
+        staying = self._staying.handles
         # A route that only the device knows may select any adapter that is present.
-        idle = [h for h in present if reachable is not None and h not in reachable]
+        idle = [
+            handle
+            for handle in dict.fromkeys([*going, *self._resident])
+            if reachable is not None and handle not in reachable and handle not in staying
+        ]
         kept = self._pinned.union(self.training.handles)
         spared = self._slots.companions.beside(kept).union(wanted)
         rows = {handle: self._loaded[handle].outline.rank_rows for handle in (*arriving, *idle)}
         return find_room(self._pools, rows, arriving, idle, [h for h in idle if h not in spared])
-
-    def _read(self, stored: StoredAdapter) -> PackedTensors:
-        """An adapter's values, checked."""
-        values = stored.read(self._on_gpu())
-        for path, part in stored.weights(values).items():
-            pool = self._pools[path]
-            # Otherwise they are known to be finite, since they were read or handed over.
-            widest = max(torch.finfo(tensor.dtype).max for tensor in (part.A, part.B))
-            computed = part.bias is not None or part.gain is not None
-            if torch.finfo(pool.A_rows.dtype).max < widest or computed:
-                part.check_values(pool.A_rows.dtype, f"{stored.source}[{path!r}]")
-        return values
 
     def _make_room(self, placement: Placement) -> bool:
         """Do what a placement asks for, or a part of it; whether that was all."""
@@ -322,19 +342,9 @@ class BoundedAdapters(Adapters):
                 self._slots.make_live(handle)
             self._resident[handle] = None
 
-    def _parts(
-        self, weights: Mapping[torch.device, Mapping[str, LoraWeights]]
-    ) -> Iterator[tuple[Pool, LoraWeights | None]]:
-        """Each pool with what it is to hold of an adapter, whose weights are on every device."""
-        for path, layer in self._layers.items():
-            part = weights[layer.mux_pool.A_rows.device].get(path)
-            if part is not None and layer.mux_kind is not None:
-                part = layer.mux_kind.cut(part, path)
-            yield layer.mux_pool, part
-
     def _put_out(self, handles: Iterable[int]) -> None:
         """Take adapters out of the pools; those without a name are gone for good."""
-        nameless = self._nameless.intersection(handles)
+        nameless = self._nameless.intersection(handles) - self._promises.handles
         if nameless:
             self._free(nameless)
         evicted = [handle for handle in handles if handle not in nameless]
@@ -366,8 +376,10 @@ class BoundedAdapters(Adapters):
             del self._resident[handle]
 
     def _is_whole(self, handle: int) -> bool:
-        # The values of one with a name are on the host, should it have been on its way in or out.
-        return handle in self._nameless or self._slots.is_live(handle)
+        # The values of one with a name, or a promise, are on the host, should it have been on its
+        # way in or out.
+        gone = handle in self._nameless and handle not in self._promises.handles
+        return gone or self._slots.is_live(handle)
 
     def _cut_shapes(self, stored: StoredAdapter) -> dict[str, LoraWeights]:
         shapes = super()._cut_shapes(stored)
@@ -379,10 +391,6 @@ class BoundedAdapters(Adapters):
                     f"got {rank_rows(part)}; attach with more memory"
                 )
         return shapes
-
-    def _on_gpu(self) -> bool:
-        """Whether a pool is on a GPU, so that copies from pinned memory pay off."""
-        return any(map(has_streams, self._devices()))
 
     def _stream(self, device: torch.device) -> Stream:
         if device not in self._streams:

@@ -77,3 +77,25 @@ class Claims(weakref.WeakValueDictionary[int, Prepared]):
 
     def __deepcopy__(self, memo: object) -> "Claims":
         return Claims()
+
+
+@dataclass(eq=False, frozen=True)
+class Promise:
+    """Adapters that somebody will ask for. While this object lives, nobody frees them."""
+
+    handles: frozenset[int]
+
+
+class Promises(weakref.WeakSet[Promise]):
+    """The promises that are alive. A copy of the model has promised nothing to anybody."""
+
+    @property
+    def handles(self) -> set[int]:
+        """The adapters that are promised."""
+        return {handle for promise in self for handle in promise.handles}
+
+    def __reduce__(self) -> tuple[type["Promises"], tuple[()]]:
+        return Promises, ()
+
+    def __deepcopy__(self, memo: object) -> "Promises":
+        return Promises()

@@ -1,7 +1,7 @@
 """How much memory the pools of a model may take, and how many rank rows it buys in each."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..core import Pool
 from ..errors import AdapterError, ArgumentTypeError, PoolCapacityError
@@ -50,3 +50,30 @@ def rank_rows_within(memory: int, pools: Sequence[Pool]) -> int:
             f"{row_bytes} bytes, got {memory}"
         )
     return memory // row_bytes
+
+
+def check_fit(
+    pools: Mapping[str, Pool],
+    rank_rows: Mapping[int, Mapping[str, int]],
+    wanted: Collection[int],
+) -> None:
+    """Refuse adapters that can never be resident together.
+
+    Args:
+        pools: by path.
+        rank_rows: handle -> path -> the rank rows that it takes there, of the adapters that are
+            wanted and of those that stay in the pools whatever comes.
+        wanted: handles.
+
+    Raises:
+        PoolCapacityError: a pool is too small for all of these.
+    """
+    for path, pool in pools.items():
+        needed = sum(rank_rows[handle].get(path, 0) for handle in wanted)
+        kept = sum(rows.get(path, 0) for rows in rank_rows.values()) - needed
+        if needed + kept > pool.runs.capacity:
+            raise PoolCapacityError(
+                f"the pool of {path!r} must hold {needed} rank rows for one request, but of its "
+                f"{pool.runs.capacity} pinned and trained adapters keep {kept}; name fewer "
+                "adapters, unpin some, or attach with more memory"
+            )

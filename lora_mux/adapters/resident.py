@@ -1,25 +1,14 @@
 """The adapters of an attached model, all of them resident."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
 from ..checkpoints import StoredAdapter, copy_to_host
-from ..core import (
-    LoraWeights,
-    Slots,
-    slot_of,
-    synchronized,
-)
-from ..layers import (
-    MuxLinear,
-    check_reservation,
-    check_room,
-    follow_materialised,
-    write,
-)
+from ..core import LoraWeights, Slots, slot_of, synchronized
+from ..layers import MuxLinear, check_reservation, check_room, follow_materialised, write
 from ..routes import Route, Router
-from .changes import Change, Claims, Prepared
+from .changes import Change, Claims, Prepared, Promise, Promises
 from .memory_report import MemoryReport, report_memory
 from .training import TrainedAdapter, Training
 from .writing import WrittenPools
@@ -41,10 +30,11 @@ class Adapters(WrittenPools):
     def __init__(self, layers: dict[str, MuxLinear], slots: Slots, router: Router) -> None:
         super().__init__(layers, slots, router)
         self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
-        # Handles without a name: of adapters that lost it and may still be in use, or that are
-        # being prepared.
+        # Handles without a name: of adapters that lost it and may still be in use or are promised,
+        # or that are being prepared.
         self._nameless: set[int] = set()
         self._claims = Claims()
+        self._promises = Promises()
         self._binding: dict[str, int] = {}  # names that are being given, all of them or none
         self._change = Change(self._mend)
         self.training = Training(layers, self._pools, slots, router, self._writing)
@@ -180,8 +170,10 @@ class Adapters(WrittenPools):
     def _unbind(self, name: str) -> None:
         handle = self._slots.lookup([name])[name]
         with self._writing([slot_of(handle)]):
-            self._nameless.add(self._slots.unbind(name))
-        self.training.end(handle)  # after it: before, an interrupt would lose what was learnt
+            promised = handle in self._promises.handles
+            self._nameless.add(self._slots.unbind(name, promised))
+        self._pinned.discard(handle)
+        self._end_training(handle)  # after it: before, an interrupt would lose what was learnt
         self._free_unused()
 
     @synchronized
@@ -207,6 +199,31 @@ class Adapters(WrittenPools):
         """
         self._change.recover()
         return publish(make())
+
+    @synchronized
+    def promise(self, find: Callable[[], Sequence[Collection[int]]]) -> list[Promise]:
+        """Promise adapters: they can be held as long as the promise lives, whatever names mean.
+
+        Args:
+            find: returns the handles for each promise. It is called with the lock held, so that
+                none of them goes before it is promised.
+
+        Raises:
+            PoolCapacityError: those of one promise can never be resident together.
+        """
+        self._change.recover()
+        promises = [Promise(frozenset(handles)) for handles in find()]
+        self._promises.update(promises)
+        return promises
+
+    @property
+    def has_promises(self) -> bool:
+        """Whether any adapter is promised."""
+        return bool(self._promises.handles)
+
+    def hold(self, handles: Collection[int]) -> Promise:
+        """Make promised adapters resident, and keep them so while the new promise lives."""
+        return Promise(frozenset(handles))
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Make adapters resident, together."""
@@ -282,6 +299,13 @@ class Adapters(WrittenPools):
             self._learnt(handle, copy_to_host("what was learnt", trained.weights, False))
             self.training.end(handle)
 
+    def _end_training(self, handle: int) -> None:
+        """Of an adapter that goes. Those it is promised to go on with what the pools hold."""
+        if handle in self.training.handles and handle in self._promises.handles:
+            held = self.training.in_pools(handle)
+            self._learnt(handle, copy_to_host("what was learnt", held, False))
+        self.training.end(handle)
+
     def _learnt(self, handle: int, stored: StoredAdapter) -> None:
         """Note the values of an adapter, now that they are others."""
         self.training.keep(handle, stored, always=True)
@@ -305,7 +329,7 @@ class Adapters(WrittenPools):
             before = self._slots.bind(name, handle)
             if before not in (None, handle):
                 assert before is not None
-                self.training.end(before)
+                self._end_training(before)
                 self._nameless.add(before)
                 self._pinned.discard(before)
                 self._router.replace_sticky(before, handle)
@@ -344,9 +368,10 @@ class Adapters(WrittenPools):
         while self._nameless:  # companions that nobody has any more come after their adapters
             reachable, in_use = self._router.reachable(), self._router.in_use()
             unused = []
-            for handle in self._nameless - self._claims.alive():
-                # A pass that begins now cannot use a handle that is not live.
-                users = reachable if self._slots.is_live(handle) else in_use
+            for handle in self._nameless - self._claims.alive() - self._promises.handles:
+                # A pass that begins now cannot use a handle that is not live, or was removed.
+                is_live = self._slots.is_live(handle) and not self._slots.is_removed(handle)
+                users = reachable if is_live else in_use
                 if users is not None and handle not in users:
                     unused.append(handle)
             if not unused:

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
-from ..checkpoints import StoredAdapter
-from ..core import LoraWeights, Slots, Stream, has_streams, synchronized
+from ..checkpoints import PackedTensors, StoredAdapter
+from ..core import LoraWeights, Pool, Slots, Stream, has_streams, synchronized
 from ..errors import AdapterError
 from ..layers import MuxLinear, cut_and_check, cut_and_check_shapes, follow_materialised
 from ..routes import Router
@@ -67,6 +67,32 @@ class WrittenPools:
 
     def _devices(self) -> set[torch.device]:
         return {pool.A_rows.device for pool in self._pools.values()}
+
+    def _on_gpu(self) -> bool:
+        """Whether a pool is on a GPU, so that copies from pinned memory pay off."""
+        return any(map(has_streams, self._devices()))
+
+    def _read(self, stored: StoredAdapter) -> PackedTensors:
+        """An adapter's values, checked."""
+        values = stored.read(self._on_gpu())
+        for path, part in stored.weights(values).items():
+            pool = self._pools[path]
+            # Otherwise they are known to be finite, since they were read or handed over.
+            widest = max(torch.finfo(tensor.dtype).max for tensor in (part.A, part.B))
+            computed = part.bias is not None or part.gain is not None
+            if torch.finfo(pool.A_rows.dtype).max < widest or computed:
+                part.check_values(pool.A_rows.dtype, f"{stored.source}[{path!r}]")
+        return values
+
+    def _parts(
+        self, weights: Mapping[torch.device, Mapping[str, LoraWeights]]
+    ) -> Iterator[tuple[Pool, LoraWeights | None]]:
+        """Each pool with what it is to hold of an adapter, whose weights are on every device."""
+        for path, layer in self._layers.items():
+            part = weights[layer.mux_pool.A_rows.device].get(path)
+            if part is not None and layer.mux_kind is not None:
+                part = layer.mux_kind.cut(part, path)
+            yield layer.mux_pool, part
 
     def _stream(self, device: torch.device) -> Stream:
         """The stream on which the pools of a device are written."""

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import AdapterError, ArgumentTypeError, RoutingError, UnknownAdapterError
-from .routing import BASE, NONE, Routing, host_may_read
+from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
+from .routing import BASE, NONE, Routing
 from .selections import Companion, Companions
 from .streams import has_streams, to_device
+from .weights import Dropout
 
 # handle = generation << 16 | slot fits an int32 index: 65,536 slots with 32,768 tenants each.
 SLOT_BITS = 16
@@ -31,39 +32,6 @@ MAX_NAMES_IN_ERROR = 20
 MAX_NAMES_TO_COMPARE = 200  # with an unknown one, which takes difflib 20 ms
 MAX_LENGTH_TO_COMPARE = 80
 CPU = torch.device("cpu")
-
-
-class Dropout(dict[int, float]):
-    """How large a share of x is dropped before the A of trained adapters: slot -> 0 < p < 1."""
-
-    def of_rows(self, slots: Tensor) -> Tensor:
-        """The share [M, 1] of each row, for slots [M, J].
-
-        Adapters of one row have one x. Where theirs are unequal it is NaN, if the host may not
-        read the slots.
-
-        Raises:
-            RoutingError: the host may, and there is such a row.
-        """
-        highest = max([0, *self])  # no default=, which torch.compile does not know
-        table = torch.zeros(highest + 1, dtype=torch.float32)
-        for slot, rate in self.items():
-            table[slot] = rate
-        (rates,) = to_device([table], slots.device)
-        known = (slots >= 0) & (slots < len(table))
-        each = torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0)
-        most = each.amax(1, True)
-        if slots.shape[1] == 1:
-            return most
-        unequal = ((each != most) & (slots >= 0)).any(1, True)
-        if host_may_read(slots) and bool(unequal.any()):
-            row = int(unequal.flatten().nonzero()[0])
-            raise RoutingError(
-                "`rows` must name adapters of one dropout in each row while they are trained, got "
-                f"{sorted(each[row][slots[row] >= 0].tolist())}; give them the same, or call "
-                "eval() on what train() returned"
-            )
-        return torch.where(unequal, torch.nan, most)
 
 
 class Slots:
@@ -79,8 +47,10 @@ class Slots:
         self._handles: dict[str, int] = {}
         # Of each slot's present tenant, else of its next one.
         self._generation = list(generations)
-        # Of loaded adapters, and of replaced ones that are still live.
+        # Of loaded adapters, and of replaced and removed ones that are still live.
         self._names: dict[int, str] = {}
+        # Live handles whose name was removed: they mean something to routes of promised adapters.
+        self._removed: set[int] = set()
         self.companions = Companions()
         self._free = [s for s, g in reversed([*enumerate(generations)]) if g < GENERATIONS]
         # Slot -> the handle of its tenant, or -1: once for all loaded adapters, and for the live
@@ -182,14 +152,24 @@ class Slots:
             self.name_changes += 1
         return before
 
-    def unbind(self, name: str) -> int:
-        """Forget `name`; returns its handle, which is dead for ever but still has its slot."""
+    def unbind(self, name: str, promised: bool = False) -> int:
+        """Forget `name`; returns its handle, which is dead for ever but still has its slot.
+
+        Args:
+            promised: the handle goes on to mean its rank rows, to those it was promised to.
+        """
         handle = self.lookup([name])[name]
-        del self._names[handle]  # first: a handle with this name is live, see `mend`
+        if promised:
+            self._removed.add(handle)
+        else:
+            del self._names[handle]  # first: a handle with this name is live, see `mend`
         del self._handles[name]
         self._loaded[slot_of(handle)] = NONE
         self.name_changes += 1
-        self.suspend(handle)
+        if promised:
+            self.suspensions += 1  # who has found out what it means finds out again
+        else:
+            self.suspend(handle)
         return handle
 
     def accompany(self, handle: int, companion: Companion) -> None:
@@ -209,6 +189,7 @@ class Slots:
         """
         slot = slot_of(handle)
         self._names.pop(handle, None)
+        self._removed.discard(handle)
         if self.is_live(handle):
             self.suspend(handle)
         self._generation[slot] = (handle >> SLOT_BITS) + 1
@@ -245,6 +226,7 @@ class Slots:
         tenants = self.tenants
         replaced = {h: n for h, n in self._names.items() if h in tenants}
         self._names = replaced | named
+        self._removed = self._removed & replaced.keys() - named.keys()
         self.companions.mend(tenants)
         companions = self.companions.handles
         ends = range(len(self._generation) - 1, -1, -1)
@@ -311,13 +293,24 @@ class Slots:
         """
         self._slots_of(index, self._loaded)
 
-    def resolve(self, index: Tensor) -> Tensor:
+    def resolve(self, index: Tensor, promised: bool = False) -> Tensor:
         """Slots int64 of an index of handles, -1 where it is -1. Reads the values: syncs on a GPU.
+
+        Args:
+            promised: the index is that of requests, to whom removed adapters may be promised.
 
         Raises:
             UnknownAdapterError: a handle is not live, was freed, or was never given out.
         """
-        return self._slots_of(index, self._live[CPU].numpy())
+        live = self._live[CPU].numpy()
+        if self._removed and not promised:
+            live = live.copy()
+            live[[slot_of(handle) for handle in self._removed]] = NONE
+        return self._slots_of(index, live)
+
+    def is_removed(self, handle: int) -> bool:
+        """Whether a live handle has lost its name for good."""
+        return handle in self._removed
 
     def _slots_of(self, index: Tensor, tenants: NDArray[np.int32]) -> Tensor:
         # In numpy, which takes a tenth of torch's time for the few numbers of an index.

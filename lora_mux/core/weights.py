@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ArgumentTypeError
+from ..errors import AdapterError, ArgumentTypeError, RoutingError
+from .routing import host_may_read
+from .streams import to_device
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Masters(NamedTuple):
     scaling: float
 
     @classmethod
+    @torch.inference_mode(False)  # else no pass could tell whether they have changed
     def of(cls, weights: LoraWeights, device: torch.device) -> "Masters":
         """Parameters that begin with the values of factors."""
 
@@ -115,6 +118,39 @@ class Masters(NamedTuple):
             parameter.data = parameter.data.to(device)
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.to(device)
+
+
+class Dropout(dict[int, float]):
+    """How large a share of x is dropped before the A of trained adapters: slot -> 0 < p < 1."""
+
+    def of_rows(self, slots: Tensor) -> Tensor:
+        """The share [M, 1] of each row, for slots [M, J].
+
+        Adapters of one row have one x. Where theirs are unequal it is NaN, if the host may not
+        read the slots.
+
+        Raises:
+            RoutingError: the host may, and there is such a row.
+        """
+        highest = max([0, *self])  # no default=, which torch.compile does not know
+        table = torch.zeros(highest + 1, dtype=torch.float32)
+        for slot, rate in self.items():
+            table[slot] = rate
+        (rates,) = to_device([table], slots.device)
+        known = (slots >= 0) & (slots < len(table))
+        each = torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0)
+        most = each.amax(1, True)
+        if slots.shape[1] == 1:
+            return most
+        unequal = ((each != most) & (slots >= 0)).any(1, True)
+        if host_may_read(slots) and bool(unequal.any()):
+            row = int(unequal.flatten().nonzero()[0])
+            raise RoutingError(
+                "`rows` must name adapters of one dropout in each row while they are trained, got "
+                f"{sorted(each[row][slots[row] >= 0].tolist())}; give them the same, or call "
+                "eval() on what train() returned"
+            )
+        return torch.where(unequal, torch.nan, most)
 
 
 def on_diagonal(factor: Tensor, blocks: int) -> Tensor:

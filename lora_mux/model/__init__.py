@@ -7,7 +7,7 @@ given_rows           the part of a Mux that runs blocks and calls under rows
 trained              the part of a Mux that trains adapters
 top                  hooks of the model, between which a pass has its rows
 generation           methods of the model that mean something else once it is attached
-continuous_batching  requests of transformers' continuous batching, each with its adapters
+continuous_batching  a folder: requests of transformers' continuous batching, with adapters each
 """
 
 from .attach import attach as attach

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..adapters import Adapters, BoundedAdapters
 from ..core import Routing, Selection, Slots, weighted_adapters
-from ..errors import ArgumentTypeError, TargetError
+from ..errors import ArgumentTypeError, RoutingBusyError, TargetError
 from ..layers import Target, common_dtype, dtype_of, swap_in, swap_out
 from ..routes import Expand, Route, Router, Rows, UniformRoutes, make_route
 from .generation import follow_generation, forget_generation
@@ -256,12 +256,18 @@ class Mux(GivenRows):
         After an interrupt the model answers as the base; another call goes on.
 
         Raises:
-            RoutingBusyError: a block is open or a pass is in progress, in any thread or task.
+            RoutingBusyError: a block is open or a pass is in progress, in any thread or task; or
+                requests of transformers' continuous batching have adapters.
         """
         model = self._model
         if model is None:
             model = self._check_attached()  # which raises
         self._router.refuse_in_use()
+        if self._adapters.has_promises:
+            raise RoutingBusyError(
+                "the model cannot be detached while requests of continuous batching have adapters; "
+                "let them end, or cancel them and stop their manager"
+            )
         _GENERATIONS[model] = self._slots.next_generations
         self._router.set(None)  # what is still to be taken out adds nothing from here on
         self._router.is_detached = True

@@ -18,10 +18,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import RankRows
 from ..errors import TrainingError
-from ..kernels.tensors import DEAD, empty_plan
+from ..kernels.tensors import DEAD, SLOT_MASK, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import on_triton, plan_in_torch, reference
 from .operands import How, Trained, check_unchanged, schema, transposed
@@ -79,6 +80,8 @@ def _plan(
     block_m: int,
     triton: bool | None = None,
 ) -> Plan:
+    if len(live) <= SLOT_MASK:  # a caller's own, who has fewer slots: the others have no tenant
+        live = pad(live, (0, SLOT_MASK + 1 - len(live)), value=-1)
     if not _on_triton(index, triton):
         return plan_in_torch.plan(index, weight, live, capacity, block_m)
     from ..kernels import launch

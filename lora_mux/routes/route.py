@@ -54,6 +54,7 @@ class Route:
     argument: str = "rows"  # what error messages call it
     samples: int | None = None  # of the batch, if a route per token tells
     towers: "Mapping[str, Route]" = field(default_factory=dict)  # path -> rows of its own batch
+    promised: bool = False  # of requests: adapters that were promised to them may be removed by now
     # Made once, when they are first needed, and no part of the value:
     padded: "tuple[object, Route] | None" = None  # as compiled models read it, and in which shape
     resolved: "Resolved | None" = None
@@ -148,7 +149,7 @@ class Route:
             return None
         suspensions, known = slots.suspensions, self.resolved
         if known is None or known.suspensions != suspensions:
-            resolved = slots.resolve(index)
+            resolved = slots.resolve(index, self.promised)
             used = frozenset(resolved.flatten().tolist()) - {NONE}
             known = self.resolved = Resolved(suspensions, resolved, used)
         return known

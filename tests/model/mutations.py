@@ -5,7 +5,9 @@ from mutation import Mutation
 ATTACH = "model/attach.py"
 BOUNDED = "adapters/bounded.py"
 CALL = "model/given_rows.py"
-CONTINUOUS_BATCHING = "model/continuous_batching.py"
+IN_FLIGHT = "model/continuous_batching/in_flight.py"
+MANAGER = "model/continuous_batching/manager.py"
+REQUEST_ROWS = "model/continuous_batching/request_rows.py"
 GENERATION = "model/generation.py"
 GIVEN_ROWS = "model/given_rows.py"
 LAYOUT = "model/layout.py"
@@ -28,11 +30,12 @@ TEST_SAVED_MODULES = ("model/test_saved_modules.py",)
 TEST_WRAPPERS = ("model/test_wrappers.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
+TEST_EVENTS = ("model/test_continuous_events.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 MUTATIONS = {
     "continuous: the batch that is not computed": Mutation(
-        CONTINUOUS_BATCHING,
+        MANAGER,
         "batch.current_pair]",
         "1 - batch.current_pair]",
         TEST_CONTINUOUS_BATCHING,
@@ -41,37 +44,91 @@ MUTATIONS = {
         LAYOUT, "elif target in unknown:", "elif False:", TEST_KINDS
     ),
     "continuous: prefixes are shared": Mutation(
-        CONTINUOUS_BATCHING, "config.allow_block_sharing", "False", TEST_CONTINUOUS_BATCHING
+        MANAGER, "config.allow_block_sharing", "False", TEST_CONTINUOUS_BATCHING
     ),
     "continuous: children have no adapters": Mutation(
-        CONTINUOUS_BATCHING,
+        MANAGER,
         "range(self.num_return_sequences - 1)",
         "range(0)",
         TEST_CONTINUOUS_BATCHING,
     ),
     "continuous: finished requests are kept": Mutation(
-        CONTINUOUS_BATCHING,
-        "in self.mux_started - known",
-        "in set[str]()",
+        IN_FLIGHT,
+        "elif waiting.isdisjoint(request.names):",
+        "elif False:",
         TEST_CONTINUOUS_BATCHING,
     ),
+    "continuous: what is in the queue is forgotten": Mutation(
+        IN_FLIGHT,
+        "elif waiting.isdisjoint(request.names):",
+        "else:",
+        TEST_EVENTS,
+    ),
+    "continuous: a name in flight comes again": Mutation(
+        IN_FLIGHT, "if other and not (", "if other and False and (", TEST_EVENTS
+    ),
+    "continuous: what does not fit fails all": Mutation(
+        IN_FLIGHT, "except PoolCapacityError:", "except ZeroDivisionError:", TEST_EVENTS
+    ),
+    "continuous: small ones overtake for ever": Mutation(
+        IN_FLIGHT, "if asked.handles and waits and new:", "if False:", TEST_EVENTS
+    ),
+    "continuous: a broken file fails all": Mutation(
+        IN_FLIGHT,
+        "except LoraMuxError as error:",
+        "except ZeroDivisionError as error:",
+        TEST_EVENTS,
+    ),
+    "continuous: refused requests are kept": Mutation(
+        MANAGER, "if added is None:", "if False:", TEST_EVENTS
+    ),
+    "continuous: a stopped manager keeps its requests": Mutation(
+        MANAGER, "self.mux_requests.forget(set, lambda name: False)", "pass", TEST_EVENTS
+    ),
+    "continuous: a removed adapter dies at once": Mutation(
+        RESIDENT, "promised = handle in self._promises.handles", "promised = False", TEST_EVENTS
+    ),
+    "continuous: promised rank rows are freed": Mutation(
+        RESIDENT,
+        "self._nameless - self._claims.alive() - self._promises.handles:",
+        "self._nameless - self._claims.alive():",
+        TEST_EVENTS,
+    ),
+    "continuous: promised adapters go for good": Mutation(
+        BOUNDED,
+        "self._nameless.intersection(handles) - self._promises.handles",
+        "self._nameless.intersection(handles)",
+        TEST_EVENTS,
+    ),
+    "continuous: a batch may lose its adapters again": Mutation(
+        BOUNDED, "self._staying.add(held)", "pass", TEST_EVENTS
+    ),
+    "continuous: what was learnt is lost with the name": Mutation(
+        RESIDENT, "handle in self.training.handles and handle in", "handle not in", TEST_EVENTS
+    ),
+    "continuous: removed names serve others": Mutation(
+        "core/slots.py", "if self._removed and not promised:", "if False:", TEST_EVENTS
+    ),
+    "continuous: detached under requests": Mutation(
+        MUX, "if self._adapters.has_promises:", "if False:", TEST_EVENTS
+    ),
     "continuous: requests do not see their own rows": Mutation(
-        CONTINUOUS_BATCHING, "if entry is NOT_GIVEN:", "if True:", TEST_CONTINUOUS_CALLS
+        REQUEST_ROWS, "if entry is NOT_GIVEN:", "if True:", TEST_CONTINUOUS_CALLS
     ),
     "continuous: none is a guess": Mutation(
-        CONTINUOUS_BATCHING, "if entry is None:", "if False:", TEST_CONTINUOUS_CALLS
+        REQUEST_ROWS, "if entry is None:", "if False:", TEST_CONTINUOUS_CALLS
     ),
     "continuous: a number of base rows is not compared": Mutation(
-        CONTINUOUS_BATCHING,
+        REQUEST_ROWS,
         "    if route is None:\n",
         "    if route is None or not route.selects:\n",
         TEST_CONTINUOUS_CALLS,
     ),
     "continuous: generate_batch looks twice": Mutation(
-        CONTINUOUS_BATCHING, "if _DUE.get() is not None:", "if False:", TEST_CONTINUOUS_CALLS
+        MANAGER, "if due_rows() is not None:", "if False:", TEST_CONTINUOUS_CALLS
     ),
     "continuous: the model may be detached under a batch": Mutation(
-        CONTINUOUS_BATCHING, "with self._serving(route):", "if True:", TEST_CONTINUOUS_CALLS
+        MANAGER, "with self._serving(route):", "if True:", TEST_CONTINUOUS_CALLS
     ),
     "generation: the keyword reaches the model": Mutation(
         GENERATION,

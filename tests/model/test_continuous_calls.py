@@ -241,7 +241,7 @@ class TestRefusals:
             for row, kind, message in cases:
                 with pytest.raises(kind, match=message):
                     manager.add_request(PROMPTS[0], adapter_names=row)
-            assert not manager.mux_rows
+            assert not len(manager.mux_requests)
             name = manager.add_request(PROMPTS[0], adapter_names="plain")
             assert collected(manager, 1) == {name: stage.answers[0]}
 
@@ -265,7 +265,7 @@ class TestRefusals:
         with stage.model.continuous_batching_context_manager(**settings()) as manager:
             with pytest.raises(RoutingError, match=message):
                 manager.add_requests(PROMPTS, adapter_names=rows)
-            assert not manager.mux_rows
+            assert not len(manager.mux_requests)
 
     def test_without_rows_beside_the_block_of_another_thread(self, stage: SimpleNamespace) -> None:
         """As for generate(): the request may belong to the block."""

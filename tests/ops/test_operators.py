@@ -141,6 +141,23 @@ class TestContract:
 
 
 @pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("size", [0, 3, 65535, 65536])
+def test_plan_takes_any_table_of_live_handles(size: int, triton: bool) -> None:
+    """Other engines have few slots: what is beyond their table has no tenant; -1 is the base."""
+    live = torch.full((size,), -1, dtype=torch.int32)
+    live[: min(size, 3)] = torch.tensor([0, -1, 2 | 5 << 16], dtype=torch.int32)[:size]
+    index = torch.tensor([[0, -1], [2 | 5 << 16, 0], [-1, -1], [1, 0], [65535, -1], [2, -1]])
+    made = OPS.plan(index, torch.ones(6, 2), live, 3, 16, triton)
+    whole = torch.cat([live, torch.full((65536 - size,), -1, dtype=torch.int32)])
+    plan = tensors.Plan(*made)
+    alive = (whole[index & 65535] == index) & (index >= 0)
+    assert torch.equal(plan.slots.long(), torch.where(alive, index & 65535, -1))
+    dead = (~alive & (index != -1)).any(1)
+    states = torch.where(alive.any(1), tensors.SELECTS, tensors.BASE)
+    assert torch.equal(plan.state.long(), torch.where(dead, tensors.DEAD, states))
+
+
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.interpreter)])
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "half"])
 def test_values_of_either_implementation(name: str, triton: bool) -> None:
     problem = finite(PROBLEMS[name])

@@ -1,0 +1,142 @@
+"""The requests of a manager that are not over yet, and which of them may be in a batch."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+from ...adapters import Promise
+from ...errors import LoraMuxError, PoolCapacityError, RoutingError
+from ..given_rows import GivenRows
+from .request_rows import RequestRow
+
+
+@dataclass(eq=False)
+class Request:
+    """A request under its names: its own, and those of its further sequences."""
+
+    row: RequestRow
+    names: tuple[str, ...]
+    is_put: bool = False  # it is in the manager's queue, or was
+    is_seen: bool = False  # it has left that queue, and transformers' scheduler has or had it
+
+
+class InFlight:
+    """The requests of one manager, from when they are added until nothing of them is left.
+
+    Users' threads add requests; the manager's own thread forgets them. Only that one takes requests
+    out of the manager's queue, so that it knows between two batches where each of them is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: dict[str, Request] = {}  # by name
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._requests])
+
+    def row(self, name: str) -> RequestRow | None:
+        """What a request asks for."""
+        request = self._requests.get(name)
+        return None if request is None else request.row
+
+    def add(self, request: Request, is_alive: Callable[[str], bool]) -> None:
+        """Note a request that is about to be put into the queue.
+
+        Args:
+            request: the request.
+            is_alive: whether transformers' scheduler has a request, by its name.
+
+        Raises:
+            RoutingError: one of its names is that of a request in flight.
+        """
+        with self._lock:
+            for name in request.names:
+                other = self._requests.get(name)
+                if other and not (other.is_seen and not any(map(is_alive, other.names))):
+                    raise RoutingError(
+                        f"`request_id` must be new, got {name!r}, which is still in flight; leave "
+                        "it out, or wait for the answer"
+                    )
+            self._requests.update(dict.fromkeys(request.names, request))
+
+    def drop(self, request: Request) -> None:
+        """Forget a request, unless others have its names by now."""
+        with self._lock:
+            for name in request.names:
+                if self._requests.get(name) is request:
+                    del self._requests[name]
+
+    def forget(self, queued: Callable[[], Set[str]], is_alive: Callable[[str], bool]) -> None:
+        """Forget the requests of which nothing is left.
+
+        Args:
+            queued: the names in the queue, from which nobody takes any meanwhile.
+            is_alive: whether transformers' scheduler has a request, by its name.
+        """
+        with self._lock:
+            put = [request for request in {*self._requests.values()} if request.is_put]
+        waiting = queued()  # afterwards: what is not there was taken out
+        for request in put:
+            if any(map(is_alive, request.names)):
+                request.is_seen = True
+            elif waiting.isdisjoint(request.names):
+                self.drop(request)
+
+
+class Residents:
+    """The adapters of the batch that is being made, which stay resident until it is computed."""
+
+    def __init__(self, mux: GivenRows) -> None:
+        self._adapters = mux._adapters
+        self._held: Promise | None = None
+
+    def fitting(
+        self,
+        candidates: Iterable[Any],
+        row: Callable[[str], RequestRow | None],
+        is_new: Callable[[str], bool],
+        fail: Callable[[Any, LoraMuxError], None],
+    ) -> Iterator[Any]:
+        """Those of transformers' candidates whose adapters fit beside those of the ones before.
+
+        A new one that does not fit holds back the new ones behind it that have adapters, so that
+        nobody waits for ever while others pass. Requests of the base model always go.
+
+        Args:
+            candidates: the states of requests, in the scheduler's order: it takes them one by one,
+                and stops when the batch is full.
+            row: what a request asks for, by its name.
+            is_new: whether a request has not been in a batch yet, by its name.
+            fail: ends a request that cannot be answered, and no other.
+        """
+        self._held, waits = None, False
+        for state in candidates:
+            name = state.request_id
+            asked = row(name)
+            if asked is None:
+                fail(state, RoutingError(f"request {name!r} was added past this model's adapters"))
+                continue
+            new = is_new(name)
+            if asked.handles and waits and new:
+                continue
+            try:
+                self._hold(asked.handles)
+            except PoolCapacityError:
+                waits = waits or new
+            except LoraMuxError as error:  # its files have changed
+                fail(state, error)
+            else:
+                yield state
+
+    def _hold(self, handles: frozenset[int]) -> None:
+        held = self._held.handles if self._held is not None else frozenset()
+        if not handles <= held:
+            self._held = self._adapters.hold(held | handles)
+
+    def let_go(self) -> None:
+        """The batch is computed, or there is none."""
+        self._held = None
