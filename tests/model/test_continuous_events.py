@@ -300,6 +300,21 @@ class TestRoom:
         assert order.index("large") < min(order.index(f"small{i}") for i in range(8))
         assert order.index("base") < order.index("large")
 
+    def test_a_batch_that_is_being_made_keeps_its_adapters(
+        self, stage: Any, tmp_path: Path
+    ) -> None:
+        """From when the scheduler has got its requests until it is computed."""
+        adapters = (mux := crowded(stage.base, tmp_path))._adapters
+        handles = {mux.adapters["plain"], mux.adapters["biased"]}
+        promises = adapters.promise(lambda: [handles])
+        held = adapters.hold(handles)
+        with pytest.raises(PoolCapacityError):
+            mux.prefetch(["rslora"])
+        assert all(map(mux._slots.is_live, handles)) and promises[0].handles == held.handles
+        del held
+        mux.prefetch(["rslora"])
+        assert not all(map(mux._slots.is_live, handles))
+
     def test_a_file_that_has_changed(self, stage: Any, tmp_path: Path) -> None:
         """Its request fails, and says why; the others, and later ones, are answered."""
         mux = crowded(stage.base, tmp_path)
@@ -506,6 +521,25 @@ def test_a_trained_adapter_that_is_removed(stage: Any, tmp_path: Path) -> None:
     manager.stop(block=True)
     wanted = [want if row == "plain" else answer(stage, row) for row in rows]
     assert [results[name] for name in names] == wanted
+
+
+def test_unequal_dropouts_in_a_row(stage: Any, tmp_path: Path) -> None:
+    """While adapters are trained with them, a request with both cannot be answered; others can."""
+    mux = lora_mux.Mux.of(copy.deepcopy(stage.model))
+    trained = [mux.train(name, dropout=p) for name, p in (("plain", 0.1), ("rslora", 0.2))]
+    manager = mux.model.init_continuous_batching(**settings())
+    rows: list[Any] = [("plain", "rslora"), "biased", None]
+    names = manager.add_requests([PROMPT] * 3, adapter_names=rows)
+    manager.start()
+    outputs = {o.request_id: o for o in (manager.get_result(timeout=20) for _ in names)}
+    assert "adapters of one dropout in each row" in outputs[names[0]].error
+    for module in trained:
+        module.eval()
+    again = manager.add_request(PROMPT, adapter_names=rows[0])
+    assert collected(manager, 1)[again] == answer(stage, {"plain": 1.0, "rslora": 1.0})
+    manager.stop(block=True)
+    for name, row in zip(names[1:], rows[1:], strict=True):
+        assert outputs[name].generated_tokens == answer(stage, row)
 
 
 def test_a_copy_has_promised_nothing(stage: Any, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class Residents:
     """The adapters of the batch that is being made, which stay resident until it is computed."""
 
     def __init__(self, mux: GivenRows) -> None:
-        self._adapters = mux._adapters
+        self._adapters, self._slots = mux._adapters, mux._slots
         self._held: Promise | None = None
 
     def fitting(
@@ -125,9 +125,11 @@ class Residents:
                 continue
             try:
                 self._hold(asked.handles)
+                if self._slots.dropout:
+                    self._slots.dropout.of_rows(self._slots.resolve(asked.index[None], True))
             except PoolCapacityError:
                 waits = waits or new
-            except LoraMuxError as error:  # its files have changed
+            except LoraMuxError as error:  # its files have changed; unequal dropouts in its row
                 fail(state, error)
             else:
                 yield state
