@@ -28,6 +28,7 @@ ROOMS = {
         *("layers", "ops", "progress", "routes"),
     },
     "measure": {"__init__", "core", "errors", "kernels", "layers", "ops", "progress"},
+    "integrations": {"__init__", "core", "errors"},
     "demo": {"__init__"},  # an application: the public API only
 }
 # The files at the root, likewise.
@@ -47,10 +48,11 @@ LIBRARIES = {
     "ops": {"torch", "numpy", "triton"},  # triton inside a function, to ask for its version
     "checkpoints": {"torch"},
     "progress": {"rich"},
+    "integrations": {"torch", "vllm"},
     "demo": {"torch"},  # transformers, peft and rich come in when it runs, by importlib
 }
 # What may be imported inside a function only, so that `import lora_mux` goes without it.
-LAZY = {"kernels", "triton"}
+LAZY = {"kernels", "triton", "vllm"}
 # The one file of kernels that goes without Triton, so that it may be imported anywhere.
 TENSORS = "lora_mux.kernels.tensors"
 # Applications name the modules of their own rooms, and kernels are modules of jitted functions:
@@ -166,6 +168,7 @@ PLANTED = {
     "model/mux.py imports peft": "def f():\n    import peft",
     "ops/dispatch.py imports kernels outside a function": "from .. import kernels",
     "ops/dispatch.py imports triton outside a function": "import triton",
+    "integrations/vllm.py imports vllm outside a function": "from vllm.lora import resolver",
     "adapters/bounded.py reaches into core": "from ..core.pool import Pool",
     "adapters/bounded.py imports the private _nobody of core": "from ..core import _nobody",
     "errors.py imports core": "from .core import Pool",
