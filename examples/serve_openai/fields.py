@@ -1,0 +1,166 @@
+"""The fields of a request that are served as they are meant. All others are refused.
+
+transformers' server ignores what it does not know how to serve: `stop`, `n`, penalties, images. An
+answer that is not what was asked for is worse than none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from fastapi import HTTPException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import lora_mux
+
+Nothing = Field(default=None, ge=0, le=0)  # a penalty of 0 is none
+
+
+class Asked(BaseModel):
+    """What all endpoints take. A field that is null counts as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = "base"
+    stream: bool = False
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    # They change no answer.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+
+    @property
+    def row(self) -> dict[str, float]:
+        """The adapters that the model's name asks for: {"sql": 1.0} of "base:sql", {} of "base"."""
+        base, colon, text = self.model.partition(":")
+        if base != "base":
+            raise HTTPException(
+                404,
+                f"`model` must be 'base', or 'base:' and adapters such as 'base:sql+0.4*french', "
+                f"got {self.model[:80]!r}; GET /v1/models lists the adapters",
+            )
+        return lora_mux.parse_row(text) if colon else {}
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens the answer may have; None = it was not said."""
+        raise NotImplementedError
+
+
+class StreamOptions(BaseModel):
+    """The last chunk of a stream says how many tokens there were, whether asked to or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = True
+    include_obfuscation: Literal[False] = False
+
+
+class AskedByOldFields(Asked):
+    """What chat and completions share."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: float | None = Nothing
+    frequency_penalty: float | None = Nothing
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens
+
+
+class Text(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of plain text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Text]
+
+
+class Chat(AskedByOldFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: Literal[False] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class Completion(AskedByOldFields):
+    """POST /v1/completions."""
+
+    prompt: str
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+
+
+class Response(Asked):
+    """POST /v1/responses."""
+
+    input: str | list[Message]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    tool_choice: Literal["none", "auto"] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_output_tokens
+
+
+AnyAsked = TypeVar("AnyAsked", bound=Asked)
+
+
+def checked(kind: type[AnyAsked], body: dict[str, Any]) -> AnyAsked:
+    """The request that a body is.
+
+    Raises:
+        HTTPException: 400, with the field, what was expected and what was got.
+    """
+    try:
+        return kind.model_validate(_without_nulls(body))
+    except ValidationError as error:
+        raise HTTPException(400, explain(error.errors())) from None
+
+
+def explain(problems: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the innermost of pydantic's errors."""
+    problem = max(problems, key=lambda found: len(found["loc"]))
+    path = [str(part) for part in problem["loc"]]
+    if path[:1] == ["body"]:  # FastAPI's
+        path = path[1:]
+    if not path or problem["type"] == "json_invalid":
+        return "the body must be an object in JSON, with `Content-Type: application/json`"
+    field = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"`{field}` is not served here, and is not ignored either: leave it out"
+    return f"`{field}`: {problem['msg']}, got {repr(problem['input'])[:80]}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """OpenAI's client, and whoever sends an answer of its back, writes null for nothing."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,84 @@
+"""In front of the application: the key, the size of a request, and clients that hang up."""
+
+import asyncio
+import secrets
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+LARGEST = 4 << 20  # bytes of a request; texts are tokenized on the event loop, where all wait
+
+
+def refusal(status: int, message: str) -> JSONResponse:
+    """An error in OpenAI's form, which its client shows."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
+class Gate:
+    """ASGI middleware.
+
+    The work for a client that hangs up is cancelled, streamed or not: FastAPI by itself would
+    notice only while it sends.
+    """
+
+    def __init__(self, app: Any, key: str | None) -> None:
+        self._app = app
+        self._bearer = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if not self._may_enter(scope):
+            message = "the server's key must come as `Authorization: Bearer KEY`"
+            await refusal(401, message)(scope, receive, send)
+            return
+        body = await _body(receive)
+        if body is None:
+            message = f"a request must have at most {LARGEST} bytes: send a shorter text"
+            await refusal(413, message)(scope, receive, send)
+            return
+        gone = asyncio.Event()
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_from_here() -> Any:
+            for part in parts:
+                return part
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+            answer.cancel()
+
+        answer = asyncio.ensure_future(self._app(scope, receive_from_here, send))
+        watcher = asyncio.ensure_future(watch())
+        try:
+            await answer
+        except asyncio.CancelledError:
+            answer.cancel()  # where it is we who are cancelled, at the end of the server
+            if not gone.is_set():
+                raise
+        finally:
+            watcher.cancel()
+
+    def _may_enter(self, scope: Any) -> bool:
+        if self._bearer is None or not scope["path"].startswith("/v1/"):
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return secrets.compare_digest(given, self._bearer)
+
+
+async def _body(receive: Any) -> bytes | None:
+    """The whole body; None = it is too large."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > LARGEST:
+            return None
+    return bytes(body)

@@ -1,0 +1,347 @@
+"""The OpenAI-compatible server of examples/, against PEFT: many clients, and bad requests."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from server import served
+from tiny_server import PATIENCE, Tiny, application, started
+
+openai = pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
+
+ROWS = ["", "sql", "french", "sql+0.4*french", "-0.5*legal", "0.3*sql+french+1.25*legal"]
+CACHE = 1024  # tokens
+
+
+def name_of(row: str) -> str:
+    return f"base:{row}" if row else "base"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def stage(tiny: Tiny) -> Iterator[SimpleNamespace]:
+    """A server in this process, where one can look into its engine."""
+    with started(tiny, cache_tokens=CACHE) as models, served(application(models)) as url:
+        yield SimpleNamespace(url=url, models=models, mux=models.mux, tiny=tiny)
+
+
+def client(stage: SimpleNamespace) -> Any:
+    return openai.OpenAI(base_url=f"{stage.url}/v1", api_key="-", max_retries=0, timeout=PATIENCE)
+
+
+def post(stage: SimpleNamespace, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{stage.url}/v1/{path}", json=body, timeout=PATIENCE)
+
+
+def chat(stage: SimpleNamespace, row: str, text: str = "hello", **how: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": text}]
+    body = {"model": name_of(row), "messages": messages, "max_tokens": 16, "temperature": 0, **how}
+    return post(stage, "chat/completions", **body)
+
+
+def answer(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def is_idle(stage: SimpleNamespace) -> bool:
+    """Whether the engine has nothing to do, and keeps nothing of anybody."""
+    scheduler, router = stage.models.engine.scheduler, stage.models.engine._cb.output_router
+    busy = scheduler.active_requests or scheduler.waiting_requests or router.result_handlers
+    return not busy and router.output_queue.qsize() < 3  # of the last that hung up
+
+
+def soon_idle(stage: SimpleNamespace, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not is_idle(stage):
+        time.sleep(0.02)
+    return is_idle(stage)
+
+
+async def ask(asker: Any, row: str, text: str, kind: str) -> str:
+    """The greedy answer of one request, by one of the ways to ask."""
+    how = {"model": name_of(row), "temperature": 0}
+    if kind == "responses":
+        made = await asker.responses.create(input=text, max_output_tokens=16, **how)
+        return str(made.output_text)
+    if kind == "completions":
+        made = await asker.completions.create(prompt=text, max_tokens=16, **how)
+        return str(made.choices[0].text)
+    messages = [{"role": "user", "content": text}]
+    stream = await asker.chat.completions.create(
+        messages=messages, max_tokens=16, stream=kind == "stream", **how
+    )
+    if kind == "chat":
+        assert stream.model == how["model"]
+        return str(stream.choices[0].message.content)
+    chunks = [chunk async for chunk in stream]
+    parts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert sum(map(bool, parts)) > 3 and chunks[-1].usage.completion_tokens <= 16
+    return "".join(parts)
+
+
+def test_many_clients_each_with_its_own_mix(stage: SimpleNamespace) -> None:
+    """24 at once, half of them streamed, share batches; each answer is PEFT's for its mix."""
+    passes = []
+    hook = stage.mux.model.register_forward_hook(lambda *given: passes.append(1))
+    kinds = ["stream", "chat", "stream", "completions", "stream", "responses"]
+    asked = [
+        (row, f"question {i}", kinds[(i + j) % 6])
+        for j in range(4)
+        for i, row in enumerate(ROWS, start=10 * j)
+    ]
+
+    async def main() -> list[str]:
+        url = f"{stage.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="-", timeout=PATIENCE) as asker:
+            return await asyncio.gather(*(ask(asker, *each) for each in asked))
+
+    got = asyncio.run(main())
+    hook.remove()
+    for (row, text, kind), made in zip(asked, got, strict=True):
+        assert made == stage.tiny.answer(row, text, 16, kind != "completions"), (row, kind)
+    assert len({stage.tiny.answer(row, "question 10") for row in ROWS}) > 4
+    assert 0 < len(passes) < 24 * 16 / 3
+    assert soon_idle(stage, PATIENCE)
+
+
+def test_two_clients_that_choose_the_same_request_id(stage: SimpleNamespace) -> None:
+    """x-request-id is theirs to choose; the engine must not take one request for the other."""
+
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=PATIENCE) as asker:
+            bodies = [
+                {"model": name_of(row), "prompt": "same", "max_tokens": 16, "temperature": 0}
+                for row in ROWS
+            ]
+            url, headers = f"{stage.url}/v1/completions", {"x-request-id": "mine"}
+            return await asyncio.gather(
+                *(asker.post(url, json=body, headers=headers) for body in bodies)
+            )
+
+    for row, response in zip(ROWS, asyncio.run(main()), strict=True):
+        assert response.headers["x-request-id"] == "mine"
+        text = response.json()["choices"][0]["text"]
+        assert text == stage.tiny.answer(row, "same", 16, False)
+
+
+def test_models_are_the_base_and_each_adapter(stage: SimpleNamespace) -> None:
+    names = [model.id for model in client(stage).models.list()]
+    assert names == ["base", "base:sql", "base:french", "base:legal"]
+    assert httpx.get(f"{stage.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "said"),
+    [
+        ("gpt-5", 404, "'base:sql+0.4*french'"),
+        ("base:nobody", 404, "unknown adapter 'nobody'"),
+        ("base:sql+nobody", 404, "unknown adapter 'nobody'"),
+        ("base:", 400, "at position 0"),
+        ("base:sql+", 400, "at position 4"),
+        ("base:sql+sql", 400, "each adapter once at position 4"),
+        ("base:sql*2", 400, "at position 3"),
+        ("base:1e99*sql", 400, "finite"),
+    ],
+)
+def test_names_of_models_that_are_none(
+    stage: SimpleNamespace, model: str, status: int, said: str
+) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(openai.APIStatusError) as caught:
+        client(stage).chat.completions.create(model=model, messages=messages)
+    assert caught.value.status_code == status and said in caught.value.body["message"]
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("chat/completions", {}, "`messages`"),
+        ("chat/completions", {"messages": []}, "`messages`"),
+        ("chat/completions", {"messages": IMAGE}, "got 'image_url'"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ("chat/completions", {**CHAT, "n": 2}, "`n`"),
+        ("chat/completions", {**CHAT, "logprobs": True}, "`logprobs`"),
+        ("chat/completions", {**CHAT, "stop": "x"}, "`stop` is not served"),
+        ("chat/completions", {**CHAT, "tools": [{}]}, "`tools` is not served"),
+        ("chat/completions", {**CHAT, "response_format": {"type": "x"}}, "`response_format`"),
+        ("chat/completions", {**CHAT, "logit_bias": {"1": 2}}, "`logit_bias`"),
+        ("chat/completions", {**CHAT, "frequency_penalty": 0.5}, "`frequency_penalty`"),
+        ("chat/completions", {**CHAT, "generation_config": "{}"}, "`generation_config`"),
+        ("chat/completions", {**CHAT, "adapters": "sql"}, "`adapters` is not served"),
+        ("chat/completions", {**CHAT, "seed": 1, "temperature": 1}, "`seed` is served only"),
+        ("chat/completions", {**CHAT, "temperature": -1}, "`temperature`"),
+        ("chat/completions", {**CHAT, "temperature": "1"}, "`temperature`"),
+        ("chat/completions", {**CHAT, "top_p": 0}, "`top_p`"),
+        ("chat/completions", {**CHAT, "top_k": 0}, "`top_k`"),
+        ("chat/completions", {**CHAT, "max_tokens": 0}, "`max_tokens`"),
+        ("chat/completions", {**CHAT, "max_tokens": CACHE}, f"at most {CACHE}"),
+        ("completions", {"prompt": ["a", "b"]}, "`prompt`"),
+        ("completions", {"prompt": "y" * CACHE}, f"got {CACHE} and 1"),
+        ("completions", {"prompt": ""}, "must have a token"),
+        ("completions", {"prompt": "x", "echo": True}, "`echo`"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "`suffix` is not served"),
+        ("responses", {"input": "x", "previous_response_id": "1"}, "`previous_response_id`"),
+        ("responses", {"input": "x", "reasoning": {}}, "`reasoning`"),
+    ],
+)
+def test_what_is_not_served_is_refused(
+    stage: SimpleNamespace, path: str, body: dict[str, Any], said: str
+) -> None:
+    response = post(stage, path, **{"model": "base:sql", **body})
+    assert response.status_code == 400 and said in response.json()["error"]["message"]
+
+
+def test_bodies_that_are_no_json(stage: SimpleNamespace) -> None:
+    for body in (b"{", b"[1]", b'"x"'):
+        headers = {"content-type": "application/json"}
+        response = httpx.post(f"{stage.url}/v1/completions", content=body, headers=headers)
+        assert response.status_code == 400 and "in JSON" in response.json()["error"]["message"]
+    response = httpx.post(f"{stage.url}/v1/completions", content=b"x" * (5 << 20))
+    assert response.status_code == 413
+
+
+def test_fields_that_say_nothing_are_taken(stage: SimpleNamespace) -> None:
+    """As clients send them along: null, and what is usual."""
+    usual = {"n": 1, "logprobs": False, "stop": None, "tools": None, "presence_penalty": 0.0}
+    got = answer(chat(stage, "sql", user="me", seed=7, stream_options=None, **usual))
+    assert got == stage.tiny.answer("sql", "hello")
+    parts = [{"type": "text", "text": "hello"}]
+    message = {"role": "user", "content": parts, "refusal": None, "tool_calls": None}
+    assert answer(chat(stage, "sql", messages=[message])) == got
+
+
+def test_each_request_draws_as_it_says(stage: SimpleNamespace) -> None:
+    """Greedy and hot ones in the same batches; extremes end nobody's answer."""
+    hot = {"temperature": 2, "max_tokens": 32}
+    cold = stage.tiny.answer("sql", "hello", 32)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0, "max_tokens": 32},
+        {**hot, "top_k": 1},
+        {**hot, "top_p": 1e-9},
+        {"temperature": 1e-300, "max_tokens": 32},
+        {"temperature": None, "max_tokens": 32},  # as the model's generation_config: greedy
+        {**hot},
+        {**hot},
+        {**hot, "top_k": 1 << 40},
+        {**hot, "temperature": None, "top_p": 1.0},
+    ]
+
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=PATIENCE) as asker:
+            url, messages = (
+                f"{stage.url}/v1/chat/completions",
+                [{"role": "user", "content": "hello"}],
+            )
+            body = {"model": "base:sql", "messages": messages}
+            return await asyncio.gather(*(asker.post(url, json={**body, **way}) for way in ways))
+
+    got = [answer(response) for response in asyncio.run(main())]
+    assert got[:5] == [cold] * 5
+    assert len({cold, *got[5:]}) == 5
+
+
+def test_a_request_of_the_largest_size(stage: SimpleNamespace) -> None:
+    """It fills the cache alone, and one token more would be refused; others wait, and are right."""
+
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=PATIENCE) as asker:
+            url = f"{stage.url}/v1/completions"
+            large = {"model": "base:sql", "prompt": "y" * (CACHE - 4), "max_tokens": 4}
+            small = {"model": "base:french", "prompt": "z", "max_tokens": 4}
+            bodies = [large, small, large, small]
+            return await asyncio.gather(
+                *(asker.post(url, json={**body, "temperature": 0}) for body in bodies)
+            )
+
+    large, small, *again = [r.json()["choices"][0]["text"] for r in asyncio.run(main())]
+    assert large == stage.tiny.answer("sql", "y" * (CACHE - 4), 4, False)
+    assert small == stage.tiny.answer("french", "z", 4, False)
+    assert again == [large, small]
+
+
+def test_an_answer_may_be_as_long_as_there_is_room(stage: SimpleNamespace) -> None:
+    response = post(stage, "completions", model="base", prompt="y" * (CACHE - 3), temperature=0)
+    assert response.json()["usage"]["completion_tokens"] <= 3, response.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_request(stage: SimpleNamespace, stream: bool) -> None:
+    assert soon_idle(stage, PATIENCE)
+    body = {**CHAT, "model": "base:sql", "max_tokens": 900, "temperature": 2, "stream": stream}
+    slow = stage.mux.model.register_forward_hook(lambda *given: time.sleep(0.02))
+    try:
+        with httpx.Client(timeout=PATIENCE if stream else 0.5) as asker:
+            if stream:
+                with asker.stream("POST", f"{stage.url}/v1/chat/completions", json=body) as got:
+                    lines = got.iter_lines()
+                    assert next(lines) and not is_idle(stage)
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    asker.post(f"{stage.url}/v1/chat/completions", json=body)
+        assert soon_idle(stage, 2)  # it would have taken 18 seconds
+    finally:
+        slow.remove()
+    assert answer(chat(stage, "french")) == stage.tiny.answer("french", "hello")
+
+
+def test_too_many_requests_at_once(stage: SimpleNamespace) -> None:
+    engine = stage.models.engine
+    engine._most_requests = 0
+    try:
+        response = chat(stage, "sql")
+    finally:
+        engine._most_requests = 256
+    assert response.status_code == 503 and "try later" in response.text
+
+
+def test_what_transformers_would_serve_besides_is_not_there(stage: SimpleNamespace) -> None:
+    """/reset takes the model away from everybody, /load_model fetches one from anywhere."""
+    for path in ("reset", "load_model", "v1/systemone", "v1/audio/transcriptions"):
+        assert httpx.post(f"{stage.url}/{path}", json={"model": "x"}).status_code == 404
+    for path in ("docs", "openapi.json"):
+        assert httpx.get(f"{stage.url}/{path}").status_code == 404
+    for path in ("load_lora_adapter", "unload_lora_adapter"):  # without a key they do not exist
+        assert post(stage, path, lora_name="sql", lora_path="sql").status_code == 404
+
+
+def test_a_name_that_was_taken_for_this_machine(stage: SimpleNamespace) -> None:
+    """As by a web page whose server says that its name is 127.0.0.1."""
+    response = httpx.get(f"{stage.url}/v1/models", headers={"host": "example.org"})
+    assert response.status_code == 400
+
+
+def test_adapters_are_loaded_only_where_there_is_a_key(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="needs a key"):
+        application(None, loadable=tiny.adapters)
+
+
+def test_a_worker_that_died(tiny: Tiny) -> None:
+    """Who waits is told, streamed or not, and so is who asks whether the server is well."""
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError('a "quoted" failure')
+
+    with started(tiny, cache_tokens=CACHE) as models, served(application(models)) as url:
+        broken = SimpleNamespace(url=url)
+        models.model.register_forward_hook(fail)
+        streamed = chat(broken, "sql", stream=True)
+        with pytest.raises(openai.APIError, match="quoted"):
+            client(broken).chat.completions.create(**CHAT, model="base", stream=True).close()
+        assert httpx.get(f"{url}/health").status_code == 503
+        response = chat(broken, "sql")
+    assert "a 'quoted' failure" in streamed.text
+    assert response.status_code == 503 and "quoted" in response.text
