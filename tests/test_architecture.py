@@ -229,7 +229,7 @@ def test_kernels_is_no_package() -> None:
 
 def test_tests_mirror_the_rooms() -> None:
     folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "._"}
-    assert folders >= ROOMS.keys() and folders - ROOMS.keys() <= {"bench", "support"}
+    assert folders >= ROOMS.keys() and folders - ROOMS.keys() <= {"bench", "examples", "support"}
 
 
 def test_mutations_are_of_lines_that_exist() -> None:

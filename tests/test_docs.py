@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/*.md
 WITH_CODE = {"README.md"} | {
     f"docs/{name}.md"
     for name in (
-        *("compose", "concepts", "errors", "examples", "from_peft", "graphs"),
+        *("adapters", "compose", "concepts", "errors", "examples", "from_peft", "graphs"),
         *("isolation", "mixtures", "quickstart", "route_tokens", "serving", "towers", "training"),
     )
 }

@@ -76,7 +76,10 @@ MUTATIONS = {
         STRETCHES, "or self._evict_the_oldest(going, moving)", "or None", TEST_PLACEMENT
     ),
     "residency: values that overflow come in": Mutation(
-        BOUNDED, "if torch.finfo(pool.A_rows.dtype).max < widest", "if False", TEST_BOUNDED
+        "adapters/writing.py",
+        "if torch.finfo(pool.A_rows.dtype).max < widest",
+        "if False",
+        TEST_BOUNDED,
     ),
     "adapters: removed under a forward in progress": Mutation(
         RESIDENT, "if users is not None and handle not in users:", "if True:", TEST_BOUNDED

@@ -174,6 +174,13 @@ def test_a_mix_of_nothing(mixes: NamedMixes) -> None:
         mixes.folder("0*sql")
 
 
+def test_an_adapter_without_weights(mixes: NamedMixes, adapters: Path) -> None:
+    (adapters / "sql" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="must hold adapter_model.safetensors"):
+        mixes.folder("sql+french")
+    assert not list(mixes.cache.iterdir())
+
+
 def test_a_mix_of_too_many(mixes: NamedMixes, adapters: Path) -> None:
     names = [f"a{i}" for i in range(17)]
     for name in names:
