@@ -1,6 +1,7 @@
 """The OpenAI-compatible server of examples/, against PEFT: many clients, and bad requests."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -114,24 +115,26 @@ def test_many_clients_each_with_its_own_mix(stage: SimpleNamespace) -> None:
     assert soon_idle(stage, PATIENCE)
 
 
-def test_two_clients_that_choose_the_same_request_id(stage: SimpleNamespace) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_choose_the_same_request_id(stage: SimpleNamespace, stream: bool) -> None:
     """x-request-id is theirs to choose; the engine must not take one request for the other."""
 
-    async def main() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=PATIENCE) as asker:
-            bodies = [
-                {"model": name_of(row), "prompt": "same", "max_tokens": 16, "temperature": 0}
-                for row in ROWS
-            ]
-            url, headers = f"{stage.url}/v1/completions", {"x-request-id": "mine"}
-            return await asyncio.gather(
-                *(asker.post(url, json=body, headers=headers) for body in bodies)
-            )
+    async def one(asker: httpx.AsyncClient, row: str) -> str:
+        body = {"model": name_of(row), "prompt": "same", "max_tokens": 16, "temperature": 0}
+        url, headers = f"{stage.url}/v1/completions", {"x-request-id": "mine"}
+        got = await asker.post(url, json={**body, "stream": stream}, headers=headers)
+        assert got.headers["x-request-id"] == "mine"
+        events = [got.text]
+        if stream:
+            assert got.text.endswith("\n\ndata: [DONE]\n\n")
+            events = [line[6:] for line in got.text.split("\n\n")[:-2]]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
-    for row, response in zip(ROWS, asyncio.run(main()), strict=True):
-        assert response.headers["x-request-id"] == "mine"
-        text = response.json()["choices"][0]["text"]
-        assert text == stage.tiny.answer(row, "same", 16, False)
+    async def main() -> list[str]:
+        async with httpx.AsyncClient(timeout=10) as asker:
+            return await asyncio.gather(*(one(asker, row) for row in ROWS))
+
+    assert asyncio.run(main()) == [stage.tiny.answer(row, "same", 16, False) for row in ROWS]
 
 
 def test_models_are_the_base_and_each_adapter(stage: SimpleNamespace) -> None:

@@ -1,10 +1,12 @@
 """`python examples/serve_openai` as a process: a key, adapters that come and go, its end."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,11 +196,23 @@ def test_arguments_that_cannot_be(
     assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_it_ends_when_its_answers_have(stage: SimpleNamespace) -> None:
-    """SIGTERM: what was begun is answered to the end, and nothing listens any more."""
+def check_end(server: Any, stage: SimpleNamespace, by: signal.Signals, code: int) -> None:
+    """What was begun is answered to the end, and nothing listens any more."""
+    stage = SimpleNamespace(url=server.url, tiny=stage.tiny)
     with begun(stage, "sql") as rest, ThreadPoolExecutor(1) as threads:
-        code = threads.submit(stage.server.ends)
+        ended = threads.submit(server.ends, by)
         assert rest() == stage.tiny.answer("sql", "hello", 400, False)
-    assert code.result() == -15, stage.server.log.read_text("utf-8")
+    assert ended.result() == code, server.log.read_text("utf-8")
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{stage.url}/health")
+        httpx.get(f"{server.url}/health")
+
+
+def test_an_interrupt_ends_it_when_its_answers_have_ended(stage: SimpleNamespace) -> None:
+    check_end(stage.server, stage, signal.SIGINT, 0)
+
+
+@pytest.mark.slow  # it starts another server
+def test_a_sigterm_does_so_too(stage: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = [str(stage.tiny.base), *stage.tiny.folders("sql")]
+    with process(tmp_path / "log", *arguments, env={"LORA_MUX_API_KEY": ""}) as server:
+        check_end(server, stage, signal.SIGTERM, -signal.SIGTERM)

@@ -110,9 +110,9 @@ class Served:
             time.sleep(0.05)
         raise AssertionError(self.log.read_text("utf-8"))
 
-    def ends(self) -> int:
-        """Its exit code, after SIGTERM."""
-        self.process.send_signal(signal.SIGTERM)
+    def ends(self, by: signal.Signals) -> int:
+        """Its exit code, after a signal."""
+        self.process.send_signal(by)
         return self.process.wait(PATIENCE)
 
 
