@@ -97,9 +97,8 @@ class Replica:
         return ready
 
     def _wait(self, i: int) -> None:
-        if not self.dead:
-            self.waiting.append(i)
-            self._wake()
+        self.waiting.append(i)
+        self._wake()
 
     def _wake(self) -> None:
         if not self.change.triggered:

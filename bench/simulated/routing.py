@@ -66,6 +66,8 @@ def hashed(more: int | None) -> Router:
     """The key's own, or one of `more` further ones on the ring; None = of all."""
 
     def route(state: State, key: int) -> int | None:
+        if state.ongoing[state.alive].min(initial=state.rows) >= state.rows:
+            return None  # at once: thousands may ask again and again, and a whole walk is long
         found = islice(state.ring.walk(key), None if more is None else 1 + more)
         return next((i for i in found if state.ongoing[i] < state.rows), None)
 
