@@ -5,24 +5,28 @@ rate of 1e-4 leaves 6 % of the weights where they are. What has changed is round
 when the next forward pass begins, so that every pass has one state of each adapter.
 """
 
+import functools
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checkpoints import StoredAdapter, saved_key
-from ..core import LoraWeights, Masters, Pool, Slots, slot_of
+from ..core import LoraWeights, Masters, Pool, Slots, is_finite, slot_of
 from ..errors import RoutingBusyError, TrainingError
 from ..layers import MuxLinear
 from ..routes import Router
 
 Self = TypeVar("Self", bound="TrainedAdapter")
 PATIENCE = 60.0  # seconds that a publish waits for the passes of other threads
+# Parameter -> whose it is, for the optimizers' hook. No attribute of it, which pickles would hold.
+_OWNERS: MutableMapping[Tensor, "weakref.ref[TrainedAdapter]"] = WeakIdKeyDictionary()
 
 
 class TrainedAdapter(nn.Module):
@@ -33,10 +37,13 @@ class TrainedAdapter(nn.Module):
     """
 
     def __init__(
-        self, name: str, masters: Mapping[str, Masters], set_dropout: Callable[[bool], None]
+        self,
+        name: str,
+        masters: Mapping[str, Masters],
+        follow: Callable[["TrainedAdapter"], None] | None,
     ) -> None:
         super().__init__()
-        self.mux_name, self.mux_masters, self.mux_set_dropout = name, dict(masters), set_dropout
+        self.mux_name, self.mux_masters, self.mux_follow = name, dict(masters), follow
         self.mux_steps = 0  # of optimizers; fused ones leave no other trace on a parameter
         self.mux_parameters = [p for one in masters.values() for p in one.parameters]
         owner = weakref.ref(self)
@@ -44,7 +51,7 @@ class TrainedAdapter(nn.Module):
             for name in one.weights.tensors():
                 _register(self, saved_key(path, name), getattr(one, name))
         for parameter in self.mux_parameters:
-            parameter.mux_owner = owner  # type: ignore[attr-defined]  # for the optimizers' hook
+            _OWNERS[parameter] = owner
 
     @property
     def mux_state(self) -> list[int]:
@@ -58,8 +65,28 @@ class TrainedAdapter(nn.Module):
 
     def train(self: Self, mode: bool = True) -> Self:
         """As of any module; in eval() nothing of x is dropped for this adapter."""
-        self.mux_set_dropout(mode)
-        return super().train(mode)
+        super().train(mode)
+        if self.mux_follow is not None:
+            self.mux_follow(self)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module, but for `assign`: the parameters stay the ones that are trained.
+
+        Raises:
+            TrainingError: `assign` is True.
+        """
+        if assign:
+            raise TrainingError(
+                "`assign` must be False, got True, which would put tensors here that nobody "
+                "trains; leave it out, and the values are copied"
+            )
+        return super().load_state_dict(state_dict, strict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "mux_follow": None}  # a copy, say an average, is nobody's
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self
@@ -89,7 +116,7 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         owner
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if (owner := getattr(parameter, "mux_owner", None)) is not None
+        if (owner := _OWNERS.get(parameter)) is not None
     }
     for owner in owners:
         if (trained := owner()) is not None:
@@ -119,6 +146,8 @@ class Training:
         self._published: dict[int, list[int]] = {}  # TrainedAdapter.mux_state then
         # Of adapters whose values the pools do not hold exactly; None = nobody has them.
         self._origins: dict[int, StoredAdapter | None] = {}
+        # Of adapters that were trained earlier: those parameters, which backwards may still reach.
+        self._earlier: dict[int, list[weakref.ref[nn.Parameter]]] = {}
         self.dropouts: dict[int, float] = {}  # by handle, of the adapters that were made with one
 
     @property
@@ -131,6 +160,7 @@ class Training:
             **vars(self),
             "_trained": {},
             "_published": {},
+            "_earlier": {},
         }  # a copy of the model trains nothing
 
     @property
@@ -154,6 +184,7 @@ class Training:
     def forget(self, handle: int) -> None:
         """An adapter is gone."""
         self._origins.pop(handle, None)
+        self._earlier.pop(handle, None)
         self.dropouts.pop(handle, None)
 
     def check(self, handle: int, name: str, parts: Mapping[str, LoraWeights]) -> None:
@@ -185,14 +216,16 @@ class Training:
         Raises:
             TrainingError: nobody has them.
         """
-        if handle not in self._origins:
+        slot = slot_of(handle)
+        spans = [span for pool in self._pools.values() if (span := pool.span(slot)) is not None]
+        if handle not in self._origins and not any(span.cast for span in spans):
             return {path: part.cloned() for path, part in self.in_pools(handle).items()}
-        stored = self._origins[handle]
+        stored = self._origins.get(handle)
         if stored is None:
             raise TrainingError(
                 f"`name` {name!r} must be an adapter whose exact values are known, got one of "
                 "tensors that the model's dtype has rounded; train(name, weights={path: (A, B)}) "
-                "begins with the tensors"
+                "begins with the tensors, and load(name, folder, replace=True) reads a file again"
             )
         return stored.weights(stored.read(False))
 
@@ -212,32 +245,42 @@ class Training:
     def begin(
         self, handle: int, name: str, weights: Mapping[str, LoraWeights], rate: float | None
     ) -> TrainedAdapter:
-        """Train a resident adapter, from values of its own shapes; as it is if it is trained."""
+        """Train a resident adapter, from values of its own shapes.
+
+        Of one that is trained already, what it has learnt stays, and the dropout may change.
+        """
+        self.dropouts[handle] = self.dropouts.get(handle, 0.0) if rate is None else rate
         if handle in self._trained:
+            self._follow_dropout(handle, self._trained[handle])
             return self._trained[handle]
-        dropout = self.dropouts.setdefault(handle, 0.0) if rate is None else rate
-        self.dropouts[handle] = dropout
         self._router.passes.before = self.publish_changed
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_post_hook(_stepped))
-        slot, rates = slot_of(handle), self._slots.dropout
+        # Backwards that are still to come read the rank rows, which are others' from now on.
+        earlier = [p for ref in self._earlier.pop(handle, ()) if (p := ref()) is not None]
+        torch.autograd.graph.increment_version(earlier)
+        slot = slot_of(handle)
         masters = {
             path: Masters.of(part, self._pools[path].A_rows.device)
             for path, part in weights.items()
         }
-
-        def set_dropout(training: bool) -> None:
-            if training and dropout and self._trained.get(handle) is trained:
-                rates[slot] = dropout
-            else:
-                rates.pop(slot, None)
-
-        trained = self._trained[handle] = TrainedAdapter(name, masters, set_dropout)
+        follow = functools.partial(self._follow_dropout, handle)
+        trained = self._trained[handle] = TrainedAdapter(name, masters, follow)
         for path, one in masters.items():
             self._pools[path].masters[slot] = one
         trained.train()
         self._slots.trained = *self._slots.trained, slot  # from now on, passes have its gradients
         return trained
+
+    def _follow_dropout(self, handle: int, trained: TrainedAdapter) -> None:
+        """Drop as a module in its present mode does, unless its training has ended."""
+        if self._trained.get(handle) is not trained:  # the slot may be another tenant's
+            return
+        rate = self.dropouts[handle] if trained.training else 0.0
+        if rate:
+            self._slots.dropout[slot_of(handle)] = rate
+        else:
+            self._slots.dropout.pop(slot_of(handle), None)
 
     def of(self, name: str) -> TrainedAdapter:
         """What is trained of an adapter.
@@ -252,6 +295,21 @@ class Training:
             )
         return self._trained[handle]
 
+    def check_finite(self, name: str) -> None:
+        """Refuse values that a pool cannot hold: brought back into one, they would reach others.
+
+        Raises:
+            TrainingError: nothing is trained of the adapter, or its values are such.
+        """
+        for path, part in self.of(name).weights.items():
+            dtype = self._pools[path].A_rows.dtype
+            if not all(is_finite(tensor, dtype) for tensor in part.tensors().values()):
+                raise TrainingError(
+                    f"`name` {name!r} must have values that are finite in the model's {dtype}, got "
+                    f"others at {path!r}; give load_state_dict() those before it diverged, or "
+                    "remove() the adapter"
+                )
+
     def end(self, handle: int) -> None:
         """Let the pools keep what they have; the parameters belong to nobody from now on."""
         slot = slot_of(handle)
@@ -259,7 +317,9 @@ class Training:
         self._slots.dropout.pop(slot, None)
         for pool in self._pools.values():
             pool.masters.pop(slot, None)
-        self._trained.pop(handle, None)
+        ended = self._trained.pop(handle, None)
+        if ended is not None:
+            self._earlier[handle] = [weakref.ref(p) for p in ended.mux_parameters]
         self._published.pop(handle, None)
 
     def mend(self, named: Collection[int]) -> None:

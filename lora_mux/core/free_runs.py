@@ -13,6 +13,7 @@ class Span(NamedTuple):
     bias: bool  # whether the last one of its rank is constant
     scaling: float
     gain: bool = False  # whether the last one of all is a gain
+    cast: bool = False  # whether a smaller dtype has rounded the values since they were written
 
     @property
     def rank(self) -> int:

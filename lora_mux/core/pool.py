@@ -150,8 +150,7 @@ class Pool(nn.Module):
     def expect(self, weights: LoraWeights | None, slots: int) -> None:
         """Let all but the rank rows themselves be as such an adapter needs it, in any slot."""
         self.reserve(0, slots, 0 if weights is None else rank_of(weights))
-        if weights is not None and weights.gain is not None:
-            self.has_gains = True
+        self.has_gains |= weights is not None and weights.gain is not None
 
     # Outside inference_mode: a pool filled inside it can still be used with autograd.
     @torch.inference_mode(False)
@@ -293,8 +292,7 @@ class Pool(nn.Module):
             self.runs.grow(capacity)
         if slots > self.rank.shape[0]:
             self._grow(TABLES, max(slots, 2 * self.rank.shape[0]))
-        if max_rank > self.max_rank:
-            self.max_rank = max_rank
+        self.max_rank = max(self.max_rank, max_rank)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -318,14 +316,16 @@ class Pool(nn.Module):
         self.version, scaling, before = Version(), self.scaling, self.A_rows.dtype
         self._synchronize()  # other streams write and read what this one moves
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for masters in self.masters.values():
-            masters.move(self.A_rows.device)
-        self._synchronize()
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
         if self.scaling.dtype != dtype:
             self.scaling = scaling.to(self.scaling.device, dtype)
-        if torch.finfo(self.A_rows.dtype).max < torch.finfo(before).max:
+        if torch.promote_types(self.A_rows.dtype, before) != self.A_rows.dtype:
+            self.spans = {slot: span._replace(cast=True) for slot, span in self.spans.items()}
             self._confine()
+        for slot, masters in self.masters.items():
+            masters.move(self.A_rows.device)
+            self.publish(slot)  # which are exact, whatever the pool was in between
+        self._synchronize()
         return self
 
     def _synchronize(self) -> None:

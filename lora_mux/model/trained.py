@@ -103,17 +103,22 @@ class TrainedAdapters(LoadedAdapters):
 
         Returns:
             The module, whose parameters and state_dict() have the keys of PEFT's files. Another
-            call returns it again.
+            call returns it again, with another dropout if one is given.
 
         Raises:
             UnknownAdapterError: the name is not loaded.
             TrainingError: the adapter is more than LoRA on linear layers; or its exact values are
-                not known, see `weights`.
+                not known, see `weights`; or weights are given for one that is trained already.
             AdapterError: weights or dropout do not fit.
             PoolCapacityError: the adapter does not fit beside those in use.
         """
         self._check_attached()
         rate = None if dropout is None else _rate(dropout)
+        if weights is not None and name in self.trained:
+            raise TrainingError(
+                f"`weights` must be None for {name!r}, which is trained already, got others; give "
+                "load_state_dict() of the module the values, or freeze() the adapter first"
+            )
         if weights is None:
             begin = self._adapters.values(name)
         else:
@@ -203,9 +208,10 @@ class TrainedAdapters(LoadedAdapters):
 
         Raises:
             UnknownAdapterError: the name is not loaded.
-            TrainingError: it is not trained.
+            TrainingError: it is not trained, or has values that are not finite.
         """
         self._check_attached()
+        self._adapters.training.check_finite(name)
         self._adapters.freeze(name)
 
     @property
@@ -284,7 +290,8 @@ def mean_by_adapter(losses: Tensor, routing: Routing, *, mask: Tensor | None = N
         A scalar. A loss that is not finite reaches the gradients of its own adapters alone.
 
     Raises:
-        RoutingError: losses have another number of rows than the routing.
+        RoutingError: losses have another number of rows than the routing, or the mask another shape
+            or dtype.
 
     Examples:
         >>> import torch, lora_mux
@@ -297,6 +304,12 @@ def mean_by_adapter(losses: Tensor, routing: Routing, *, mask: Tensor | None = N
         raise RoutingError(
             f"`losses` must be a tensor [{routing.rows}, ...], with a row for each of the "
             f"routing's, got {got}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != losses.shape):
+        raise RoutingError(
+            f"`mask` must be bool of the losses' shape {list(losses.shape)}, got {mask.dtype} of "
+            f"{list(mask.shape)}; attention_mask[:, 1:].bool() is one for the losses of all tokens "
+            "but the first"
         )
     sets, of_row = torch.unique(routing.index.sort(1).values, dim=0, return_inverse=True)
     counts_set = (sets >= 0).any(1).to(losses.device)

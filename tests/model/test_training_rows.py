@@ -16,7 +16,7 @@ from interrupts import interrupted
 from torch import Tensor, nn
 
 import lora_mux
-from lora_mux.errors import AdapterError, TrainingError
+from lora_mux.errors import AdapterError, PoolCapacityError, TrainingError
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -252,13 +252,17 @@ class TestState:
             torch.testing.assert_close(layers.run(["a", None], x), want)
 
     def test_what_is_trained_stays_resident(self) -> None:
+        """Also where nothing else can make room: the pools hold 39 rank rows."""
         layers = Layers(memory="20KiB")
-        layers.mux.train("a")
-        layers.mux.unpin("a")
-        for i in range(20):
-            layers.mux.add_adapter(f"new{i}", layers.drawn(30), alpha=8)
-            layers.mux.prefetch([f"new{i}"])
-        assert layers.mux.memory().adapters["a"].resident
+        for name in ("large", "other"):
+            layers.mux.add_adapter(name, layers.drawn(25), alpha=8)
+        layers.mux.train("large")
+        layers.mux.unpin("large")
+        with pytest.raises(PoolCapacityError):
+            layers.mux.prefetch(["other"])
+        assert layers.mux.memory().adapters["large"].resident
+        layers.mux.freeze("large")
+        layers.mux.prefetch(["other"])
 
     @pytest.mark.parametrize("way", ["remove", "replace", "detach"])
     def test_ends(self, way: str, tmp_path: Path) -> None:
