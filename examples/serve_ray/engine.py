@@ -6,8 +6,9 @@ It knows nothing of Ray.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Question:
     ids: list[int]
     row: dict[str, float]
     tokens: int  # of the answer, at most
+    gone: Event = field(default_factory=Event)  # set = nobody waits for the answer any more
 
 
 # What there is of some answers after a step: a token, why there will be none, or StopIteration.
@@ -184,11 +186,13 @@ class Steps(BaseStreamer):
 
 
 class Enough(StoppingCriteria):
-    """A row ends when it has its tokens, and the batch with the last row."""
+    """A row ends when it has its tokens or nobody waits for it, and the batch with the last row."""
 
     def __init__(self, prompt: int, questions: Sequence[Question]) -> None:
-        self._ends = torch.tensor([prompt + q.tokens for q in questions])
+        self._prompt, self._questions = prompt, questions
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Which rows are done."""
-        return (self._ends <= input_ids.shape[1]).to(input_ids.device)
+        tokens = input_ids.shape[1] - self._prompt
+        done = [tokens >= q.tokens or q.gone.is_set() for q in self._questions]
+        return torch.tensor(done, device=input_ids.device)

@@ -53,7 +53,9 @@ class Mixed:
         self._thread = ThreadPoolExecutor(1)  # the model's; the event loop stays free
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._failure: Exception | None = None
-        self._batches = self._requests = 0
+        self._batches = self._requests = self._running = 0
+        self._idle = asyncio.Event()  # no batch is running
+        self._idle.set()
         self._batch.set_batch_wait_timeout_s(batch_wait)
 
     async def __call__(self, request: Mapping[str, Any]) -> str:
@@ -91,11 +93,17 @@ class Mixed:
         question = self._engine.question(request)
         missing = question.row.keys() - self._engine.mux.adapters.keys()
         await asyncio.gather(*map(self._pulled, missing))
-        async for piece in self._batch(question):
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is not None:
-                yield piece
+        # Ray would make a batch of what comes in each 30 ms, also while another one runs, and run
+        # these small ones in turn: 48 requests/s in place of 70, and fewer when they trickle in.
+        await self._idle.wait()
+        try:
+            async for piece in self._batch(question):
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece is not None:
+                    yield piece
+        finally:
+            question.gone.set()
 
     async def _pulled(self, name: str) -> None:
         """Wait for an adapter, which is loaded once for all who do."""
@@ -113,18 +121,24 @@ class Mixed:
         def put(pieces: Pieces | None) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, pieces)
 
-        answered = loop.run_in_executor(self._thread, self._engine.answer, questions, put)
-        answered.add_done_callback(lambda _: steps.put_nowait(None))
         self._batches += 1
         self._requests += len(questions)
-        while (pieces := await steps.get()) is not None:
-            yield [pieces.get(i) for i in range(len(questions))]
+        self._running += 1
+        self._idle.clear()
+        answered = loop.run_in_executor(self._thread, self._engine.answer, questions, put)
+        answered.add_done_callback(lambda _: steps.put_nowait(None))
         try:
+            while (pieces := await steps.get()) is not None:
+                yield [pieces.get(i) for i in range(len(questions))]
             await answered
+            self._failure = None
         except Exception as error:
             self._failure = error
             raise
-        self._failure = None
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
 
 def replicas(

@@ -13,14 +13,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import serve_ray_load
 from safetensors.torch import load_file, save_file
 
+import plot
 from lora_mux.errors import CheckpointError, LoraMuxError, PoolCapacityError, UnknownAdapterError
+from paths import ROOT
 from tiny_server import EXAMPLES, Tiny
 
 sys.path.append(str(EXAMPLES))
@@ -54,6 +56,9 @@ def alone(tiny: Tiny) -> Callable[[Mapping[str, Any]], str]:
     return answer
 
 
+TOO_MUCH = {"text": "x", "adapters": "sql+french+legal", "tokens": 4}  # for 20 rank rows
+
+
 def asked(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[str | Exception]:
     """The answers of one batch, or why there is none."""
     questions = [engine.question(request) for request in requests]
@@ -64,6 +69,7 @@ def asked(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[str | E
         assert not ended.keys() & pieces.keys()
         for i, piece in pieces.items():
             if isinstance(piece, int):
+                assert piece != engine.tokenizer.pad_token_id  # as of a row that has ended
                 tokens[i].append(piece)
             else:
                 ended[i] = piece
@@ -78,12 +84,15 @@ def asked(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[str | E
     ]
 
 
-def engine_of(tiny: Path, served: str = "served", rank_rows: int | None = None) -> Engine:
-    """With all three adapters, of ranks 16, 8 and 16, and memory for so many rank rows."""
-    memory: Any = None
-    if rank_rows is not None:
-        pools = Engine(str(tiny.base), "", "10MB").mux.memory().targets.values()
-        memory = rank_rows * sum(pool.row_bytes for pool in pools)
+def memory_of(tiny: Tiny, rank_rows: int) -> Any:
+    """Bytes for so many; sql has 8, french 4 and legal 16."""
+    pools = Engine(str(tiny.base), "", "10MB").mux.memory().targets.values()
+    return rank_rows * sum(pool.row_bytes for pool in pools)
+
+
+def engine_of(tiny: Tiny, served: str = "served", rank_rows: int | None = None) -> Engine:
+    """With all three adapters."""
+    memory = None if rank_rows is None else memory_of(tiny, rank_rows)
     engine = Engine(str(tiny.base), str(tiny.base.parent / served), memory)
     for name in ("sql", "french", "legal"):
         engine.pull(name)
@@ -117,11 +126,10 @@ class TestEngine:
 
     def test_more_adapters_than_the_memory_holds(self, tiny: Tiny, alone: Any) -> None:
         """The batch is divided; what can never fit is refused alone."""
-        too_much = {"text": "x", "adapters": "sql+french+legal", "tokens": 4}
-        *got, refused = asked(engine_of(tiny, rank_rows=32), [*REQUESTS, too_much])
+        *got, refused = asked(engine_of(tiny, rank_rows=32), [*REQUESTS, TOO_MUCH])
         assert got == [alone(request) for request in REQUESTS]
         assert isinstance(refused, PoolCapacityError)
-        assert asked(engine_of(tiny, rank_rows=40), [too_much]) == [alone(too_much)]
+        assert asked(engine_of(tiny, rank_rows=40), [TOO_MUCH]) == [alone(TOO_MUCH)]
 
     def test_an_adapter_that_cannot_be_read_any_more(self, tiny: Tiny, alone: Any) -> None:
         shutil.copytree(tiny.adapters, tiny.base.parent / "broken")
@@ -134,6 +142,13 @@ class TestEngine:
                 assert isinstance(answer, CheckpointError)
             else:
                 assert answer == alone(request)
+
+    def test_one_that_comes_when_the_memory_is_in_use(self, tiny: Tiny, alone: Any) -> None:
+        engine = Engine(str(tiny.base), str(tiny.adapters), memory_of(tiny, 16))
+        engine.pull("legal")
+        with engine.mux.route(["legal"]):
+            engine.pull("sql")
+        assert asked(engine, REQUESTS[:2]) == [alone(request) for request in REQUESTS[:2]]
 
     @pytest.mark.parametrize("memory", [None, "10MB"])
     def test_values_that_are_no_numbers(self, tiny: Tiny, memory: str | None) -> None:
@@ -180,6 +195,22 @@ class TestEngine:
         with pytest.raises(UnknownAdapterError, match="must name folders"):
             engine.pull(name)
 
+    def test_a_row_that_nobody_waits_for_ends(self, tiny: Tiny) -> None:
+        """At the next token; the batch ends with the last row that somebody waits for."""
+        engine, seen = engine_of(tiny), Counter[int]()
+        long, short = (
+            engine.question({"text": "x", "adapters": "sql", "tokens": tokens})
+            for tokens in (1000, 8)
+        )
+
+        def put(pieces: Mapping[int, Any]) -> None:
+            seen.update(i for i, piece in pieces.items() if isinstance(piece, int))
+            if seen[0] == 3:
+                long.gone.set()
+
+        engine.answer([long, short], put)
+        assert seen[1] == 8 and seen[0] < 20
+
     def test_one_that_was_removed_is_refused_alone(self, tiny: Tiny, alone: Any) -> None:
         engine = engine_of(tiny)
         engine.mux.remove("legal")
@@ -223,7 +254,8 @@ def run(tiny: Tiny, count: int = 2, **limits: Any) -> Any:
     from serve_ray.replicas import Mixed
 
     served = Mixed.options(num_replicas=count, **limits)
-    serve.run(Front.bind(served.bind(str(tiny.base), str(tiny.base.parent / "served"))))
+    where = str(tiny.base), str(tiny.base.parent / "served")
+    serve.run(Front.bind(served.bind(*where, memory=memory_of(tiny, 20))))
     return serve.get_deployment_handle("Mixed", "default")
 
 
@@ -267,6 +299,16 @@ def test_requests_meet_in_mixed_batches(handle: Any, alone: Any) -> None:
     assert sum(replica["batches"] for replica in stats(handle).values()) - before < 4
 
 
+def test_who_comes_while_a_batch_runs_is_one_batch(handle: Any, alone: Any) -> None:
+    before = sum(replica["batches"] for replica in stats(handle).values())
+    responses = [send(handle, {**REQUESTS[0], "tokens": 400}, "one")]
+    for request in REQUESTS[:8]:
+        time.sleep(0.06)  # Ray by itself would make a batch of each
+        responses.append(send(handle, request, "one"))
+    assert [r.result(timeout_s=PATIENCE) for r in responses[1:]] == [alone(r) for r in REQUESTS[:8]]
+    assert sum(replica["batches"] for replica in stats(handle).values()) - before < 4
+
+
 def test_the_same_adapters_meet_in_one_replica(handle: Any, tiny: Tiny) -> None:
     names = [f"copy-{i}" for i in range(8)]
     for name in names:
@@ -295,13 +337,14 @@ def test_text_as_it_comes(handle: Any, url: str, alone: Any) -> None:
 
 
 def test_bad_requests_leave_others_alone(handle: Any, alone: Any) -> None:
+    """Some before their batch, and what cannot fit into the memory in the batch."""
     names = ("none", "../sql", "/etc")
-    bad = [{"text": "x", "tokens": 4, "adapters": name} for name in names]
+    bad = [TOO_MUCH, *({"text": "x", "tokens": 4, "adapters": name} for name in names)]
     responses = [send(handle, request, "one") for request in [*bad, *REQUESTS[:4]]]
-    for response in responses[:3]:
+    for response in responses[:4]:
         with pytest.raises(LoraMuxError):
             response.result(timeout_s=PATIENCE)
-    assert [r.result(timeout_s=PATIENCE) for r in responses[3:]] == [alone(r) for r in REQUESTS[:4]]
+    assert [r.result(timeout_s=PATIENCE) for r in responses[4:]] == [alone(r) for r in REQUESTS[:4]]
 
 
 def test_what_http_says(handle: Any, url: str, alone: Any) -> None:
@@ -323,6 +366,21 @@ def test_an_adapter_that_comes_later(handle: Any, tiny: Tiny, alone: Any) -> Non
     shutil.copytree(tiny.adapters / "legal", tiny.base.parent / "served" / "later")
     want = alone({**later, "adapters": "legal"})
     assert send(handle, later).result(timeout_s=PATIENCE) == want
+
+
+def test_a_client_that_hangs_up(handle: Any, url: str, alone: Any) -> None:
+    """The model is free for the next one at once."""
+    long = {"text": "x", "adapters": "sql", "tokens": 1024}
+    start = time.monotonic()
+    assert send(handle, long).result(timeout_s=PATIENCE) == alone(long)
+    took = time.monotonic() - start
+    how: Any = {"json": {**long, "stream": True}, "timeout": PATIENCE}
+    with httpx.Client(trust_env=False) as client:
+        with client.stream("POST", f"{url}/generate", **how) as stream:
+            next(stream.iter_text())
+    start = time.monotonic()
+    assert send(handle, REQUESTS[0], "sql").result(timeout_s=PATIENCE) == alone(REQUESTS[0])
+    assert time.monotonic() - start < took / 2
 
 
 @pytest.mark.slow
@@ -360,12 +418,13 @@ def test_a_replica_that_is_killed(handle: Any, url: str, alone: Any) -> None:
 @pytest.mark.slow
 def test_a_drain_and_too_many_requests(handle: Any, tiny: Tiny, url: str, alone: Any) -> None:
     """One replica takes over from two, which answer first. Then it refuses what is too much."""
-    long = {"text": "x", "adapters": "sql", "tokens": 500}
+    long = {"text": "x", "adapters": "sql", "tokens": 1024}
     running = [send(handle, long, f"s{i}") for i in range(8)]
     run(tiny, 1, max_ongoing_requests=4, max_queued_requests=6)
     assert [r.result(timeout_s=PATIENCE) for r in running] == [alone(long)] * 8
-    with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda _: post(url, **long), range(20)))
+    with httpx.Client(timeout=PATIENCE, trust_env=False) as client, ThreadPoolExecutor(20) as pool:
+        sent = [pool.submit(client.post, f"{url}/generate", json=long) for _ in range(20)]
+    answers = [answer.result() for answer in sent]
     found = Counter((a.status_code, a.headers.get("retry-after")) for a in answers)
     assert found.keys() == {(200, None), (503, "1")} and 8 <= found[503, "1"] <= 14
     assert {a.text for a in answers if a.status_code == 200} == {alone(long)}
@@ -425,3 +484,11 @@ def test_openai_s_api(url: str, tiny: Tiny, alone: Any) -> None:
     for key in now.values():
         answer = complete(REQUESTS[2], key)
         assert answer.json()["choices"][0]["text"] == alone(REQUESTS[2])
+
+
+def test_the_figures_of_the_page_are_the_record_s() -> None:
+    page = (ROOT / "docs/serve_ray.md").read_text("utf-8")
+    records = plot.read(ROOT / serve_ray_load.RECORD)
+    assert serve_ray_load.table(records) in page
+    assert serve_ray_load.sentence(records) in " ".join(page.split())
+    assert all(r["gate"] == "passed" for r in records)
