@@ -44,6 +44,8 @@ class Adapters(WrittenPools):
         """Before a copy is made: everything is in order, and the current stream waits for it."""
         self._change.recover()
         self.training.publish_changed()
+        for handle, learnt in self.training.learnt():  # a copy trains nothing, and goes on with it
+            self._learnt(handle, learnt)
         self._router.order.copied()
 
     @synchronized

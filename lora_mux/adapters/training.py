@@ -8,7 +8,7 @@ when the next forward pass begins, so that every pass has one state of each adap
 import functools
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpoints import StoredAdapter, saved_key
+from ..checkpoints import StoredAdapter, copy_to_host, saved_key
 from ..core import LoraWeights, Masters, Pool, Slots, is_finite, slot_of
 from ..errors import RoutingBusyError, TrainingError
 from ..layers import MuxLinear
@@ -295,20 +295,33 @@ class Training:
             )
         return self._trained[handle]
 
+    def learnt(self) -> Iterator[tuple[int, StoredAdapter]]:
+        """The adapters that are trained, as they are now; but for those that have diverged."""
+        for handle, trained in self._trained.items():
+            if self._unfit(trained) is None:
+                yield handle, copy_to_host("what was learnt", trained.weights, False)
+
+    def _unfit(self, trained: TrainedAdapter) -> str | None:
+        """A layer whose pool cannot hold its values, which are not finite there."""
+        for path, part in trained.weights.items():
+            dtype = self._pools[path].A_rows.dtype
+            if not all(is_finite(tensor, dtype) for tensor in part.tensors().values()):
+                return path
+        return None
+
     def check_finite(self, name: str) -> None:
         """Refuse values that a pool cannot hold: brought back into one, they would reach others.
 
         Raises:
             TrainingError: nothing is trained of the adapter, or its values are such.
         """
-        for path, part in self.of(name).weights.items():
-            dtype = self._pools[path].A_rows.dtype
-            if not all(is_finite(tensor, dtype) for tensor in part.tensors().values()):
-                raise TrainingError(
-                    f"`name` {name!r} must have values that are finite in the model's {dtype}, got "
-                    f"others at {path!r}; give load_state_dict() those before it diverged, or "
-                    "remove() the adapter"
-                )
+        path = self._unfit(self.of(name))
+        if path is not None:
+            raise TrainingError(
+                f"`name` {name!r} must have values that are finite in the model's "
+                f"{self._pools[path].A_rows.dtype}, got others at {path!r}; give load_state_dict() "
+                "those before it diverged, or remove() the adapter"
+            )
 
     def end(self, handle: int) -> None:
         """Let the pools keep what they have; the parameters belong to nobody from now on."""

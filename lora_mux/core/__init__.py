@@ -21,6 +21,8 @@ from .free_runs import Span as Span
 from .methods import computed_once as computed_once
 from .methods import holding as holding
 from .methods import synchronized as synchronized
+from .pool import BUFFERS as BUFFERS
+from .pool import TABLES as TABLES
 from .pool import AnyPool as AnyPool
 from .pool import Gains as Gains
 from .pool import Pool as Pool

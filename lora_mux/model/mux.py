@@ -18,7 +18,15 @@ from ..routes import Expand, Route, Router, Rows, UniformRoutes, make_route
 from .generation import follow_generation, forget_generation
 from .given_rows import Call, GivenRows
 from .layout import find_layout
-from .top import BeginPass, EndPass, mux_of, remove_hooks, unwrapped
+from .top import (
+    BeginPass,
+    EndPass,
+    allow_broadcasts,
+    keep_from_broadcasts,
+    mux_of,
+    remove_hooks,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class Mux(GivenRows):
                 if memory is None
                 else BoundedAdapters(self._layers, self._slots, self._router, memory)
             )
+            keep_from_broadcasts(model, [*targets, *joining])
             model.register_forward_pre_hook(BeginPass(self), with_kwargs=True)
             model.register_forward_hook(EndPass(self), always_call=True)
             follow_generation(model, self)
@@ -280,6 +289,7 @@ class Mux(GivenRows):
         """Take whatever is there of this Mux out of its model."""
         for linear in self._linears:
             swap_out(linear)
+        allow_broadcasts(model)
         forget_generation(model, self)
         remove_hooks(model, self)  # last: `Mux.of` finds the Mux by them
 

@@ -2,17 +2,20 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core import BUFFERS, TABLES
 from ..errors import RoutingError
 from ..routes import Router
 from .given_rows import KEYWORD, GivenRows
 
+# Names of parameters and buffers that DistributedDataParallel is to leave as they are.
+POOL, IGNORED = "mux_pool", "_ddp_params_and_buffers_to_ignore"
 _UNTRACED: dict[Callable[..., None], Callable[..., None]] = {}
 
 
@@ -95,6 +98,27 @@ def remove_hooks(model: nn.Module, mux: GivenRows) -> None:
                 del hooks[number]
                 model._forward_hooks_always_called.pop(number, None)
                 model._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def keep_from_broadcasts(model: nn.Module, paths: Iterable[str]) -> None:
+    """Let each process of DistributedDataParallel have adapters of its own.
+
+    It copies all buffers from the first process to the others, when it is made and at each pass.
+    There, rows would silently have adapters that they have not named.
+    """
+    buffers = {
+        f"{path}.{POOL}.{name}".lstrip(".") for path in paths for name in (*BUFFERS, *TABLES)
+    }
+    setattr(model, IGNORED, {*getattr(model, IGNORED, ()), *buffers})
+
+
+def allow_broadcasts(model: nn.Module) -> None:
+    """Undo `keep_from_broadcasts`, also if an interrupt ended that."""
+    others = {name for name in getattr(model, IGNORED, ()) if f".{POOL}." not in f".{name}"}
+    if others:
+        setattr(model, IGNORED, others)
+    else:
+        vars(model).pop(IGNORED, None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

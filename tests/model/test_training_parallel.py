@@ -115,6 +115,14 @@ def test_all_stay_equal(way: str, two: list[Any]) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_process_may_have_adapters_of_its_own(two: list[Any]) -> None:
+    """DDP copies buffers from the first process to all, and must leave those of adapters alone."""
+    for found in two:
+        before, wrapped = found["own"]
+        assert torch.equal(before, wrapped)
+    assert not torch.equal(two[0]["own"][0], two[1]["own"][0])
+
+
 def test_ddp_without_anything_of_its_own_is_refused(two: list[Any]) -> None:
     """By torch itself, before anything happens: reduce_gradients() is all that is needed."""
     for found in two:

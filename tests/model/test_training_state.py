@@ -233,6 +233,29 @@ class TestWithoutWaiting:
 
 
 class TestCopies:
+    @pytest.mark.parametrize("memory", [None, "60KiB"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_the_model_go_on_with_what_was_learnt(
+        self, dtype: torch.dtype, memory: Any, tmp_path: Path
+    ) -> None:
+        """When they train, save, or bring it back; a pool holds it rounded, or not at all."""
+        model, mux = attached(dtype, memory=memory)
+        mux.create("new", r=4, alpha=8, seed=1)
+        new, x = mux.train("new"), torch.randn(1, 24).to(dtype)
+        change(new)
+        want = run(model, mux, ["new"], x).detach()
+        twin = copy.deepcopy(model)
+        its = lora_mux.Mux.of(twin)
+        its.save("new", tmp_path)
+        if memory is not None:
+            for i in range(20):
+                its.add_adapter(f"other{i}", drawn(30, i), alpha=8)
+                its.prefetch([f"other{i}"])
+        assert torch.equal(run(twin, its, ["new"], x), want)
+        assert equal(its.train("new"), new)
+        mux.load("saved", tmp_path)
+        assert equal(mux.train("saved"), new)
+
     def test_modules_and_optimizers_can_be_copied(self, tmp_path: Path) -> None:
         """As averages over steps do, torch.save, and worker processes; a copy trains nobody."""
         model, mux = attached()

@@ -109,6 +109,19 @@ def trained(
     }
 
 
+def of_its_own(rank: int) -> list[Tensor]:
+    """What a process answers that serves an adapter of its own: before the wrap, and by it."""
+    net = Net()
+    net.get_submodule(HEAD).requires_grad_(True)  # else DDP refuses
+    mux = lora_mux.attach(net, targets=TARGETS)
+    mux.add_adapter("mine", factors("mine" * (1 + rank)), alpha=2)
+    found = []
+    for run in (net, DistributedDataParallel(net)):
+        with mux.route(["mine"] * 3):
+            found.append(run(data(0)).detach())
+    return found
+
+
 def ddp(net: nn.Module) -> nn.Module:
     return DistributedDataParallel(net)
 
@@ -141,6 +154,7 @@ def main(rank: int, store: str, out: str) -> None:
     found: dict[str, Any] = {}
     for name, way in WAYS.items():
         found[name] = trained(rank, **{"again": False, **way})
+    found["own"] = of_its_own(rank)
     net = Net()
     lora_mux.attach(net, targets=TARGETS)
     try:
