@@ -233,6 +233,7 @@ def draw(records: list[Record], out: Path) -> None:
         axis.set_xticks(range(len(places)), [f"{n} adapters\n{g}" for n, g in places], fontsize=8)
     axes[0].set_title("requests per second", fontsize=9)
     axes[1].set_title("p99 of the answers, ms", fontsize=9)
+    axes[0].margins(y=0.25)
     axes[0].legend(frameon=False, fontsize=8)
     first = records[0]
     figure.suptitle(

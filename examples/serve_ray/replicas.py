@@ -94,7 +94,7 @@ class Mixed:
         missing = question.row.keys() - self._engine.mux.adapters.keys()
         await asyncio.gather(*map(self._pulled, missing))
         # Ray would make a batch of what comes in each 30 ms, also while another one runs, and run
-        # these small ones in turn: 48 requests/s in place of 70, and fewer when they trickle in.
+        # these small ones in turn: 35 requests/s in place of 63, of bench/serve_ray_load.py.
         await self._idle.wait()
         try:
             async for piece in self._batch(question):
