@@ -56,7 +56,7 @@ def alone(tiny: Tiny) -> Callable[[Mapping[str, Any]], str]:
     return answer
 
 
-TOO_MUCH = {"text": "x", "adapters": "sql+french+legal", "tokens": 4}  # for 20 rank rows
+TOO_MUCH = {"text": "x", "adapters": "sql+french+legal", "tokens": 4}  # for 24 rank rows
 
 
 def asked(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[str | Exception]:
@@ -85,7 +85,7 @@ def asked(engine: Engine, requests: Sequence[Mapping[str, Any]]) -> list[str | E
 
 
 def memory_of(tiny: Tiny, rank_rows: int) -> Any:
-    """Bytes for so many; sql has 8, french 4 and legal 16."""
+    """Bytes for so many; sql has 16, french 8 and legal 16."""
     pools = Engine(str(tiny.base), "", "10MB").mux.memory().targets.values()
     return rank_rows * sum(pool.row_bytes for pool in pools)
 
@@ -255,7 +255,7 @@ def run(tiny: Tiny, count: int = 2, **limits: Any) -> Any:
 
     served = Mixed.options(num_replicas=count, **limits)
     where = str(tiny.base), str(tiny.base.parent / "served")
-    serve.run(Front.bind(served.bind(*where, memory=memory_of(tiny, 20))))
+    serve.run(Front.bind(served.bind(*where, memory=memory_of(tiny, 24))))
     return serve.get_deployment_handle("Mixed", "default")
 
 
