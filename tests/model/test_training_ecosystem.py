@@ -1,8 +1,5 @@
 """Adapters that are trained with what others build around a loop: checkpointing to compilers."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch._dynamo.utils import counters
 import data_parallel
 import lora_mux
 from peft_oracle import llama
+from two_processes import answers_of_two
 
 ROWS: list[Any] = ["t0", None, "t1", ("t0", "t1"), "t0"]  # t2 has none
 OLD = torch.__version__.startswith("2.6.")
@@ -385,26 +383,7 @@ class TestTrainer:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes has."""
-    folder = tmp_path_factory.mktemp("two")
-    script = Path(data_parallel.__file__)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), folder / "store", folder / f"{rank}.pt"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return answers_of_two(data_parallel, tmp_path_factory.mktemp("two"), 60)
 
 
 class TestDataParallel:

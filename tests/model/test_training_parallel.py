@@ -1,9 +1,5 @@
 """Adapters that are trained in two processes whose base DDP or FSDP2 has wrapped."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,31 +8,13 @@ import wrapped_parallel
 from torch import Tensor, nn
 from wrapped_parallel import HEAD, NAMES, ROWS, STEPS, TARGETS, WAYS
 
+from two_processes import answers_of_two
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes has."""
-    folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    script = Path(wrapped_parallel.__file__)
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), folder / "store", folder / f"{rank}.pt"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return answers_of_two(wrapped_parallel, tmp_path_factory.mktemp("two"), 120)
 
 
 class Plain:
