@@ -302,12 +302,11 @@ class BoundedAdapters(Adapters):
 
     def _find_room(self, arriving: list[int], wanted: Collection[int], leaving: bool) -> Placement:
         reachable = self._router.reachable(leaving)
-        going = self._nameless - self._claims.alive() - self._promises.handles
         staying = self._staying.handles
         # A route that only the device knows may select any adapter that is present.
         idle = [
             handle
-            for handle in dict.fromkeys([*going, *self._resident])
+            for handle in dict.fromkeys([*self._given_up(), *self._resident])
             if reachable is not None and handle not in reachable and handle not in staying
         ]
         kept = self._pinned.union(self.training.handles)

@@ -30,8 +30,7 @@ class Adapters(WrittenPools):
     def __init__(self, layers: dict[str, MuxLinear], slots: Slots, router: Router) -> None:
         super().__init__(layers, slots, router)
         self._pinned: set[int] = set()  # handles; nothing needs a pin where all are resident
-        # Handles without a name: of adapters that lost it and may still be in use or are promised,
-        # or that are being prepared.
+        # Handles without a name: of adapters that are being prepared, still in use, or promised.
         self._nameless: set[int] = set()
         self._claims = Claims()
         self._promises = Promises()
@@ -304,8 +303,8 @@ class Adapters(WrittenPools):
     def _end_training(self, handle: int) -> None:
         """Of an adapter that goes. Those it is promised to go on with what the pools hold."""
         if handle in self.training.handles and handle in self._promises.handles:
-            held = self.training.in_pools(handle)
-            self._learnt(handle, copy_to_host("what was learnt", held, False))
+            held = copy_to_host("what was learnt", self.training.in_pools(handle), False)
+            self._learnt(handle, held)
         self.training.end(handle)
 
     def _learnt(self, handle: int, stored: StoredAdapter) -> None:
@@ -365,15 +364,18 @@ class Adapters(WrittenPools):
         """Whether the rank rows of a handle are all there, or may be in use."""
         return True
 
+    def _given_up(self) -> set[int]:
+        """The handles without a name that nobody prepares and nobody was promised."""
+        return self._nameless - self._claims.alive() - self._promises.handles
+
     def _free_unused(self) -> None:
         """Free the adapters without a name that no forward pass uses any more."""
         while self._nameless:  # companions that nobody has any more come after their adapters
             reachable, in_use = self._router.reachable(), self._router.in_use()
             unused = []
-            for handle in self._nameless - self._claims.alive() - self._promises.handles:
+            for handle in self._given_up():
                 # A pass that begins now cannot use a handle that is not live, or was removed.
-                is_live = self._slots.is_live(handle) and not self._slots.is_removed(handle)
-                users = reachable if is_live else in_use
+                users = reachable if self._slots.may_be_routed(handle) else in_use
                 if users is not None and handle not in users:
                     unused.append(handle)
             if not unused:

@@ -308,9 +308,9 @@ class Slots:
             live[[slot_of(handle) for handle in self._removed]] = NONE
         return self._slots_of(index, live)
 
-    def is_removed(self, handle: int) -> bool:
-        """Whether a live handle has lost its name for good."""
-        return handle in self._removed
+    def may_be_routed(self, handle: int) -> bool:
+        """Whether the handle means rank rows to everybody, not only to those it is promised to."""
+        return self.is_live(handle) and handle not in self._removed
 
     def _slots_of(self, index: Tensor, tenants: NDArray[np.int32]) -> Tensor:
         # In numpy, which takes a tenth of torch's time for the few numbers of an index.

@@ -90,8 +90,8 @@ MUTATIONS = {
     ),
     "continuous: promised rank rows are freed": Mutation(
         RESIDENT,
-        "self._nameless - self._claims.alive() - self._promises.handles:",
-        "self._nameless - self._claims.alive():",
+        "self._nameless - self._claims.alive() - self._promises.handles",
+        "self._nameless - self._claims.alive()",
         TEST_EVENTS,
     ),
     "continuous: promised adapters go for good": Mutation(
