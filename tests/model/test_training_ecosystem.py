@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 import data_parallel
 import lora_mux
 from peft_oracle import llama
-from two_processes import answers_of_two
+from two_processes import answers_of_two, data
 
 ROWS: list[Any] = ["t0", None, "t1", ("t0", "t1"), "t0"]  # t2 has none
 OLD = torch.__version__.startswith("2.6.")
@@ -399,7 +399,7 @@ class TestDataParallel:
                 }
                 for name in data_parallel.NAMES
             }
-            for x, entry in zip(data_parallel.data(rank), data_parallel.ROWS[rank], strict=True):
+            for x, entry in zip(data(rank), data_parallel.ROWS[rank], strict=True):
                 chosen = entry if isinstance(entry, dict) else {entry: 1.0} if entry else {}
                 for path in ("0", "2"):
                     layer: Any = model.get_submodule(path)

@@ -8,7 +8,7 @@ import wrapped_parallel
 from torch import Tensor, nn
 from wrapped_parallel import HEAD, NAMES, ROWS, STEPS, TARGETS, WAYS
 
-from two_processes import answers_of_two
+from two_processes import answers_of_two, data
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ class Plain:
     def gradients(self, rank: int) -> dict[str, Tensor | None]:
         for leaf in self.leaves.values():
             leaf.grad = None
-        self.answer(rank, wrapped_parallel.data(rank)).square().sum().backward()
+        self.answer(rank, data(rank)).square().sum().backward()
         return {key: leaf.grad for key, leaf in self.leaves.items()}
 
 
@@ -67,7 +67,7 @@ def expected(head: bool) -> dict[str, Any]:
         steps.append({key: leaf.grad.clone() for key, leaf in named.items()})
         optimizer.step()
     with torch.no_grad():
-        answer = plain.answer(0, wrapped_parallel.data(0))
+        answer = plain.answer(0, data(0))
     return {"gradients": steps, "learnt": named, "answer": answer}
 
 

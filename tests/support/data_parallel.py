@@ -5,7 +5,6 @@
 STORE is a file that both share. OUT gets what test_training_ecosystem.py judges.
 """
 
-import datetime
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lora_mux
+from two_processes import data, join
 
 NAMES = ("both", "one", "none")
 ROWS: list[list[Any]] = [["both", "one", "both"], ["both", None, {"both": -0.5}]]
@@ -31,11 +31,6 @@ def factors(name: str) -> dict[str, tuple[Tensor, Tensor]]:
     return {"0": (draw(2, 6), draw(8, 2)), "2": (draw(2, 8), draw(5, 2))}
 
 
-def data(rank: int) -> Tensor:
-    g = torch.Generator().manual_seed(10 + rank)
-    return torch.randn(3, 6, generator=g, dtype=torch.float64)
-
-
 def refusal(mux: lora_mux.Mux) -> str:
     try:
         mux.reduce_gradients()
@@ -45,13 +40,7 @@ def refusal(mux: lora_mux.Mux) -> str:
 
 
 def main(rank: int, store: str, out: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, 2),
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )
+    join(rank, store)
     mux = lora_mux.attach(net := model())
     for name in NAMES:
         mux.add_adapter(name, factors(name), alpha=2)

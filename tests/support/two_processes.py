@@ -1,5 +1,6 @@
-"""A script in two processes over gloo on this machine."""
+"""A script in two processes over gloo on this machine: what starts them, and what they share."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 def answers_of_two(script: ModuleType, folder: Path, seconds: float) -> list[Any]:
@@ -37,3 +40,20 @@ def answers_of_two(script: ModuleType, folder: Path, seconds: float) -> list[Any
             process.kill()
             process.wait()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def join(rank: int, store: str) -> None:
+    """In a script: be one of the two."""
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, 2),
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=30),
+    )
+
+
+def data(rank: int) -> Tensor:
+    """[3, 6], another batch in each process."""
+    g = torch.Generator().manual_seed(10 + rank)
+    return torch.randn(3, 6, generator=g, dtype=torch.float64)

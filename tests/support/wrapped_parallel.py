@@ -6,7 +6,6 @@ STORE is a file that both share. OUT gets what test_training_parallel.py judges:
 wrapping, the gradients of two steps, and what was learnt.
 """
 
-import datetime
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lora_mux
+from two_processes import data, join
 
 NAMES = ("both", "one")
 ROWS: list[list[Any]] = [["both", "one", "both"], ["both", None, {"both": -0.5}]]
@@ -46,11 +46,6 @@ def factors(name: str) -> dict[str, tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(len(name))
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
     return {"body.0": (draw(2, 6), draw(8, 2)), "body.2": (draw(2, 8), draw(8, 2))}
-
-
-def data(rank: int) -> Tensor:
-    g = torch.Generator().manual_seed(10 + rank)
-    return torch.randn(3, 6, generator=g, dtype=torch.float64)
 
 
 def shard(net: nn.Module) -> nn.Module:
@@ -144,13 +139,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main(rank: int, store: str, out: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, 2),
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )
+    join(rank, store)
     found: dict[str, Any] = {}
     for name, way in WAYS.items():
         found[name] = trained(rank, **{"again": False, **way})
