@@ -33,6 +33,30 @@ def product(acc, B, h, DOT_DTYPE: tl.constexpr):
 
 
 @triton.jit
+def load_B(B_ptr, blocks, offs_n, stride_bc, GROUP: tl.constexpr, RANKS: tl.constexpr):
+    """[GROUP * RANK_BLOCK, BLOCK_N]: rank rows of B, 0 past the ranks of their adapters."""
+    row, own = rank_rows(blocks, GROUP)
+    if RANKS:
+        # [BLOCK_N, GROUP * RANK_BLOCK]: the ranks of a column lie side by side, and come eight by
+        # eight. What comes past a rank is not put to 0 by a select: the left operand of the product
+        # would be a computed one, which wgmma reads from registers.
+        at = (row // RANKS).to(tl.int64) * stride_bc + row % RANKS
+        at = tl.max_contiguous(tl.multiple_of(at, 8), 8)
+        eight = tl.arange(0, RANK_BLOCK) // 8 * 8
+        some = tl.reshape(blocks.left[:, None] > eight[None, :], [GROUP * RANK_BLOCK])
+        column = (offs_n * RANKS)[:, None]
+        mask = tl.max_constancy(some, 8)[None, :] & (column < stride_bc)
+        return tl.trans(tl.load(B_ptr + column + at[None, :], mask=mask, other=0.0))
+    else:
+        # Up to its stride: an odd N would end 16-byte loads.
+        return tl.load(
+            B_ptr + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
+            mask=own[:, None] & (offs_n < stride_bc)[None, :],
+            other=0.0,
+        )
+
+
+@triton.jit
 def expand_window(
     acc,
     changes,
@@ -47,6 +71,7 @@ def expand_window(
     BLOCK_U: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    RANKS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """(acc, changes) after one window of the union; see expand_tile."""
@@ -69,14 +94,8 @@ def expand_window(
             other=0.0,
             cache_modifier=".cg",
         )
-        row, mask_r = rank_rows(blocks, GROUP)
-        # [GROUP * RANK_BLOCK, BLOCK_N]; up to its stride: an odd N would end 16-byte loads. After
-        # h: the compiler waits for B where it is loaded.
-        B = tl.load(
-            B_ptr + row[:, None].to(tl.int64) * stride_bc + offs_n[None, :],
-            mask=mask_r[:, None] & (offs_n < stride_bc)[None, :],
-            other=0.0,
-        )
+        # After h: the compiler waits for B where it is loaded.
+        B = load_B(B_ptr, blocks, offs_n, stride_bc, GROUP, RANKS)
         h = tl.reshape(tl.sum(h, axis=3), [BLOCK_M, GROUP * RANK_BLOCK])
         acc = product(acc, B, tl.trans(h), DOT_DTYPE)
         start += GROUP
@@ -101,6 +120,7 @@ def expand_tile(
     SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    RANKS: tl.constexpr,  # as in expand_kernel
     DOT_DTYPE: tl.constexpr,
 ):
     """(acc + the transpose of B h, [BLOCK_M] whether a row has an adapter in this layer)."""
@@ -108,14 +128,14 @@ def expand_tile(
     changes = tl.arange(0, BLOCK_M) < 0
     acc, changes = expand_window(
         *(acc, changes, asked, window, h_tile, pool.B_rows, sizes, offs_n, stride_bc),
-        *(BLOCK_M, BLOCK_U, GROUP, SPLIT_K, DOT_DTYPE),
+        *(BLOCK_M, BLOCK_U, GROUP, SPLIT_K, RANKS, DOT_DTYPE),
     )
     if BLOCK_U == WIDEST:
         for at in range(BLOCK_U, asked.length, BLOCK_U):
             further = ask(plan, pool, sizes, pid_m, at, BLOCK_M, BLOCK_U, SLOTS)
             acc, changes = expand_window(
                 *(acc, changes, further, search(further, BLOCK_U, SLOTS), h_tile, pool.B_rows),
-                *(sizes, offs_n, stride_bc, BLOCK_M, BLOCK_U, GROUP, SPLIT_K, DOT_DTYPE),
+                *(sizes, offs_n, stride_bc, BLOCK_M, BLOCK_U, GROUP, SPLIT_K, RANKS, DOT_DTYPE),
             )
     return acc, changes
 
@@ -141,6 +161,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     WALK: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    RANKS: tl.constexpr,  # of a block of B by columns, stride_bc = N * RANKS; 0: B is row by row
     Y_UNIT: tl.constexpr,  # divides N and stride_ym: tells the compiler how wide it may load
     DOT_DTYPE: tl.constexpr,
 ):
@@ -162,7 +183,7 @@ def expand_kernel(
         acc, changes = expand_tile(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
             *(asked, window, h_ptr, plan, pool, sizes, pid_m, offs_n, stride_bc),
-            *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, DOT_DTYPE),
+            *(BLOCK_M, BLOCK_U, SLOTS, GROUP, SPLIT_K, RANKS, DOT_DTYPE),
         )
         y = tl.where((state == DEAD)[:, None], float("nan"), y.to(tl.float32)) + tl.trans(acc)
         mask_m = (changes | (state == DEAD))[:, None]

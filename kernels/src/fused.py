@@ -166,7 +166,7 @@ def fused_kernel(
             await_shrinks(counter_ptr, shrinks)
         acc, _ = expand_tile(
             *(acc, asked, window, h_ptr, plan, pool, sizes, tile, offs_n, stride_bc),
-            *(BLOCK_M, BLOCK_U, SLOTS, EXPAND_GROUP, SPLIT_K, DOT_DTYPE),
+            *(BLOCK_M, BLOCK_U, SLOTS, EXPAND_GROUP, SPLIT_K, 0, DOT_DTYPE),
         )
         acc = tl.where((state == DEAD)[None, :], float("nan"), acc)
         y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]

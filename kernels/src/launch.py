@@ -186,6 +186,8 @@ def shrink(
 def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Ready | None:
     """y [M, N] += B_rows applied to h [M, J, R, split_k]."""
     (M, N), (_, J, R, _), U, S = y.shape, h.shape, plan.union.shape[1], len(pool.rank)
+    block = pool.B_rows.shape[2] if pool.B_rows.dim() == 3 else 0
+    assert not block or (block % 8 == 0 and pool.B_rows.is_contiguous()), "see Pool"
     unit = sizes.unit(y)
     return launched(
         expand_kernel,
@@ -209,6 +211,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         BLOCK_N=config.block_n,
         WALK=config.walk,
         SPLIT_K=config.split_k,
+        RANKS=block,
         Y_UNIT=unit,
         DOT_DTYPE=_dot_dtype(y, pool.B_rows),
         num_warps=config.expand_warps,

@@ -50,10 +50,14 @@ class Pool(NamedTuple):
     """The adapters of a layer: slot i has the rank rows offset[i] .. offset[i] + rank[i] - 1.
 
     Rows of A begin every stride(0) >= K elements, with zeros from K on; those of B likewise.
+
+    Or B stands by columns, as engines keep it: in blocks of R rank rows, a multiple of 8, each with
+    one adapter from its first row on. What lies past a rank, up to a multiple of 8, must be finite
+    there, since it is multiplied by 0. Only expand reads B so.
     """
 
     A_rows: Tensor  # [C, at least K]
-    B_rows: Tensor  # [C, at least N]
+    B_rows: Tensor  # [C, at least N]; or [C / R, N, R] without gaps
     constant: Tensor | None  # [C] bool: a rank row that carries a bias; None = no row does
     offset: Tensor  # [S] int32
     rank: Tensor  # [S] int32

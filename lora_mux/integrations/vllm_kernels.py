@@ -1,7 +1,7 @@
 """An experiment: lora_mux's operators in the linear layers of vLLM, LORA_MUX_VLLM=kernels.
 
-Rows are right, and checked on the CPU. Nothing is known of its speed: B is turned for each layer
-and pass, because vLLM keeps it [slots, 1, N, R], and our kernels read rank rows [slots * R, N].
+Rows are right, and checked on the CPU. The kernels read vLLM's own stacks, A [slots, 1, R, K] and
+B [slots, 1, N, R], as they are. Nothing is known of its speed.
 """
 
 from collections.abc import Sequence
@@ -65,8 +65,7 @@ class MuxOperators:
         for A, B, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             slots, _, R, K = A.shape
             plan, tables = self._planned(slots, R, scale)
-            B_rows = B[:, 0].transpose(1, 2).reshape(slots * R, size)
-            rows = RankRows(A.view(slots * R, K), B_rows, None, *tables)
+            rows = RankRows(A.view(slots * R, K), B.view(slots, size, R), None, *tables)
             part = y[:, first : first + size]
             torch.ops.lora_mux.add_lora_(part, x, *rows, *plan, R)
             first += size

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core import RankRows
 from ..kernels.tensors import Plan, Pool
 from . import tuned
-from .operands import How, Trained, transposed
+from .operands import How, Trained, row_by_row, transposed
 
 if TYPE_CHECKING:
     from ..kernels.ready import AddAgain, LinearAgain
@@ -33,6 +33,9 @@ def add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgai
 
     if not (y.numel() and plan.slots.shape[1]):
         return None
+    by_columns = rows.B_rows.dim() == 3
+    if by_columns and (rows.B_rows.shape[2] % 8 or not rows.B_rows.is_contiguous()):
+        rows = row_by_row(rows)
     pool = _pool(rows)
     given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
     shrink = None
@@ -80,6 +83,8 @@ def linear(
     (M, K), N, stream = x.shape, weight.shape[0], launch.stream_number(x.device)
     one_tile = M <= config.FUSED_ROWS and plan.block_m == config.fused_tile_rows(M)
     if stream is None or not one_tile or not (x.numel() and N and plan.slots.shape[1]):
+        return None
+    if rows.B_rows.dim() == 3:  # by columns, which expand alone reads
         return None
     pool, W, inputs = _pool(rows), computable(weight), _row_major(computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes

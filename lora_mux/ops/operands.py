@@ -100,6 +100,12 @@ def schema(fields: Any) -> str:
     )
 
 
+def row_by_row(rows: RankRows) -> RankRows:
+    """The adapters with B's rank rows one after the other: a copy where B stands by columns."""
+    B = rows.B_rows
+    return rows if B.dim() == 2 else rows._replace(B_rows=B.transpose(1, 2).flatten(0, 1))
+
+
 def transposed(rows: RankRows) -> RankRows:
     """The adapters from y to x: A and B in each other's place. A bias does not depend on x."""
-    return rows._replace(A_rows=rows.B_rows, B_rows=rows.A_rows, constant=None)
+    return rows._replace(A_rows=row_by_row(rows).B_rows, B_rows=rows.A_rows, constant=None)

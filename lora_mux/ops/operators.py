@@ -25,7 +25,7 @@ from ..errors import TrainingError
 from ..kernels.tensors import DEAD, SLOT_MASK, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import on_triton, plan_in_torch, reference
-from .operands import How, Trained, check_unchanged, schema, transposed
+from .operands import How, Trained, check_unchanged, row_by_row, schema, transposed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,7 +107,8 @@ def _add_lora_(y: Tensor, x: Tensor, *shared: Any) -> None:
     if _on_triton(y, how.triton):
         on_triton.add_(y, x, rows, plan, how)
         return
-    added = reference.add_lora(y, x, rows, reference.plan(plan.slots, plan.strength))
+    used = reference.plan(plan.slots, plan.strength)
+    added = reference.add_lora(y, x, row_by_row(rows), used)
     y.copy_(torch.where((plan.state == DEAD)[:, None], torch.nan, added))
 
 
@@ -136,7 +137,7 @@ def _strength_gradient(grad: Tensor, x: Tensor, *shared: Any) -> Tensor:
     rows, plan, how, _ = _unpack(shared)
     if _on_triton(grad, how.triton):
         return on_triton.strength_gradient(grad, x, rows, plan, how)
-    gradient = reference.strength_gradient(grad, x, rows, plan.slots)
+    gradient = reference.strength_gradient(grad, x, row_by_row(rows), plan.slots)
     return gradient.to(plan.strength.dtype)
 
 
@@ -147,7 +148,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, *shared: Any) -> tuple[Tensor, Ten
         return on_triton.weight_gradient(grad, x, rows, plan, how, trained)
     assert trained.trained is not None
     slots = [(int(trained.trained[number]), rank) for number, rank in trained.ranks]
-    return reference.weight_gradient(grad, x, rows, plan.slots, plan.strength, slots)
+    return reference.weight_gradient(grad, x, row_by_row(rows), plan.slots, plan.strength, slots)
 
 
 @_fake("add_lora_")

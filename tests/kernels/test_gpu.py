@@ -71,6 +71,16 @@ def test_sizes_of_a_model(rows: int, dtype: torch.dtype) -> None:
     problem.check(problem.run())
 
 
+@pytest.mark.parametrize("rows", [1, 33, 300])
+@pytest.mark.parametrize("ranks", [8, 16, 24, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns(dtype: torch.dtype, ranks: int, rows: int) -> None:
+    """B as engines keep it."""
+    sizes = {"rows": rows, "K": 256, "N": 1000, "ranks": [ranks, 3] * 4, "by_columns": ranks}
+    problem = on_gpu(Problem(**sizes), dtype=dtype)
+    problem.check(problem.run())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_run(dtype: torch.dtype) -> None:
     problem = Problem(rows=200, K=4096, N=512, ranks=(16, 64, 5), dtype=dtype, device="cuda")

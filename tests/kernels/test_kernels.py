@@ -341,3 +341,22 @@ class TestMemory:
         if judged:
             problem.check(got)
         return seen.get("config"), memory
+
+
+class TestColumns:
+    """B as vLLM and SGLang keep it: [slots, N, R], the ranks of a column side by side."""
+
+    @pytest.mark.parametrize("ranks", [8, 16, 24, 64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_values(self, ranks: int, dtype: torch.dtype) -> None:
+        mixed = (ranks, 1, 0, ranks - 3)
+        problem = Problem(rows=20, N=50, ranks=mixed, dtype=dtype, by_columns=ranks)
+        memory = Memory(**{k: v for k, v in vars(problem).items() if isinstance(v, Tensor)})
+        with memory.of_launches():
+            problem.check(problem.run())
+        assert not memory.errors
+
+    @pytest.mark.parametrize(("block_m", "walk"), [(16, 1), (64, 3)])
+    def test_many_columns_of_a_program(self, block_m: int, walk: int) -> None:
+        problem = Problem(rows=70, N=300, ranks=(16, 9), dtype=torch.bfloat16, by_columns=16)
+        problem.check(problem.run(block_m, block_n=64, walk=walk))

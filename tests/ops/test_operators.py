@@ -347,3 +347,37 @@ def test_settings_are_kept_by_copies() -> None:
     layer = lora_mux.MuxLinear(nn.Linear(2, 2), backend="reference", batch_invariant=True)
     assert layer.mux_settings == ops.Settings("reference", True)
     assert reference.Plan._fields == ("slots", "selects", "strength")
+
+
+@pytest.mark.usefixtures("mended", "quiet")
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("block", [8, 5])  # of the latter the kernels make a copy
+class TestColumns:
+    """A pool of an engine's, B [slots, N, R], gives what the same one row by row gives."""
+
+    def both(self, block: int) -> tuple[Problem, RankRows, RankRows]:
+        problem = finite(Problem(rows=20, ranks=(block, 3, block), by_columns=block))
+        by_columns = RankRows(*problem.pool)
+        assert by_columns.B_rows.shape == (3, problem.N, block)
+        return problem, by_columns, by_columns._replace(B_rows=problem.B_rows)
+
+    def test_values(self, block: int, triton: bool) -> None:
+        problem, by_columns, _ = self.both(block)
+        how = *plan_of(problem), block, False, triton
+        problem.check(OPS.add_lora(problem.y, problem.x, *by_columns, *how))
+        W = torch.eye(problem.N, problem.K)
+        got = OPS.linear(problem.x, W, None, *by_columns, *how)
+        problem.y = problem.x @ W.T
+        problem.check(got)
+
+    def test_gradients(self, block: int, triton: bool) -> None:
+        problem, *pools = self.both(block)
+        found = []
+        for rows in pools:
+            plan = plan_of(problem)
+            x, strength = problem.x.clone().requires_grad_(), plan.strength.requires_grad_()
+            y = OPS.add_lora(problem.y, x, *rows, *plan, block, False, triton)
+            found.append(torch.autograd.grad(y.square().sum(), (x, strength)))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+            assert want.any()

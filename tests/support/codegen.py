@@ -116,8 +116,12 @@ def compile_kernel(
     chosen: Any,
     window: int,
     unit: int = 16,
+    ranks: int = 0,
 ) -> Any:
-    """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan)."""
+    """The compiled kernel of a Config; `window` is BLOCK_U (BLOCK_J of the plan).
+
+    With `ranks`, B stands by columns, in blocks of as many rank rows.
+    """
     functions = {
         "plan": plan_kernel,
         "shrink": shrink_kernel,
@@ -150,7 +154,7 @@ def compile_kernel(
         warps, stages = chosen.shrink_warps, chosen.shrink_stages
     if kernel == "expand":
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
-        constants["WALK"] = chosen.walk
+        constants |= {"WALK": chosen.walk, "RANKS": ranks}
         warps, stages = chosen.expand_warps, chosen.expand_stages
     if kernel == "fused":
         constants |= {"X_UNIT": unit, "Y_UNIT": unit}
@@ -191,15 +195,17 @@ def report(
     chosen: Any,
     window: int,
     unit: int = 16,
+    ranks: int = 0,
 ) -> dict[str, Any]:
     """What the machine code of a kernel needs and uses."""
-    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit)
+    compiled = compile_kernel(kernel, dtype, architecture, chosen, window, unit, ranks)
     found = {
         "kernel": kernel,
         "dtype": dtype,
         "architecture": architecture,
         "window": window,
         "unit": unit,
+        "ranks": ranks,
         "config": dataclasses.asdict(chosen),
         "shared": compiled.metadata.shared,
     }
@@ -395,6 +401,8 @@ def sweep(
                         if key not in seen:
                             seen.add(key)
                             yield report(kernel, dtype, architecture, chosen, window)
+                    if kernel == "expand" and dtype == halves[-1]:
+                        yield report(kernel, dtype, architecture, ends[-1], 64, 16, ranks=16)
                     if dtype == halves[-1] and (everything or block_m == 64):
                         yield report(kernel, dtype, architecture, ends[-1], 64, 8)
                         sizes = block_m, 4095, 4095, ITEMSIZE[dtype]

@@ -32,6 +32,7 @@ class Problem:
     select: Callable[["Problem"], Tensor] | None = None
     weighted: bool = True
     biased: Sequence[int] = ()  # slots whose last rank row is constant
+    by_columns: int = 0  # B stands by columns, in blocks of as many rank rows, one for each slot
     seed: int = 0
     device: str = "cpu"
 
@@ -48,6 +49,8 @@ class Problem:
 
         S, gaps = len(self.ranks), 2
         C = sum(self.ranks) + gaps * S + 1
+        if self.by_columns:
+            C = self.by_columns * S
         self.A_rows = torch.full((C, -(-self.K // 16) * 16), NAN)
         self.B_rows = torch.full((C, -(-self.N // 16) * 16), NAN)
         self.constant = torch.zeros(C, dtype=torch.bool)
@@ -56,6 +59,9 @@ class Problem:
         self.scaling = torch.rand(max(S, 1), generator=make) + 0.5
         start = 1
         for slot, rank in enumerate(self.ranks):
+            if self.by_columns:  # see Pool on what must be finite
+                start = slot * self.by_columns
+                self.B_rows[start : start + -(-rank // 8) * 8] = 7.0
             self.offset[slot] = start
             rows = slice(start, start + rank)
             self.A_rows[rows] = 0
@@ -98,7 +104,11 @@ class Problem:
         """A Pool, in the order of the operators' arguments."""
         from lora_mux.kernels.tensors import Pool
 
-        return Pool(*(getattr(self, name) for name in Pool._fields))
+        pool = Pool(*(getattr(self, name) for name in Pool._fields))
+        if not self.by_columns:
+            return pool
+        blocks = pool.B_rows[:, : self.N].view(-1, self.by_columns, self.N)
+        return pool._replace(B_rows=blocks.transpose(1, 2).contiguous())
 
     def plan(self, block_m: int) -> Any:
         """The Plan, by its launcher."""
