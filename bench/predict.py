@@ -142,7 +142,7 @@ def fused(w: Workload) -> float | None:
     """Base, shrink and expand in one launch; None for more rows than are taken together."""
     if w.rows > config.FUSED_ROWS:
         return None
-    c = config.choose_fused(w.rows, w.N, ARCHITECTURE)
+    c = config.choose_fused(w.rows, w.N, ARCHITECTURE, w.selections)
     steps, union = up(w.K, c.block_k), blocks(w, c.block_m)
     # Base programs, until h is wanted; programs of shrink beside them.
     chain = chain_of("fused", w, c.block_m)

@@ -218,13 +218,22 @@ def fused_tile_rows(rows: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_fused(rows: int, out_features: int, architecture: Architecture) -> FusedConfig:
-    """The FusedConfig for y [rows, out_features] in 16-bit types, of up to FUSED_ROWS rows."""
+def choose_fused(
+    rows: int, out_features: int, architecture: Architecture, places: int = 1
+) -> FusedConfig:
+    """The FusedConfig for y [rows, out_features] in 16-bit types, of up to FUSED_ROWS rows.
+
+    Args:
+        rows: of the batch.
+        out_features: N of y.
+        architecture: of the device.
+        places: J, the adapters that a row may have.
+    """
     block_m = fused_tile_rows(rows)
     amd = architecture.tensor_cores == "mfma"
     mma = architecture.tensor_cores == "mma"
     if not (amd or mma):
-        return _in_shared_memory(block_m, out_features, architecture.processors)
+        return _in_shared_memory(block_m, out_features, architecture.processors, places)
     block_n = _columns(block_m, out_features, architecture.processors)
     # Tiles of x and W in shared memory; where operands fill registers, one stage is there.
     most = architecture.shared // (2 * (block_m + block_n) * 128) + mma
@@ -243,7 +252,7 @@ def choose_fused(rows: int, out_features: int, architecture: Architecture) -> Fu
     )
 
 
-def _in_shared_memory(block_m: int, out_features: int, processors: int) -> FusedConfig:
+def _in_shared_memory(block_m: int, out_features: int, processors: int, places: int) -> FusedConfig:
     """Where both operands of a product stay in shared memory.
 
     These are among those that an H100 found fastest, for which kernels/README.md has the figures.
@@ -254,16 +263,19 @@ def _in_shared_memory(block_m: int, out_features: int, processors: int) -> Fused
     def programs(columns: int) -> int:
         return -(-out_features // columns)
 
-    common = {"split_k": 2, "registers": 255}
+    wide, registers = programs(64) > 2 * processors, 255
     if block_m == 16:
         block_n = 32 if programs(32) <= processors else 64
-        tile = {"block_m": 16, "block_n": block_n, "block_k": 256, "warps": 4, "stages": 4}
-        return FusedConfig(shrink_group=1, expand_group=4, **tile, **common)
-    wide = programs(64) > 2 * processors
+        block_k = 128 if wide else 256
+        tile = {"block_m": 16, "block_n": block_n, "block_k": block_k, "warps": 4, "stages": 4}
+        return FusedConfig(shrink_group=1, expand_group=4, split_k=2, registers=registers, **tile)
     tile = {"block_m": 32, "block_n": 128 if wide else 64, "block_k": 128}
     stages = 4 if wide or programs(64) > processors else 6
     warps = 8 if wide else 4
-    return FusedConfig(shrink_group=2, expand_group=8, warps=warps, stages=stages, **tile, **common)
+    # Shrink is sooner done in more parts, but h has all parts of all places.
+    split_k = 4 if places == 1 else 1
+    common = {"warps": warps, "stages": stages, "registers": registers, **tile}
+    return FusedConfig(shrink_group=2, expand_group=8, split_k=split_k, **common)
 
 
 def _columns(block_m: int, out_features: int, processors: int) -> int:
@@ -284,7 +296,7 @@ def _columns(block_m: int, out_features: int, processors: int) -> int:
 def choose_gradient(
     pairs: int,
     adapters: int,
-    max_rank: int,
+    rank_blocks: int,
     columns: int,
     itemsize: int,
     architecture: Architecture,
@@ -292,12 +304,13 @@ def choose_gradient(
 ) -> GradientConfig:
     """The GradientConfig for the rank rows of trained adapters.
 
-    kernels/README.md has the registers that decided the tiles.
+    Those with wgmma are the ones that an H100 found fastest; the others were decided by registers.
+    kernels/README.md has the figures.
 
     Args:
         pairs: of rows and places; at most so many belong to the adapters.
         adapters: that are trained.
-        max_rank: of them.
+        rank_blocks: of 16 rank rows that they have together.
         columns: C of v.
         itemsize: bytes of an element of v: 2, or 4 for fp32.
         architecture: of the device.
@@ -306,24 +319,31 @@ def choose_gradient(
     """
     cores = architecture.tensor_cores
     half = itemsize <= 2 and cores != "none"
-    group = 1 if batch_invariant or max_rank <= 16 else 2 if max_rank <= 32 else 4
+    # Groups are of one adapter, and those of small ranks would be padded.
+    mean = rank_blocks // max(1, adapters)
+    group = 1 if batch_invariant or mean < 2 else 2 if mean == 2 else 4
     if not half:
         # Products of 64 columns would be TF32 on sm_100 (triton #10176).
         tile = {"group": 1, "block_p": 16, "block_c": 32, "warps": 4, "stages": 2}
     elif cores in ("mma", "mfma") and group > 1:
         # Both operands fill registers.
         tile = {"group": group, "block_p": 32, "block_c": 256 // group, "warps": 4, "stages": 3}
+    elif cores == "wgmma":
+        # Of five stages two and a half are under way: each step waits for its pairs.
+        deep = group == 4 or (not batch_invariant and pairs >= 512 * max(1, adapters))
+        tile = {"group": group, "block_p": 32, "block_c": 256, "warps": 8 if group == 4 else 4}
+        tile["stages"] = 5 if deep else 2
     else:
         warps = 8 if group == 4 else 4
         tile = {"group": group, "block_p": 64, "block_c": 128, "warps": warps, "stages": 3}
     programs = -(-columns // tile["block_c"])
     most = 4
     if not batch_invariant:
-        programs *= max(1, adapters) * -(-max_rank // (16 * tile["group"]))
+        programs *= max(1, -(-rank_blocks // tile["group"]))
         # An adapter's part of the sum is as many bytes, written and read, as a step loads of v.
         most = pairs // (max(1, adapters) * 4 * tile["block_p"])
     split = 1
-    while 2 * split <= min(most, 8) and 2 * split * programs <= 2 * architecture.processors:
+    while 2 * split <= min(most, 8) and 2 * split * programs <= architecture.processors:
         split *= 2
     registers = None if cores == "mfma" else 255
     return GradientConfig(split=split, registers=registers, **tile)

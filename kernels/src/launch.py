@@ -323,8 +323,8 @@ def weight_gradient(
     (M, J, R, parts), C, rows = u.shape, v.shape[1], sum(rank for _, rank in ranks)
     if not (M and J and C and rows):
         return v.new_zeros((rows, C), dtype=torch.float32)
-    machine, highest = architecture(v.device), max(rank for _, rank in ranks)
-    of_problem = M * J, len(ranks), highest, C, product_itemsize(v), machine
+    blocks = sum(sizes.cdiv(rank, RANK_BLOCK.value) for _, rank in ranks)
+    of_problem = M * J, len(ranks), blocks, C, product_itemsize(v), architecture(v.device)
     config = config or choose_gradient(*of_problem, batch_invariant)
     assert INTERPRETED or product_itemsize(v) == 2 or config.block_c < 64, "TF32 on sm_100"
     items = items_on(v.device, ranks, config.group, constant)

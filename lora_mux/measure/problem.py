@@ -79,7 +79,8 @@ class Problem:
         """The same for the fused kernel."""
         from ..kernels import config
 
-        return config.choose_fused(self.case.rows, self.case.out_features, self.architecture)
+        rows, _, N, _, places, _ = self.case
+        return config.choose_fused(rows, N, self.architecture, places)
 
     def pair(self, config: "Config", n: int) -> None:
         """One shrink and one expand."""

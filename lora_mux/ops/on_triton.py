@@ -92,7 +92,8 @@ def linear(
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
     chosen = tuned.fused(launch.device_name(x.device), case, plan.block_m)
     if chosen is None:
-        chosen = config.choose_fused(M, N, launch.architecture(x.device))
+        machine, places = launch.architecture(x.device), plan.slots.shape[1]
+        chosen = config.choose_fused(M, N, machine, places)
     arguments = inputs, W, bias, plan, pool, how.max_rank, stream, chosen
     y, again = launch.linear_and_again(*arguments)
     return y.to(x.dtype), again if inputs is x else None

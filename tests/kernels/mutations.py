@@ -283,6 +283,6 @@ MUTATIONS = {
         PAIRS, "_CAPTURED[id(items)] = items", "pass", TEST_GRADIENT
     ),
     "config: bits of an adapter follow its neighbours": Mutation(
-        CONFIG, "1 if batch_invariant or max_rank", "1 if max_rank", TEST_CONFIG
+        CONFIG, "1 if batch_invariant or mean", "1 if mean", TEST_CONFIG
     ),
 }

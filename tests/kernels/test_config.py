@@ -47,7 +47,8 @@ def gradient(
     **others: object,
 ) -> GradientConfig:
     given = {"itemsize": 2, "architecture": H200, **others}
-    return choose_gradient(pairs, adapters, rank, columns, **given)  # type: ignore[arg-type]
+    blocks = adapters * -(-rank // 16)
+    return choose_gradient(pairs, adapters, blocks, columns, **given)  # type: ignore[arg-type]
 
 
 @every_card
@@ -134,9 +135,18 @@ def test_an_h100_gets_what_was_measured_on_it() -> None:
         for rows, N in itertools.product((1, 32), (4096, 6144, 28672))
     ]
     assert found == [
-        *((16, 32, 256, 4, 4, 4), (16, 64, 256, 4, 4, 4), (16, 64, 256, 4, 4, 4)),
+        *((16, 32, 256, 4, 4, 4), (16, 64, 256, 4, 4, 4), (16, 64, 128, 4, 4, 4)),
         *((32, 64, 128, 8, 6, 4), (32, 64, 128, 8, 6, 4), (32, 128, 128, 8, 4, 8)),
     ]
+    batches = itertools.product((1, 32), (1, 4))
+    assert [choose_fused(rows, 4096, H200, J).split_k for rows, J in batches] == [2, 2, 4, 1]
+    tiles = [
+        (c.group, c.block_p, c.block_c, c.stages, c.warps)
+        for c in (gradient(rank=64), gradient(rank=32, pairs=100), gradient(adapters=4))
+    ]
+    assert tiles == [(4, 32, 256, 5, 8), (2, 32, 256, 2, 4), (1, 32, 256, 5, 4)]
+    mixed = choose_gradient(8192, 4, 1 + 1 + 1 + 4, 4096, 2, H200)
+    assert mixed.group == 1  # three of four would be padded
 
 
 def test_rows_that_are_read_by_the_element_get_small_blocks() -> None:
@@ -189,12 +199,12 @@ class TestGradient:
         assert half == full
 
     def test_splits_follow_the_batch_and_the_machine(self) -> None:
-        assert gradient().split == 8  # 32 blocks of columns on 132 processors
+        assert gradient().split == 8  # 16 blocks of columns on 132 processors
         assert gradient(columns=14336).split == 2
         assert gradient(columns=28672).split == 1
         assert gradient(adapters=4).split == 2
         assert gradient(rank=512).split == 1  # eight groups of rank blocks
-        assert gradient(pairs=1024).split == 4  # 16 steps
+        assert gradient(pairs=512).split == 4  # 16 steps
         assert gradient(pairs=100).split == 1
         assert gradient(adapters=0, pairs=0, rank=0).split == 1
 

@@ -121,8 +121,8 @@ def test_launchers_need_no_values(report: dict[str, Any]) -> None:
     more = ["shrink_kernel", "shrink_kernel", "plan_kernel", "fused_kernel"]
     assert names == [*KERNELS, *more, "weight_gradient_kernel"]
     assert report["fake"][2]["grid"] == [1094, 79, 1]  # 4 blocks of 128 columns each
-    assert report["fake"][-2]["grid"] == [132 + 313, 1, 1]
-    assert report["fake"][-1]["grid"] == [32, 64, 1]  # blocks of columns, and adapters
+    assert report["fake"][-2]["grid"] == [4 * 32 + 313, 1, 1]  # parts of K x groups, base programs
+    assert report["fake"][-1]["grid"] == [16, 64, 1]  # blocks of columns, and adapters
 
 
 def test_launches_go_to_the_device_of_their_tensors(report: dict[str, Any]) -> None:

@@ -292,8 +292,10 @@ def shipped(architecture: str, itemsize: int) -> list[Any]:
 
 def shipped_fused(architecture: str) -> list[Any]:
     """Every FusedConfig that ships for the architecture."""
-    sizes = itertools.product((1, 32), (512, 1024, 2048, 4096, 6144, 8192, 14336, 28672))
-    found = (config.choose_fused(rows, N, ARCHITECTURES[architecture]) for rows, N in sizes)
+    columns = 512, 1024, 2048, 4096, 6144, 8192, 14336, 28672
+    sizes = itertools.product((1, 32), columns, (1, 2))
+    machine = ARCHITECTURES[architecture]
+    found = (config.choose_fused(rows, N, machine, places) for rows, N, places in sizes)
     return list(dict.fromkeys(found))
 
 
@@ -302,13 +304,15 @@ def shipped_gradient(architecture: str, itemsize: int) -> list[Any]:
     grid = itertools.product(
         (16, 1024, 16384, 1 << 20),  # pairs
         (1, 16, 1024),  # adapters
-        (1, 16, 32, 33, 512),  # largest rank
+        (1, 2, 3, 32),  # rank blocks of each
         (64, 1024, 4096, 28672),  # columns
     )
     machine = ARCHITECTURES[architecture]
     found = (
-        config.choose_gradient(*sizes, itemsize, machine, invariant)
-        for sizes in grid
+        config.choose_gradient(
+            pairs, adapters, adapters * blocks, columns, itemsize, machine, invariant
+        )
+        for pairs, adapters, blocks, columns in grid
         for invariant in (False, True)
     )
     return list(dict.fromkeys(found))

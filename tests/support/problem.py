@@ -216,7 +216,7 @@ class FusedProblem(Problem):
         from lora_mux.kernels import config, launch
 
         device = self.x.device
-        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device))
+        chosen = config.choose_fused(self.rows, self.N, launch.architecture(device), self.J)
         chosen = dataclasses.replace(chosen, **replaced)
         plan = self.plan(chosen.block_m)
         self.counters = plan.counters
