@@ -4,18 +4,19 @@ Steps, in the order of what matters most; each is a process of its own, of ten m
 
     tests         python -m pytest tests -m gpu
     memcheck      some of them under compute-sanitizer, where that is installed; racecheck as well
-    compile       the kernels of the next steps, in parallel, into Triton's cache
+    compile       the kernels of the next steps, in parallel, into Triton's cache; compile-train
     launches      what a launch, a dependent launch, a fork and a join cost in a graph
     headline      the questions of docs/benchmarks.md
     subsets       several adapters a row, FlashInfer's kernel among the others
-    tune          tables for the layers of an 8B model on this GPU
-    tuned         the questions again, with these tables
+    train         training several adapters on one layer, against PEFT and forms by hand
     model         switching adapters in a whole model, against PEFT
     residency     adapters that are not all resident, against PEFT
+    tune          tables for the layers of an 8B model on this GPU
+    tuned         the questions again, with these tables
     smoke, grid   more workloads, as time allows
     plots         pictures of what was recorded, in each call again
 
-The first four time nothing, and run side by side. A step writes its records and its log at once,
+The first five time nothing, and run side by side. A step writes its records and its log at once,
 DIR/report.md says what passed and what lost, and a second call goes on with the steps that have not
 ended well. No network is needed, and no more than torch, triton, pytest, peft and transformers;
 pytest-xdist makes the tests faster, and matplotlib draws: `--steps plots` does so later, elsewhere.
@@ -86,18 +87,28 @@ def steps(out: Path) -> Iterator[Step]:
     sites = list(workloads.SITES)[:4]
     compile_only = [*run, "--headline", "--compile", "--sites"]
     yield Step("compile", [[*compile_only, site] for site in sites], times=False)
+    train = [python, "bench/train.py", "--device", "cuda", "--dtype", "bfloat16", "--width", "4096"]
+    once = [*train, "--runs", "2", "--seconds", "0", "--out", os.devnull, "--cells"]
+    cells = [[*once, str(number)] for number in range(6)]
+    yield Step("compile-train", cells, needs="peft", times=False)
     yield Step("launches", [[python, "bench/launches.py", *records("launches")]])
     for grid in ("headline", "subsets"):
         yield Step(grid, [[*run, f"--{grid}", *records(grid)]])
+    yield Step("train", [[*train, "--seconds", "4", *records("train")]], needs="peft")
+    # Half a minute each: sizes and runs that a CPU's hour would have are left to it.
+    fewer = {
+        "model": "--least 2 --seconds 2",
+        "residency": "--adapters 2000 --peft 16 --crowd 1000 --big 128 --registered 500",
+    }
+    for script, options in fewer.items():
+        command = [python, f"bench/{script}.py", "--device", "cuda", *options.split()]
+        yield Step(script, [[*command, *records(script)]], needs="peft")
     table = str(out / "table.json")
     for K, N in (workloads.SITES[site] for site in sites):
         tune = [python, "-m", "lora_mux", "tune", "--rows", "1", "32", "--rounds", "1"]
         sizes = ["--in-features", str(K), "--out-features", str(N)]
         yield Step(f"tune-{K}x{N}", [[*tune, *sizes, "--out", table]])
     yield Step("tuned", [[*run, "--headline", *records("tuned")]], {"LORA_MUX_TUNED": table})
-    for script in ("model", "residency"):
-        command = [python, f"bench/{script}.py", "--device", "cuda", *records(script)]
-        yield Step(script, [command], needs="peft")
     for grid in ("smoke", "grid"):
         yield Step(grid, [[*run, f"--{grid}", *records(grid)]])
 
@@ -166,7 +177,7 @@ def report(out: Path, done: Sequence[Done]) -> str:
         if one.ended not in ("well",) and path.exists():
             tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             lines += ["", f"## {one.step} ended {one.ended}; its log ends with", "", *_code(tail)]
-    for name in ("launches", "model", "residency"):
+    for name in ("launches", "train", "model", "residency"):
         path = out / f"{name}.log"
         if path.exists():
             lines += ["", f"## {name}", "", *_code(path.read_text(encoding="utf-8").splitlines())]

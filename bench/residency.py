@@ -37,6 +37,11 @@ from lora_mux.measure.timing import wait
 from lora_mux.progress import progress_bar
 
 CPU = torch.device("cpu")
+# What the record calls its sizes.
+SIZES = {
+    **{"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32},
+    **{"folders": 48, "peft": 48, "crowd": 2000, "big": 256, "targets": 224, "registered": 2000},
+}
 
 
 def stack(layers: int, width: int, place: torch.device) -> nn.Sequential:
@@ -199,7 +204,8 @@ def into_a_crowd(
     arrival = milliseconds(arrive, 1)["min"]
     done.set()
     other.join()
-    gone = sum(not mux.memory().adapters[name].resident for name in names)
+    held = mux.memory().adapters
+    gone = sum(not held[name].resident for name in names)
     return {"until it is resident": arrival, "longest route": max(took), "evicted": gone}
 
 
@@ -223,22 +229,24 @@ def theirs(args: argparse.Namespace, folders: list[Path]) -> dict[str, Any]:
     }
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    sizes = {"layers": 64, "width": 1024, "rank": 16, "adapters": 5000, "resident": 32}
-    others = {"folders": 48, "peft": 48, "crowd": 2000, "big": 256}
-    others |= {"targets": 224, "registered": 2000}
-    for name, default in (sizes | others).items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", type=device, default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "residency.jsonl")
-    args = parser.parse_args(given)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PEFT's, about the base model's missing config
         base = stack(args.layers, args.width, CPU)
         folders = save_folders(base, args.rank, args.folders, Path(root))
-        sizes = {key: getattr(args, key) for key in (*sizes, *others)}
+        sizes = {key: getattr(args, key) for key in SIZES}
         record = {
             **provenance(args.device),
             "sizes": sizes,

@@ -1,8 +1,8 @@
 """Training several adapters on one linear layer, ours and as others do it: python bench/train.py
 
-A step is forward and backward, without an optimizer: the gradients of x and of every A and B, for
-a frozen base. The rows of a batch stand in any order, each with one adapter. It is timed only
-after all its gradients have been compared with the formula in fp64.
+A step is forward and backward, without an optimizer: the gradients of x and of every A and B, for a
+frozen base. The rows of a batch stand in any order, each with one adapter. It is timed only if all
+its gradients agree with the formula in fp64; else the record says what is wrong.
 
     base       the frozen layer alone: the floor
     lora_mux   one pass for all, under a route that is in force already
@@ -14,11 +14,17 @@ after all its gradients have been compared with the formula in fp64.
     stack      adapters stacked in each step, padded to the largest rank; rows sorted, two grouped
                products, and the answers put back
 
-Which rows are whose is known to all of them before the clock starts.
+In bf16 two more: PEFT keeps its adapters in fp32 there, and "PEFT 16" has them in bf16 as all
+others do; "batched" is "stack" by batched products, as all adapters have equally many rows here.
+
+Which rows are whose is known to all of them before the clock starts. On a GPU the host's clock
+stops when all is done. `device` is how long the GPU itself takes for a step, whose launches wait
+in its queue until the last one is there: no less can be had by a graph, or beside other work.
 """
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +37,11 @@ from torch.nn.functional import linear, pad
 import lora_mux
 from lora_mux.measure.bench import device
 from lora_mux.measure.provenance import ROOT, provenance
-from lora_mux.measure.timing import Times, microseconds, wait
+from lora_mux.measure.timing import Times, microseconds, syncs, wait
 from work import moved_bytes, work
 
 ALPHA = 16.0
+CYCLES = 2000  # of a GPU in a microsecond, or less
 
 
 class Cell(NamedTuple):
@@ -164,7 +171,7 @@ def ours(p: Problem, as_a_model: bool = False) -> Step:
     return Step(whole if as_a_model else run, [x], [*A, *B])
 
 
-def with_peft(p: Problem) -> Step:
+def with_peft(p: Problem, same_dtype: bool = False) -> Step:
     layer = nn.Linear(p.W.shape[1], len(p.W), bias=False, device="meta").requires_grad_(False)
     layer.weight = nn.Parameter(p.W, requires_grad=False)
     model = nn.Sequential(layer)
@@ -172,9 +179,11 @@ def with_peft(p: Problem) -> Step:
     for i, name in enumerate(names):
         config = peft.LoraConfig(r=p.ranks[i], lora_alpha=int(ALPHA), target_modules=["0"])
         if i == 0:
-            wrapped = peft.get_peft_model(model, config, name)
+            wrapped = peft.get_peft_model(
+                model, config, name, autocast_adapter_dtype=not same_dtype
+            )
         else:
-            wrapped.add_adapter(name, config)
+            wrapped.add_adapter(name, config, autocast_adapter_dtype=not same_dtype)
     lora = model[0]
     factors = [getattr(lora, side)[name].weight for side in ("lora_A", "lora_B") for name in names]
     for parameter, values in zip(factors, [*p.A, *p.B], strict=True):
@@ -217,7 +226,7 @@ def loop(p: Problem) -> Step:
     return Step(run, [x], [*A, *B])
 
 
-def stack(p: Problem) -> Step:
+def stack(p: Problem, by_groups: bool = True) -> Step:
     x, A, B = p.leaves()
     top = -(-max(p.ranks) // 8) * 8  # grouped products ask for multiples of 16 bytes
     order = torch.cat(p.rows)
@@ -227,7 +236,7 @@ def stack(p: Problem) -> Step:
     scaling = of_row[:, None].to(x)
 
     def grouped(rows: Tensor, factors: Tensor) -> Tensor:
-        if rows.dtype == torch.bfloat16 and rows.is_cuda:
+        if by_groups and rows.dtype == torch.bfloat16 and rows.is_cuda:
             return torch._grouped_mm(rows, factors, offs=ends)
         return torch.bmm(rows.view(len(A), -1, rows.shape[1]), factors).flatten(0, 1)
 
@@ -241,52 +250,103 @@ def stack(p: Problem) -> Step:
     return Step(run, [x], [*A, *B])
 
 
-OTHERS = {"PEFT": with_peft, "alone": alone, "loop": loop, "stack": stack}
+OURS = ("lora_mux", "as a model")
 PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "base": base,
     "lora_mux": ours,
     "as a model": lambda p: ours(p, as_a_model=True),
-    **OTHERS,
+    "PEFT": with_peft,
+    "alone": alone,
+    "loop": loop,
+    "stack": stack,
+}
+IN_BF16 = {
+    "PEFT 16": lambda p: with_peft(p, same_dtype=True),
+    "batched": lambda p: stack(p, by_groups=False),
 }
 
 
-def measure(p: Problem, place: torch.device, runs: int, seconds: float) -> dict[str, dict]:
-    """Provider -> error, times and counts.
-
-    Raises:
-        ArithmeticError: gradients are wrong, so that nothing is timed.
-    """
-    found: dict[str, dict] = {}
-    steps = {name: provider(p) for name, provider in PROVIDERS.items()}
-    for name, step in steps.items():
+def checked(p: Problem, provider: Callable[[Problem], Step]) -> tuple[Step | None, dict]:
+    """A step, unless it is wrong or impossible, and what its record says of that."""
+    try:
+        step = provider(p)
         step()
-        found[name] = {}
-        if name != "base":
-            error = found[name]["error"] = p.error(step.gradients())
-            if not error <= p.tolerance:  # NaN is wrong, too
-                raise ArithmeticError(f"{name}: an error of {error:.1e} > {p.tolerance:.1e}")
+        if not step.factors:
+            return step, {}
+        error = p.error(step.gradients())
+    except Exception as failure:  # the others' figures are not lost to one of them
+        return None, {"reason": f"{type(failure).__name__}: {failure}"}
+    right = error <= p.tolerance  # NaN is wrong, too
+    return (step if right else None), {"error": error}
+
+
+def measure(p: Problem, place: torch.device, runs: int, seconds: float) -> dict[str, dict]:
+    """Provider -> error, times and counts; without times where it is wrong, or why it failed."""
+    found: dict[str, dict] = {}
+    steps: dict[str, Step] = {}
+    every = PROVIDERS | (IN_BF16 if p.x.dtype == torch.bfloat16 else {})
+    for name, provider in every.items():
+        step, found[name] = checked(p, provider)
+        if step is None:
+            continue
+        steps[name] = step
         if place.type == "cpu":
             counted = work(step)._asdict()
             found[name] |= {**counted, "moved_bytes": moved_bytes(step)}
     calls = {name: lambda n, step=step: (step(), wait(place)) for name, step in steps.items()}
-    # By the host's clock on a GPU as well: a step of others makes the host wait.
+    # By the host's clock on a GPU as well: in eager mode it often decides.
     times = microseconds(calls, 1, torch.device("cpu"), runs, seconds=seconds)
-    return {name: {**found[name], "microseconds": times[name]} for name in steps}
+    for name, took in times.items():
+        found[name]["microseconds"] = took
+        if place.type == "cuda":
+            found[name]["device"] = on_device(steps[name], took["p50"], min(runs, 5))
+    return found
+
+
+def on_device(step: Step, host: float, runs: int) -> dict[str, float]:
+    """Microseconds of the GPU alone: it sleeps until the host has launched the whole step.
+
+    Args:
+        host: microseconds that the host takes for a step.
+    """
+    waits = syncs(step)  # then there is no queue, and the host's share is in it
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    took = []
+    for _ in range(runs):
+        torch.cuda._sleep(int(CYCLES * (2 * host + 1000)))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        took.append(1e3 * start.elapsed_time(end))
+    return {"min": min(took), "p50": statistics.median(took), "runs": runs, "syncs": waits}
 
 
 def ahead(found: dict[str, dict], statistic: str) -> tuple[float, str]:
-    """How many times as long the fastest other takes, and which it is."""
-    times: dict[str, Times] = {name: of["microseconds"] for name, of in found.items()}
-    best = min(OTHERS, key=lambda name: times[name][statistic])
+    """How many times as long the fastest other takes, and which it is; NaN if ours failed."""
+    times: dict[str, Times] = {
+        name: of["microseconds"] for name, of in found.items() if "microseconds" in of
+    }
+    others = [name for name in times if name not in ("base", *OURS)]
+    if "lora_mux" not in times or not others:
+        return float("nan"), "none"
+    best = min(others, key=lambda name: times[name][statistic])
     return times[best][statistic] / times["lora_mux"][statistic], best
 
 
 def show(found: dict[str, dict]) -> None:
     floor = found["base"]["microseconds"]["min"]
     for name, of in found.items():
+        if "microseconds" not in of:
+            wrong = f"WRONG by {of['error']:.1e}" if "error" in of else of["reason"]
+            print(f"  {name:10} {wrong}", flush=True)
+            continue
         times = of["microseconds"]
         line = f"  {name:10} min {times['min'] / 1e3:8.2f}  p50 {times['p50'] / 1e3:8.2f} ms"
         line += f"  {times['min'] / floor:5.2f} of the base"
+        if "device" in of:
+            line += f"  device {of['device']['p50'] / 1e3:8.3f} ms"
+            line += " (syncs)" if of["device"]["syncs"] else ""
         if "flops" in of:
             line += f"  {of['flops'] / 1e9:6.2f} GFLOP  {of['moved_bytes'] / 1e6:7.1f} MB moved"
             line += f"  {of['allocated_bytes'] / 1e6:7.1f} MB made"
@@ -297,7 +357,8 @@ def show(found: dict[str, dict]) -> None:
         print(f"  {verdict}: the fastest other ({best}) takes {ratio:.2f} of ours by {statistic}")
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", type=device, default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -309,23 +370,29 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each cell")
     parser.add_argument("--note", help="what else the record should say, as of other work here")
     parser.add_argument("--out", type=Path, help="default: bench/results/train-DEVICE.jsonl")
-    args = parser.parse_args(given)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
     torch.set_num_threads(args.threads)
-    records, every = [], cells(args.device.type == "cpu")
-    for number in args.cells or range(len(every)):
-        cell = every[number]._replace(rows=args.rows or every[number].rows)
-        problem = Problem(cell, args.width, getattr(torch, args.dtype), args.device)
-        print(f"{cell}, {args.width} wide, {args.dtype}", flush=True)
-        found = measure(problem, args.device, args.runs, args.seconds)
-        show(found)
-        case = {**cell._asdict(), "width": args.width, "dtype": args.dtype}
-        gate = {"tolerance": problem.tolerance, "note": args.note}
-        records.append({**provenance(args.device), "cell": case, **gate, "providers": found})
+    every, failed = cells(args.device.type == "cpu"), False
     out = args.out or ROOT / "bench" / "results" / f"train-{args.device.type}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    with out.open("w", encoding="utf-8") as file:
+        for number in args.cells or range(len(every)):
+            cell = every[number]._replace(rows=args.rows or every[number].rows)
+            problem = Problem(cell, args.width, getattr(torch, args.dtype), args.device)
+            print(f"{cell}, {args.width} wide, {args.dtype}", flush=True)
+            found = measure(problem, args.device, args.runs, args.seconds)
+            case = {**cell._asdict(), "width": args.width, "dtype": args.dtype}
+            gate = {"tolerance": problem.tolerance, "note": args.note}
+            record = {**provenance(args.device), "cell": case, **gate, "providers": found}
+            print(json.dumps(record), file=file, flush=True)
+            show(found)
+            failed |= any("microseconds" not in found[name] for name in ("base", *OURS))
     print(f"wrote {out}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

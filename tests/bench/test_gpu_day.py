@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 import gpu_day
+import model
 import plot
+import residency
 import run
+import train
 import workloads
+from cuda_clock import play_cuda
 from gpu_day import Step
+from lora_mux.measure import bench
 from paths import ROOT
 
 
@@ -47,7 +52,16 @@ def test_the_day_from_end_to_end(
     monkeypatch.setattr(sys, "executable", str(played))
     assert gpu_day.main(["--out", str(out)]) == 0
     told = capsys.readouterr().out
-    for name in ("tests", "launches", "compile", "headline", "tune-4096x6144", "tuned", "model"):
+    for name in (
+        "tests",
+        "launches",
+        "compile",
+        "headline",
+        "tune-4096x6144",
+        "tuned",
+        "model",
+        "train",
+    ):
         assert f"| {name} | well |" in told
     assert "    played: bench/model.py --device" in told
     assert (out / "tuned.log").read_text().endswith("tuned by" + 4 * " a table" + "\n")
@@ -155,10 +169,19 @@ def test_the_report_says_who_lost(tmp_path: Path) -> None:
     assert "| 4096 x 4096 | 32 | 8 | 16 | 1 | 10.0 | 1.50 | 1.10 |  | 1.05 |" in told
 
 
-def test_commands_of_the_day_are_understood(tmp_path: Path) -> None:
+def test_commands_of_the_day_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the parsers of the scripts that they call."""
-    for step in gpu_day.steps(tmp_path):
+    play_cuda(monkeypatch, bench)
+    found = list(gpu_day.steps(tmp_path))
+    names = [step.name for step in found]
+    assert names[4:10] == ["compile-train", "launches", "headline", "subsets", "train", "model"]
+    for step in found:
         for command in step.commands:
             if "bench/run.py" in command:
                 run.arguments(command[command.index("bench/run.py") + 1 :])
+            for name, script in (("train", train), ("model", model), ("residency", residency)):
+                if f"bench/{name}.py" in command:
+                    script.arguments(command[command.index(f"bench/{name}.py") + 1 :])
         assert step.commands and step.name

@@ -13,6 +13,7 @@ import torch
 import model
 import residency
 import run
+import train
 from cuda_clock import play_cuda
 from lora_mux import ops
 from lora_mux.cli import main as command_line
@@ -107,15 +108,32 @@ def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's clock is not read before the device is done with a forward."""
     cuda = play_cuda(monkeypatch, model, bench)
     monkeypatch.setattr(model, "microseconds", partial(timing.microseconds, runs=3))
-    monkeypatch.setattr(model, "graphs", lambda *_: 1)  # torch.compile asks for a real GPU
     out = tmp_path / "model.jsonl"
     sizes = ["--layers", "2", "--adapters", "3"]
     assert model.main([*sizes, "--device", "cuda", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert record["device"] == "a played GPU"
+    assert record["device"] == "a played GPU" and record["graphs"] is None
     # A first look at the answer, then three rounds: two mixed forwards of ours and of PEFT's, and
     # the base.
     assert cuda == (1 + 3 * 5) * ["synchronize"]
+
+
+def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock waits for the GPU, and the GPU's is read where its queue is full."""
+    cuda = play_cuda(monkeypatch, train, bench)
+    out = tmp_path / "train.jsonl"
+    sizes = ["--width", "32", "--rows", "6", "--cells", "5", "--dtype", "bfloat16"]
+    few = ["--runs", "3", "--seconds", "0", "--device", "cuda"]
+    assert train.main([*sizes, *few, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["device"] == "a played GPU"
+    found = record["providers"]
+    assert found.keys() == {*train.PROVIDERS, "PEFT 16", "batched"}
+    for of in found.values():
+        assert (of["microseconds"]["runs"], of["device"]["runs"]) == (3, 3)
+        assert of["device"]["min"] > 0 and not of["device"]["syncs"]
+    assert found["PEFT"]["error"] < found["PEFT 16"]["error"]
+    assert cuda == len(found) * 3 * ["synchronize"] + len(found) * 3 * ["sleep"]
 
 
 def test_residency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,16 +350,36 @@ def test_train_compares_gradients_before_times(
     assert len(re.findall("of ours by min", capsys.readouterr().out)) == 2
 
 
-def test_train_times_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_times_nothing_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     problem = train.Problem(train.Cell(3, 5, (4, 2)), 16, torch.float32, CPU)
 
     def unscaled(p: train.Problem) -> train.Step:
         p.scalings = [1.0] * len(p.scalings)
         return train.loop(p)
 
-    monkeypatch.setattr(train, "PROVIDERS", {"unscaled": unscaled})
-    with pytest.raises(ArithmeticError, match="unscaled: an error of"):
-        train.measure(problem, CPU, 3, 0.0)
+    def impossible(p: train.Problem) -> train.Step:
+        raise NotImplementedError("no such product")
+
+    tried = {"base": train.base, "unscaled": unscaled, "impossible": impossible}
+    monkeypatch.setattr(train, "PROVIDERS", tried)
+    found = train.measure(problem, CPU, 3, 0.0)
+    assert found["base"]["microseconds"]["runs"] == 3
+    assert found["unscaled"].keys() == {"error"}
+    assert found["unscaled"]["error"] > problem.tolerance
+    assert found["impossible"] == {"reason": "NotImplementedError: no such product"}
+    train.show(found)
+    told = capsys.readouterr().out
+    assert "unscaled   WRONG by" in told and "impossible NotImplementedError" in told
+
+    # Of ours it is an error of the script.
+    sizes = ["--width", "16", "--rows", "5", "--cells", "5", "--runs", "3", "--seconds", "0"]
+    monkeypatch.setattr(
+        train, "PROVIDERS", {**tried, "lora_mux": unscaled, "as a model": train.loop}
+    )
+    assert train.main([*sizes, "--out", str(tmp_path / "train.jsonl")]) == 1
+    assert "the fastest other (none)" in capsys.readouterr().out
 
 
 def test_dispatch_times_getting_into_an_operator(tmp_path: Path) -> None:
