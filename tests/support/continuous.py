@@ -20,11 +20,11 @@ def batching(page: int = 8, **fields: Any) -> Any:
     return config(**{"max_batch_tokens": 24, "allow_block_sharing": False, **small, **fields})
 
 
-def collected(manager: Any, count: int) -> dict[str, list[int]]:
+def collected(manager: Any, count: int, seconds: float = 20.0) -> dict[str, list[int]]:
     """What a manager has answered."""
     results: dict[str, list[int]] = {}
     while len(results) < count:
-        result = manager.get_result(timeout=20)
+        result = manager.get_result(timeout=seconds)
         assert result is not None and result.error is None, result
         results[result.request_id] = result.generated_tokens
     return results

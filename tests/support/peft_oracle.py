@@ -166,7 +166,8 @@ def save_adapters(
     model = with_adapters(base, wanted, dtype)
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
-            nn.init.normal_(parameter)
+            with torch.no_grad():  # the same numbers wherever the model is
+                parameter.copy_(torch.randn(parameter.shape))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of embeddings that it saves along
         model.save_pretrained(folder)
