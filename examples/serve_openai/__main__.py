@@ -63,12 +63,15 @@ def main() -> None:
         loadable=given.loadable,
         local=given.host in ("127.0.0.1", "localhost"),
     )
-    uvicorn.run(
-        app,
-        host=given.host,
-        port=given.port,
-        timeout_graceful_shutdown=PATIENCE,
-    )
+    try:
+        uvicorn.run(
+            app,
+            host=given.host,
+            port=given.port,
+            timeout_graceful_shutdown=PATIENCE,
+        )
+    finally:  # a second signal ends uvicorn without the end of the application
+        models.shutdown()
 
 
 if __name__ == "__main__":

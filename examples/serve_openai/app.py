@@ -164,9 +164,11 @@ def _add_errors(app: FastAPI) -> None:
             return refusal(503, str(error))
         if isinstance(error, TemplateError):
             return refusal(400, f"`messages` do not fit the model's chat template: {error}")
-        return refusal(400, str(error))
+        if isinstance(error, LoraMuxError):
+            return refusal(400, str(error))
+        return refusal(500, "the server failed; its log says more")
 
     # Starlette's own HTTPException, which FastAPI's is one of: it raises that where nothing is.
     kinds = (HTTPException, RequestValidationError, CBWorkerDeadError, TemplateError, LoraMuxError)
-    for kind in kinds:
+    for kind in (*kinds, Exception):
         app.add_exception_handler(kind, explain)

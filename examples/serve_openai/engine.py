@@ -21,6 +21,8 @@ from transformers.cli.serving.utils import (
 
 import lora_mux
 
+from .gate import at_end
+
 PAGE = 32  # tokens; what a request has of the cache is rounded up to it
 USUAL_ANSWER = 1024  # tokens, where a request does not say
 COLDEST = 1e-4  # below it temperatures count as 0: logits / 1e-38 is infinite, and ends the engine
@@ -119,6 +121,7 @@ class Engine(CBGenerateManager):
                 streamer.end()
 
         self._add(name, inputs["input_ids"], gen_config, on_output, streaming=True)
+        at_end(lambda: self._end(name))
         return texts, streamer
 
     async def generate_non_streaming(
@@ -144,7 +147,9 @@ class Engine(CBGenerateManager):
             raise
         if output.error is not None:
             self._check_alive(name)
-            raise HTTPException(500, f"the answer broke off: {output.error}")
+            if not self._cb.is_running():
+                raise CBWorkerDeadError("the server is stopping")
+            raise HTTPException(400, f"the answer broke off: {output.error}")  # of it alone
         text = processor.decode(output.generated_tokens, skip_special_tokens=True)
         return text, len(ids), output.generated_tokens
 
@@ -198,6 +203,10 @@ class Engine(CBGenerateManager):
         self._cb.cancel_request(name)
         self._forget(name)
 
+    def _end(self, name: str) -> None:
+        if name in self._cb.output_router.result_handlers:  # its last output is not there yet
+            self.cancel_request(name)
+
     def _forget(self, name: str) -> None:
         """A cancelled request has no last output, with which transformers would forget it."""
         router = self._cb.output_router
@@ -210,7 +219,7 @@ class Engine(CBGenerateManager):
 
     def stop(self) -> None:
         """End the worker now; who was to be answered has been, or has waited long enough."""
-        if self._cb is not None:
+        if self._cb is not None and self._cb.is_running():
             self._cb.stop(block=True, timeout=10, hard_stop=True)
 
 

@@ -4,8 +4,9 @@ transformers' server ignores what it does not know how to serve: `stop`, `n`, pe
 answer that is not what was asked for is worse than none.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import lora_mux
 
 Nothing = Field(default=None, ge=0, le=0)  # a penalty of 0 is none
+LARGEST_WEIGHT = 10.0  # larger ones overflow, fp16 first, and then there is no answer
+SURROGATE = re.compile("[\ud800-\udfff]")  # a str has one only if its other half is missing
+DEEPEST = 20  # levels of a body; what is served has five
 
 
 class Asked(BaseModel):
@@ -45,7 +49,15 @@ class Asked(BaseModel):
                 f"`model` must be 'base', or 'base:' and adapters such as 'base:sql+0.4*french', "
                 f"got {self.model[:80]!r}; GET /v1/models lists the adapters",
             )
-        return lora_mux.parse_row(text) if colon else {}
+        row = lora_mux.parse_row(text) if colon else {}
+        for name, weight in row.items():
+            if abs(weight) > LARGEST_WEIGHT:
+                raise HTTPException(
+                    400,
+                    f"`model` must have weights from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, "
+                    f"got {weight!r} for {name[:80]!r}",
+                )
+        return row
 
     @property
     def longest(self) -> int | None:
@@ -116,7 +128,7 @@ class Completion(AskedByOldFields):
 class Response(Asked):
     """POST /v1/responses."""
 
-    input: str | list[Message]
+    input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     tool_choice: Literal["none", "auto"] | None = None
@@ -138,7 +150,7 @@ def checked(kind: type[AnyAsked], body: dict[str, Any]) -> AnyAsked:
         HTTPException: 400, with the field, what was expected and what was got.
     """
     try:
-        return kind.model_validate(_without_nulls(body))
+        return kind.model_validate(_plain(body))
     except ValidationError as error:
         raise HTTPException(400, explain(error.errors())) from None
 
@@ -157,10 +169,18 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> str:
     return f"`{field}`: {problem['msg']}, got {repr(problem['input'])[:80]}"
 
 
-def _without_nulls(value: Any) -> Any:
-    """OpenAI's client, and whoever sends an answer of its back, writes null for nothing."""
+def _plain(value: Any, levels: int = DEEPEST) -> Any:
+    """A body without nulls, which OpenAI's client, and whoever sends its answers back, writes.
+
+    Raises:
+        HTTPException: 400, it is nested too deep, or has half a character, as JSON can say it.
+    """
+    if not levels:
+        raise HTTPException(400, f"the body must be nested at most {DEEPEST} levels deep")
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _plain(item, levels - 1) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [_plain(item, levels - 1) for item in value]
+    if isinstance(value, str) and SURROGATE.search(value):
+        raise HTTPException(400, f"texts must be Unicode, got half a character in {value[:80]!a}")
     return value

@@ -2,11 +2,24 @@
 
 import asyncio
 import secrets
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.responses import JSONResponse
 
+PUBLIC = "/", "/health"  # all else needs the key, under whatever prefix the application is
 LARGEST = 4 << 20  # bytes of a request; texts are tokenized on the event loop, where all wait
+
+_AT_END: ContextVar[list[Callable[[], None]]] = ContextVar("at_end")
+
+
+def at_end(free: Callable[[], None]) -> None:
+    """Call this when the request is over that is being answered, however it ends.
+
+    A stream cannot do so itself: where the client is gone before the first step, it never runs.
+    """
+    _AT_END.get().append(free)
 
 
 def refusal(status: int, message: str) -> JSONResponse:
@@ -54,6 +67,8 @@ class Gate:
             gone.set()
             answer.cancel()
 
+        freed: list[Callable[[], None]] = []
+        _AT_END.set(freed)  # of this task; those that it starts have the same list
         answer = asyncio.ensure_future(self._app(scope, receive_from_here, send))
         watcher = asyncio.ensure_future(watch())
         try:
@@ -64,9 +79,12 @@ class Gate:
                 raise
         finally:
             watcher.cancel()
+            for free in freed:
+                free()
 
     def _may_enter(self, scope: Any) -> bool:
-        if self._bearer is None or not scope["path"].startswith("/v1/"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._bearer is None or path in PUBLIC:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return secrets.compare_digest(given, self._bearer)

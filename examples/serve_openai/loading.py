@@ -56,7 +56,7 @@ def _folder(root: Path, path: str) -> Path:
         folder = (root / path).resolve()
         if folder.is_relative_to(root) and folder.is_dir():
             return folder
-    except (OSError, ValueError):  # no path: too long, or with a NUL
+    except (OSError, ValueError, RuntimeError):  # too long; with a NUL; a link to itself
         pass
     raise HTTPException(
         400,

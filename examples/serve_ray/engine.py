@@ -78,6 +78,12 @@ class Engine:
         row, tokens = lora_mux.parse_row(given["adapters"]), given["tokens"]
         if not 1 <= tokens <= MOST_TOKENS:
             raise ValueError(f"`tokens` must be 1 to {MOST_TOKENS}, got {tokens}")
+        try:
+            given["text"].encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"`text` must be Unicode, got half a character in {given['text']!a:.80}"
+            ) from None
         ids = self.tokenizer(given["text"])["input_ids"]
         if not ids:
             raise ValueError("`text` must have a token, got none; ask something")

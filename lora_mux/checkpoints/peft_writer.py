@@ -119,6 +119,16 @@ def _checked_place(folder: object) -> Path:
     if not isinstance(folder, str | PathLike) or isinstance(os.fspath(folder), bytes):
         raise ArgumentTypeError(f"`folder` must be a path, got {type(folder).__name__}")
     place = Path(folder)
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long; with a NUL or half a character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"`folder` must be one that can be written, got {short(str(place))} ({reason}); "
+            "nothing in it has changed"
+        ) from None
     if os.path.lexists(place) and not place.is_dir():
         raise CheckpointError(
             f"`folder` must be a folder or a new path, got a file, {short(str(place))}; name the "

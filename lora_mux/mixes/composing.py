@@ -77,6 +77,10 @@ def compose(
             f"`row` must select an adapter with a weight other than 0, got {short(row)}, which is "
             "the base model; ask the engine for that one by its own name"
         )
+    paths = {"folder": folder, **{f"folders[{short(name)}]": folders[name] for name in weights}}
+    for argument, path in paths.items():
+        if not isinstance(path, str | PathLike):
+            raise ArgumentTypeError(f"`{argument}` must be a path, got {type(path).__name__}")
     for name in weights:
         if _is_same(folders[name], folder):
             raise CheckpointError(
@@ -84,9 +88,9 @@ def compose(
                 "write to another"
             )
     parts = {name: _factors(name, folders[name]) for name in weights}
-    paths = dict.fromkeys(path for part in parts.values() for path in part)
+    layers = dict.fromkeys(path for part in parts.values() for path in part)
     ranks = {name: max(p.A.shape[0] for p in part.values()) for name, part in parts.items()}
-    composed = {path: _sum(path, parts, weights, ranks) for path in paths}
+    composed = {path: _sum(path, parts, weights, ranks) for path in layers}
     return write_peft_folder(folder, composed, base_model=base_model)
 
 

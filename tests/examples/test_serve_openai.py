@@ -1,14 +1,20 @@
 """The OpenAI-compatible server of examples/, against PEFT: many clients, and bad requests."""
 
 import asyncio
+import functools
 import json
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from server import served
 from tiny_server import PATIENCE, Tiny, application, started
@@ -154,6 +160,7 @@ def test_models_are_the_base_and_each_adapter(stage: SimpleNamespace) -> None:
         ("base:sql+sql", 400, "each adapter once at position 4"),
         ("base:sql*2", 400, "at position 3"),
         ("base:1e99*sql", 400, "finite"),
+        ("base:french+-10.5*sql", 400, "weights from -10 to 10, got -10.5 for 'sql'"),
     ],
 )
 def test_names_of_models_that_are_none(
@@ -166,6 +173,7 @@ def test_names_of_models_that_are_none(
 
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+NESTED: Any = functools.reduce(lambda inner, _: [inner], range(400), 1)
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 
 
@@ -199,12 +207,18 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ("completions", {"prompt": "x", "suffix": "y"}, "`suffix` is not served"),
         ("responses", {"input": "x", "previous_response_id": "1"}, "`previous_response_id`"),
         ("responses", {"input": "x", "reasoning": {}}, "`reasoning`"),
+        ("responses", {"input": []}, "`input"),
+        ("responses", {"input": "x", "instructions": "\ud800"}, "half a character in '\\ud800'"),
+        ("completions", {"prompt": "a\udfff"}, "half a character"),
+        ("completions", {"prompt": "x", "metadata": NESTED}, "at most 20 levels"),
     ],
 )
 def test_what_is_not_served_is_refused(
     stage: SimpleNamespace, path: str, body: dict[str, Any], said: str
 ) -> None:
-    response = post(stage, path, **{"model": "base:sql", **body})
+    content = json.dumps({"model": "base:sql", **body})  # httpx's own refuses half a character
+    url, headers = f"{stage.url}/v1/{path}", {"content-type": "application/json"}
+    response = httpx.post(url, content=content, headers=headers, timeout=PATIENCE)
     assert response.status_code == 400 and said in response.json()["error"]["message"]
 
 
@@ -299,6 +313,78 @@ def test_a_client_that_hangs_up_frees_its_request(stage: SimpleNamespace, stream
     finally:
         slow.remove()
     assert answer(chat(stage, "french")) == stage.tiny.answer("french", "hello")
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_a_client_that_hangs_up_before_its_stream_has_begun(
+    stage: SimpleNamespace, path: str
+) -> None:
+    """At once, and a little later: one of these finds the server before the first step."""
+    assert soon_idle(stage, PATIENCE)
+    asked, longest = {
+        "completions": ({"prompt": "x"}, "max_tokens"),
+        "chat/completions": (CHAT, "max_tokens"),
+        "responses": ({"input": "x"}, "max_output_tokens"),
+    }[path]
+    body = json.dumps({**asked, "model": "base:sql", longest: 900, "stream": True}).encode()
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    asking = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    slow = stage.mux.model.register_forward_hook(lambda *given: time.sleep(0.02))
+    try:
+        for i in range(20):
+            with socket.create_connection(("127.0.0.1", httpx.URL(stage.url).port)) as client:
+                client.sendall(asking)
+                time.sleep(i * 0.0005)
+        time.sleep(0.3)
+        assert soon_idle(stage, 2)  # it would have taken 18 seconds
+    finally:
+        slow.remove()
+
+
+def test_an_adapter_that_overflows_fails_its_requests_alone(stage: SimpleNamespace) -> None:
+    """Its values are finite, so that it can be loaded; what comes of them is not."""
+    shapes = {path: stage.mux.model.get_submodule(path).weight.shape for path in stage.mux.targets}
+    huge = {p: (torch.full((1, K), 1e30), torch.full((N, 1), 1e30)) for p, (N, K) in shapes.items()}
+    stage.mux.add_adapter("huge", huge, alpha=1)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            good = threads.map(lambda row: answer(chat(stage, row)), ROWS[1:5])
+            bad = threads.submit(chat, stage, "huge")
+            streamed = threads.submit(chat, stage, "sql+huge", stream=True)
+            assert [*good] == [stage.tiny.answer(row, "hello") for row in ROWS[1:5]]
+        assert bad.result().status_code == 400 and "that overflow" in bad.result().text
+        assert '"error": "request' in streamed.result().text
+    finally:
+        stage.mux.remove("huge")
+    assert soon_idle(stage, PATIENCE)
+
+
+def test_a_key_under_a_prefix(stage: SimpleNamespace) -> None:
+    """As behind a proxy, in another application, or in Ray with a route_prefix."""
+    app = application(stage.models, key="mine")
+    outer = FastAPI()
+    outer.mount("/api", app)
+    host, mine = {"host": "127.0.0.1"}, {"authorization": "Bearer mine"}
+    for client in (
+        TestClient(app, root_path="/api", headers=host),
+        TestClient(outer, headers=host),
+        TestClient(app, headers=host),
+    ):
+        prefix = "" if client.app is app and not client._transport.root_path else "/api"
+        for path in ("/v1/models", "/v1/nothing", "//v1/models", "/nothing", "/V1/models"):
+            assert client.get(f"{prefix}{path}").status_code == 401, path
+        assert client.get(f"{prefix}/v1/models", headers=mine).status_code == 200
+        assert client.get(f"{prefix}/health").status_code == 200
+        assert client.get(f"{prefix}/").status_code == 200
+
+
+def test_what_nobody_foresaw_has_the_form_of_an_error(
+    stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage.models.engine, "_add", None)
+    response = chat(stage, "sql")
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "the server failed; its log says more"
 
 
 def test_too_many_requests_at_once(stage: SimpleNamespace) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     folder = tmp_path_factory.mktemp("tiny")
     tiny = Tiny(folder)
     (tiny.adapters / "outside").symlink_to(tiny.base)
+    (tiny.adapters / "loop").symlink_to("loop")
     arguments = ["--loadable", str(tiny.adapters), "--memory", MEMORY, "--cache-tokens", "4096"]
     with process(
         folder / "log",
@@ -88,6 +90,7 @@ def test_whoever_has_no_key_sees_nothing_but_the_page(stage: SimpleNamespace) ->
         ("evil", "/", "inside of the one"),
         ("evil", "sql/adapter_config.json", "inside of the one"),
         ("evil", "nothing", "inside of the one"),
+        ("evil", "loop", "inside of the one"),  # a link to itself
         ("evil", "\0", "inside of the one"),
         ("evil", ".", "adapter_config.json"),
         ("a b", "legal", "must have names of letters"),
@@ -216,3 +219,14 @@ def test_a_sigterm_does_so_too(stage: SimpleNamespace, tmp_path: Path) -> None:
     arguments = [str(stage.tiny.base), *stage.tiny.folders("sql")]
     with process(tmp_path / "log", *arguments, env={"LORA_MUX_API_KEY": ""}) as server:
         check_end(server, stage, signal.SIGTERM, -signal.SIGTERM)
+
+
+@pytest.mark.slow  # it starts another server
+def test_a_second_interrupt_ends_it_at_once(stage: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = [str(stage.tiny.base), *stage.tiny.folders("sql"), "--cache-tokens", "4096"]
+    with process(tmp_path / "log", *arguments, env={"LORA_MUX_API_KEY": ""}) as server:
+        here = SimpleNamespace(url=server.url, tiny=stage.tiny)
+        with begun(here, "sql", 900):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            server.ends(signal.SIGINT)  # it waited for the engine's thread for ever

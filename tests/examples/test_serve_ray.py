@@ -180,6 +180,7 @@ class TestEngine:
             ({"text": "x", "tokens": True}, "`tokens` must be int"),
             ({"text": "x" * 2048}, "2048 positions"),
             ({"text": ""}, "must have a token"),
+            ({"text": "\ud800"}, "half a character"),
             ({}, "`text` must be str"),
             ({"text": "x", "temperature": 1}, "temperature"),
         ],

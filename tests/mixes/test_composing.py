@@ -160,6 +160,21 @@ def test_rows_that_are_refused(
     assert not (tmp_path / "mix").exists()
 
 
+@pytest.mark.parametrize("folder", ["a\0b", "half \ud800", "n" * 300, "file/below"])
+def test_folders_that_cannot_be_written(stage: Any, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="`folder` must be one that can be written"):
+        lora_mux.compose(stage.folders, "plain", f"{tmp_path}/{folder}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_that_are_no_paths(stage: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="`folder` must be a path, got NoneType"):
+        lora_mux.compose(stage.folders, "plain", None)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentTypeError, match=r"`folders\['plain'\]` must be a path, got int"):
+        lora_mux.compose({"plain": 3}, "plain", tmp_path / "mix")  # type: ignore[dict-item]
+
+
 def test_adapters_of_another_base(tmp_path: Path) -> None:
     names = {"plain": MODELS["llama"](), "narrow": MODELS["llama"]()}
     names["narrow"].model.layers[0].self_attn.q_proj = nn.Linear(32, 64, bias=False)

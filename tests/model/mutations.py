@@ -6,6 +6,7 @@ ATTACH = "model/attach.py"
 BOUNDED = "adapters/bounded.py"
 CALL = "model/given_rows.py"
 IN_FLIGHT = "model/continuous_batching/in_flight.py"
+OVERFLOWS = "model/continuous_batching/overflows.py"
 MANAGER = "model/continuous_batching/manager.py"
 REQUEST_ROWS = "model/continuous_batching/request_rows.py"
 GENERATION = "model/generation.py"
@@ -23,6 +24,7 @@ TOP = "model/top.py"
 TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
 TEST_CALL = ("model/test_call.py",)
 TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
+TEST_OVERFLOWS = ("model/test_continuous_overflows.py",)
 TEST_COPIES = ("model/test_copies.py",)
 TEST_KINDS = ("model/test_kinds.py",)
 TEST_TOKEN_INDEX = ("routes/test_token_index.py",)
@@ -78,6 +80,15 @@ MUTATIONS = {
         "except LoraMuxError as error:",
         "except ZeroDivisionError as error:",
         TEST_EVENTS,
+    ),
+    "continuous: keys and values that overflow are written": Mutation(
+        OVERFLOWS, "x.masked_fill(~fine[:, None], 0)", "x", TEST_OVERFLOWS
+    ),
+    "continuous: logits that are no numbers are drawn from": Mutation(
+        OVERFLOWS, "scores.masked_fill(~fine[..., None], 0)", "scores", TEST_OVERFLOWS
+    ),
+    "continuous: an overflow is answered": Mutation(
+        OVERFLOWS, "fine.append(all(own))", "fine.append(True)", TEST_OVERFLOWS
     ),
     "continuous: refused requests are kept": Mutation(
         MANAGER, "if added is None:", "if False:", TEST_EVENTS

@@ -6,6 +6,7 @@ whose adapters fit into the memory. Each batch is routed by token.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...errors import LoraMuxError, RoutingError
 from ...routes import Route, Rows
 from ..given_rows import KEYWORD, GivenRows
 from .in_flight import InFlight, Request, Residents
+from .overflows import Overflows
 from .request_rows import (
     NOBODY,
     NOT_GIVEN,
@@ -36,6 +38,7 @@ class MuxManager:
     mux: GivenRows
     mux_requests: InFlight
     mux_residents: Residents
+    mux_overflows: Overflows
 
     def add_requests(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Add one request for each entry of `adapter_names`, or of the route in force, in order."""
@@ -98,18 +101,26 @@ class MuxManager:
         )
         scheduler._process_candidates = partial(self._process_candidates, processor, process)
         scheduler.clear_cancelled_requests = partial(self._clear_cancelled_requests, clear)
+        self.mux_overflows = Overflows(processor, partial(self._fail, processor))
         return processor
+
+    def _fail(self, processor: Any, state: Any, error: LoraMuxError) -> None:
+        """End a request, and its further sequences, which nobody begins any more."""
+        forks = processor.scheduler._requests_to_fork
+        forks[:] = [other for other in forks if other is not state]
+        for i in range(state.num_children):
+            child = copy(state)
+            child.request_id, child.num_children = f"{state.request_id}__child#{i}", 0
+            processor._handle_request_error(error, child)
+        state.num_children = 0
+        processor._handle_request_error(error, state)
+        processor.scheduler.set_request_cancellation(state.request_id)  # which cleans up after it
 
     def _process_candidates(
         self, processor: Any, process: Callable[..., Any], candidates: Any, *args: Any
     ) -> Any:
         """Let the scheduler have the candidates whose adapters fit."""
-        scheduler = processor.scheduler
-
-        def fail(state: Any, error: LoraMuxError) -> None:
-            processor._handle_request_error(error, state)
-            scheduler.set_request_cancellation(state.request_id)  # which cleans up after it
-
+        scheduler, fail = processor.scheduler, partial(self._fail, processor)
         there = (s for s in candidates if not scheduler.request_is_cancelled(s.request_id))
         new = scheduler.waiting_requests.__contains__
         return process(self.mux_residents.fitting(there, self._row, new, fail), *args)
@@ -147,6 +158,7 @@ class MuxManager:
         rows = [row for name in lengths if (row := self._row(name)) is not None]
         assert len(rows) == len(lengths)  # the scheduler got no others
         route = route_of_tokens(rows, list(lengths.values()), batch.num_q_tokens)
+        self.mux_overflows.begin(any(row.handles for row in rows))
         with self._serving(route):
             super()._generation_step()  # type: ignore[misc]
         self.mux_residents.let_go()
