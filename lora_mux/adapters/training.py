@@ -146,8 +146,6 @@ class Training:
         self._published: dict[int, list[int]] = {}  # TrainedAdapter.mux_state then
         # Of adapters whose values the pools do not hold exactly; None = nobody has them.
         self._origins: dict[int, StoredAdapter | None] = {}
-        # Of adapters that were trained earlier: those parameters, which backwards may still reach.
-        self._earlier: dict[int, list[weakref.ref[nn.Parameter]]] = {}
         self.dropouts: dict[int, float] = {}  # by handle, of the adapters that were made with one
 
     @property
@@ -156,12 +154,7 @@ class Training:
         return self._trained.keys()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_trained": {},
-            "_published": {},
-            "_earlier": {},
-        }  # a copy of the model trains nothing
+        return {**vars(self), "_trained": {}, "_published": {}}  # a copy trains nothing
 
     @property
     def all(self) -> list[TrainedAdapter]:
@@ -184,7 +177,6 @@ class Training:
     def forget(self, handle: int) -> None:
         """An adapter is gone."""
         self._origins.pop(handle, None)
-        self._earlier.pop(handle, None)
         self.dropouts.pop(handle, None)
 
     def check(self, handle: int, name: str, parts: Mapping[str, LoraWeights]) -> None:
@@ -256,9 +248,6 @@ class Training:
         self._router.passes.before = self.publish_changed
         if not _HOOKS:
             _HOOKS.append(register_optimizer_step_post_hook(_stepped))
-        # Backwards that are still to come read the rank rows, which are others' from now on.
-        earlier = [p for ref in self._earlier.pop(handle, ()) if (p := ref()) is not None]
-        torch.autograd.graph.increment_version(earlier)
         slot = slot_of(handle)
         masters = {
             path: Masters.of(part, self._pools[path].A_rows.device)
@@ -330,9 +319,7 @@ class Training:
         self._slots.dropout.pop(slot, None)
         for pool in self._pools.values():
             pool.masters.pop(slot, None)
-        ended = self._trained.pop(handle, None)
-        if ended is not None:
-            self._earlier[handle] = [weakref.ref(p) for p in ended.mux_parameters]
+        self._trained.pop(handle, None)
         self._published.pop(handle, None)
 
     def mend(self, named: Collection[int]) -> None:
@@ -356,6 +343,8 @@ class Training:
     def publish(self, handles: Collection[int]) -> None:
         """Let the pools have the present values of adapters, whether they seem changed or not.
 
+        One that does not is not taken for changed by a backward that is still to come.
+
         Raises:
             RoutingBusyError: passes of other threads, which use them, do not end.
         """
@@ -377,12 +366,18 @@ class Training:
             trained = self._trained.get(handle)
             if trained is None:  # its training has just ended
                 continue
-            slot, before = slot_of(handle), self._published.get(handle, trained.mux_state)
-            if before[:-1] == trained.mux_state[:-1] and before != trained.mux_state:
-                # A backward that is still to come would not see that its parameters have changed.
+            pools = [self._pools[path] for path in trained.mux_masters]
+            slot, state = slot_of(handle), trained.mux_state
+            begun = [0] * len(state)  # of parameters that nobody has changed
+            before = self._published.get(handle, begun)
+            # Graphs of torch.compile see changes by torch's counters alone. Those of before the
+            # training know no parameters.
+            if before != state and before == begun:
+                torch.autograd.graph.increment_version([pool.A_rows for pool in pools])
+            if before != state and before[:-1] == state[:-1]:
                 torch.autograd.graph.increment_version(trained.mux_parameters)
-            state = trained.mux_state
+                state = trained.mux_state
             with self._writing([slot]):
-                for path in trained.mux_masters:
-                    self._pools[path].publish(slot)
+                for pool in pools:
+                    pool.publish(slot, before != state)
             self._published[handle] = state

@@ -1,12 +1,17 @@
 """Which rank rows of a pool are free: runs of consecutive rows, handed out first fit."""
 
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Where an adapter's rank rows are, as the host knows it."""
+    """Where an adapter's rank rows are, as the host knows it.
+
+    It is another object, though maybe an equal one, whenever the rank rows hold something else.
+    """
 
     offset: int
     rows: int
@@ -19,6 +24,15 @@ class Span(NamedTuple):
     def rank(self) -> int:
         """How many of the rows are multiplied with x."""
         return self.rows - self.gain
+
+
+class Move(NamedTuple):
+    """Rank rows on their way to another place: all that it takes to finish, and to begin again."""
+
+    slot: int
+    span: Span  # where they come to be
+    left: slice  # the rows where none of them will be any more
+    values: Mapping[str, Tensor]  # by buffer; copies, because old and new place may overlap
 
 
 class FreeRuns:

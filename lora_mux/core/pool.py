@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .free_runs import FreeRuns, Span, joined
+from .free_runs import FreeRuns, Move, Span, joined
 from .methods import computed_once
 from .streams import has_streams, to_device
 from .weights import LoraWeights, Masters, is_finite, rank_of, rank_rows
@@ -31,15 +31,6 @@ class RankRows(NamedTuple):
     offset: Tensor  # [S] int32
     rank: Tensor  # [S] int32
     scaling: Tensor  # [S] at least fp32
-
-
-class Move(NamedTuple):
-    """Rank rows on their way to another place: all that it takes to finish, and to begin again."""
-
-    slot: int
-    span: Span  # where they come to be
-    left: slice  # the rows where none of them will be any more
-    values: Mapping[str, Tensor]  # by buffer; copies, because old and new place may overlap
 
 
 # Elements: every row begins at a multiple of 16 bytes, which vector loads need.
@@ -91,17 +82,14 @@ class Pool(nn.Module):
         self.masters: dict[int, Masters] = {}  # slot -> what is trained of it here
 
         def register(name: str, *shape: int, dtype: torch.dtype) -> None:
-            empty = torch.empty(shape, dtype=dtype, device=device)
-            self.register_buffer(name, empty, persistent=False)
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), False)
 
         register("A_rows", 0, _aligned(in_features), dtype=dtype)
         register("B_rows", 0, _aligned(out_features), dtype=dtype)
         register("constant", 0, dtype=torch.bool)
-        register("offset", 0, dtype=torch.int32)
-        register("rank", 0, dtype=torch.int32)
-        register("scaling", 0, dtype=torch.promote_types(dtype, torch.float32))
-        register("gain_offset", 0, dtype=torch.int32)
-        register("gain_rank", 0, dtype=torch.int32)
+        for name in TABLES:
+            wide = torch.promote_types(dtype, torch.float32)
+            register(name, 0, dtype=wide if name == "scaling" else torch.int32)
 
     @property
     def rows(self) -> RankRows:
@@ -199,11 +187,14 @@ class Pool(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def publish(self, slot: int) -> None:
+    def publish(self, slot: int, changed: bool = False) -> None:
         """Round the masters of a slot into its rank rows, without a sync on a GPU.
 
         If they are not finite there, zeros, and a scaling of NaN: 0 x NaN is NaN in others' rows.
+        A backward that is still to come is not to take `changed` ones for what they were.
         """
+        if changed:
+            self.spans[slot] = self.spans[slot]._replace()
         masters, span = self.masters[slot], self.spans[slot]
         held, on_host = slice(span.offset, span.offset + span.rank), self.A_rows.is_cpu
         A = self.A_rows.data[held, : self.in_features]
@@ -306,10 +297,19 @@ class Pool(nn.Module):
             torch.cuda.current_stream(self.A_rows.device).synchronize()
         self.version = Version()
         for name, new in grown.items():
-            setattr(self, name, new)
+            setattr(self, name, new.data)  # whose counter is 0
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether somebody else has written here: what we write goes past torch's counter."""
+        return not self.rank.is_inference() and self.rank._version > 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "masters": {}}  # a copy of the model trains nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.rank = self.rank.clone()  # whose counter is 0, which copying and loading have raised
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; scaling and masters keep at least fp32 under .half()."""

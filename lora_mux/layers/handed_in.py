@@ -5,9 +5,10 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .. import ops
-from ..core import Pool, Routing, host_may_read, slot_of
+from ..core import Pool, Routing
 from ..errors import RoutingError, TrainingError
 
 
@@ -59,25 +60,34 @@ def spread(routing: Routing, x: Tensor) -> Routing:
     )
 
 
-def hold_to_backward(y: Tensor, routing: Routing, pool: Pool, plan: object) -> None:
-    """Refuse the backward of y after an adapter that it goes back through has left, or has moved.
+def hold_to_backward(node: Node, pool: Pool, plan: object) -> None:
+    """Refuse a backward through adapters that have left, moved or learnt since the forward pass.
 
-    Nobody keeps adapters for a routing that was handed in. Where only the device knows the index,
-    any adapter of the layer may be meant.
+    Passes of a route keep their adapters; a layer that is called by itself, or whose model's output
+    is dropped, does not. Where only the device knows the index, any adapter may be meant.
+
+    Args:
+        node: of what the layer answered.
+        pool: the layer's.
+        plan: by which it did so.
     """
-    if y.grad_fn is None or not isinstance(plan, ops.WHOLE):  # others have copies
+    if not isinstance(plan, ops.WHOLE):  # others have copies
         return
-    chosen = {*pool.spans}
-    if host_may_read(routing.index):
-        chosen &= {slot_of(handle) for handle in routing.index.flatten().tolist() if handle >= 0}
-    held = {slot: pool.spans[slot] for slot in chosen}
+    spans, used = pool.spans, plan.used
+    held = {slot: spans[slot] for slot in (spans if used is None else used) if slot in spans}
 
     def check(_: object) -> None:
-        if any(pool.spans.get(slot) is not span for slot, span in held.items()):
+        for slot, span in held.items():
+            now = pool.spans.get(slot)
+            if now is span:
+                continue
+            if now == span:  # but the rank rows hold something else
+                raise ops.has_changed()
             raise TrainingError(
                 "`routing` must name adapters that stay until backward() has run, got one that was "
-                "removed or moved since the forward pass; remove it later, or run the model in a "
-                "route, which keeps its adapters"
+                "removed or moved since the forward pass; remove it later, or run the whole model "
+                "in a route, and backward() from its output, which keeps its adapters"
             )
 
-    y.grad_fn.register_prehook(check)
+    if held:
+        node.register_prehook(check)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..core import LoraWeights, Pool, Routing, Slots, slot_of
+from ..core import LoraWeights, Pool, Routing, Slots, host_may_read, slot_of
 from ..errors import ArgumentTypeError, InputError, TargetError
 from ..routes import Place, Router
 from . import sharding
@@ -170,8 +170,8 @@ class MuxLinear(nn.Module):
         if plan is None:
             return self.mux_base(x, **kwargs)
         y = self._with_adapters(x, here, plan, kwargs)
-        if routing is not None and not is_compiling():
-            hold_to_backward(y, routing, self._pool, plan)
+        if not is_compiling() and y.grad_fn is not None:
+            hold_to_backward(y.grad_fn, self._pool, plan)
         return y
 
     def _with_adapters(
@@ -240,14 +240,18 @@ class MuxLinear(nn.Module):
         if last is not None and last.serves(x, routing, slots.suspensions):
             return last.plan  # for which x and routing were checked
         self._check_input(x)
-        each = spread(slots.with_companions(routing, "routing"), x)
+        whole = slots.with_companions(routing, "routing")
+        each = spread(whole, x)
         gate = routing.weight.requires_grad
         weight = fusable_weight(self, x) if fusable and not gate else None
         method = self._method(x, each.rows, weight)
+        used = None
+        if not (method.on_host or is_compiling()) and host_may_read(whole.index):
+            used = {slot_of(handle) for handle in whole.index.flatten().tolist() if handle >= 0}
         if each.index.device != x.device:
             slots.resolve(routing.index)  # on the host, where it raises
             each = each.to(x.device)
-        plan = ops.plan(each, slots, method)
+        plan = ops.plan(each, slots, method, used=used)
         followed = gate or method.trained  # such a plan is not kept alive
         if method.form == "cpu" and not followed:
             self.mux_last = LastPlan.of(x, routing, slots.suspensions, plan)

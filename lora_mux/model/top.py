@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core import BUFFERS, TABLES
-from ..errors import RoutingError
+from ..errors import RoutingError, TargetError
 from ..routes import Router
 from .given_rows import KEYWORD, GivenRows
 
@@ -64,7 +64,29 @@ def _begin(
     rows = kwargs.get(KEYWORD)
     given = None if rows is None else functools.partial(mux._give, rows)
     mux._router.begin(args, kwargs, caller, given)
-    mux._check_in_place()  # after the pass has begun, because its end comes also when this raises
+    # After the pass has begun, because its end comes also when these raise.
+    mux._check_in_place()
+    _refuse_broadcasts(mux)
+
+
+def _refuse_broadcasts(mux: GivenRows) -> None:
+    """Refuse a pass after another process's pools were copied over those of this one."""
+    ddp, anchor = nn.parallel.DistributedDataParallel._active_ddp_module, mux._router.anchor
+    if anchor is None:
+        return
+    copied = False
+    if ddp is not None and ddp.broadcast_buffers:
+        copied = any(map(_is_of_pool, ddp.named_module_buffers))
+    if copied:  # which leaves no trace in a pass, and must do so for later ones
+        torch.autograd.graph.increment_version(anchor.rank)
+    if copied or anchor.is_overwritten:
+        raise TargetError(
+            "the adapters of this process must be its own, got them overwritten by another's, as "
+            "by DistributedDataParallel around a module that holds the attached model; wrap the "
+            "attached model itself, or let `_ddp_params_and_buffers_to_ignore` of that module be "
+            '[n for n, _ in module.named_buffers() if "mux_pool" in n] before it is wrapped; '
+            "then attach anew"
+        )
 
 
 def _untraced(function: Callable[..., None]) -> Callable[..., None]:
@@ -106,19 +128,22 @@ def keep_from_broadcasts(model: nn.Module, paths: Iterable[str]) -> None:
     It copies all buffers from the first process to the others, when it is made and at each pass.
     There, rows would silently have adapters that they have not named.
     """
-    buffers = {
-        f"{path}.{POOL}.{name}".lstrip(".") for path in paths for name in (*BUFFERS, *TABLES)
-    }
-    setattr(model, IGNORED, {*getattr(model, IGNORED, ()), *buffers})
+    own = [f"{path}.{POOL}.{n}".lstrip(".") for path in paths for n in (*BUFFERS, *TABLES)]
+    compiled = [f"_orig_mod.{name}" for name in own]  # inside what torch.compile returns
+    setattr(model, IGNORED, {*getattr(model, IGNORED, ()), *own, *compiled})
 
 
 def allow_broadcasts(model: nn.Module) -> None:
     """Undo `keep_from_broadcasts`, also if an interrupt ended that."""
-    others = {name for name in getattr(model, IGNORED, ()) if f".{POOL}." not in f".{name}"}
+    others = {name for name in getattr(model, IGNORED, ()) if not _is_of_pool(name)}
     if others:
         setattr(model, IGNORED, others)
     else:
         vars(model).pop(IGNORED, None)
+
+
+def _is_of_pool(name: str) -> bool:
+    return f".{POOL}." in f".{name}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters import TrainedAdapter
 from ..checkpoints import copy_to_host, write_peft_folder
 from ..configs import initial_factors, new_strengths
-from ..core import LoraWeights, Routing, check_number
+from ..core import LoraWeights, Routing, check_number, host_may_read, to_device
 from ..errors import AdapterError, RoutingError, TrainingError
 from ..layers import weights_from_pairs
 from .loaded import LoadedAdapters
@@ -123,7 +123,9 @@ class TrainedAdapters(LoadedAdapters):
             begin = self._adapters.values(name)
         else:
             begin = self._from_pairs(name, weights)
-        return self._adapters.train(name, begin, rate)
+        trained = self._adapters.train(name, begin, rate)
+        trained.mux_steps += weights is not None  # the pools do not have these values
+        return trained
 
     def _from_pairs(
         self, name: str, weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -197,7 +199,7 @@ class TrainedAdapters(LoadedAdapters):
             TrainingError: it is not trained.
         """
         self._check_attached()
-        self._adapters.training.of(name)
+        self._adapters.training.of(name).mux_steps += 1
         self._adapters.training.publish([self._slots.lookup([name])[name]])
 
     def freeze(self, name: str) -> None:
@@ -222,9 +224,9 @@ class TrainedAdapters(LoadedAdapters):
     def reduce_gradients(self, group: Any = None) -> None:
         """Give the gradients of adapters that are trained to all processes of data parallelism.
 
-        Of each adapter it is the mean over those processes whose batches named it, so that one
-        that a single process has used is not made smaller by the others. One that none has used
-        keeps None. Call it after backward(), in all processes, which train the same adapters.
+        Of each adapter it is the mean over those processes that have one other than 0, so that an
+        adapter that a single batch has named is not made smaller by the others. One that none has
+        named has None. Call it after backward(), in all processes, which train the same adapters.
 
         Args:
             group: of torch.distributed; None = all processes.
@@ -249,21 +251,26 @@ class TrainedAdapters(LoadedAdapters):
             )
         if not trained:
             return
-        has = [any(p.grad is not None for p in one.mux_parameters) for one in trained]
-        counts = torch.tensor(has, dtype=torch.int64, device=device)
+        # Not whether there is a gradient: a compiled pass has 0 for whom it did not name.
+        counts = torch.stack([_flat_gradient(one).any() for one in trained]).long()
         dist.all_reduce(counts, group=group)
         for one, count in zip(trained, counts.tolist(), strict=True):
             if not count:
+                one.zero_grad(set_to_none=True)
                 continue
-            for parameter in one.mux_parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients = [p.grad for p in one.mux_parameters if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            flat = _flat_gradient(one)
             dist.all_reduce(flat, group=group)
-            parts = (flat / count).split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view(gradient.shape))
+            parts = (flat / count).split([p.numel() for p in one.mux_parameters])
+            for parameter, part in zip(one.mux_parameters, parts, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(part.view(parameter.shape))
+
+
+def _flat_gradient(trained: TrainedAdapter) -> Tensor:
+    """The gradients of all its parameters, one after the other; 0 where there is none."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained.mux_parameters]
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def _rate(dropout: object) -> float:
@@ -312,8 +319,11 @@ def mean_by_adapter(losses: Tensor, routing: Routing, *, mask: Tensor | None = N
             "but the first"
         )
     sets, of_row = torch.unique(routing.index.sort(1).values, dim=0, return_inverse=True)
-    counts_set = (sets >= 0).any(1).to(losses.device)
-    of_row = of_row.to(losses.device)
+    found = (sets >= 0).any(1), of_row
+    if host_may_read(sets):  # an ordinary copy would let the host wait for all passes so far
+        counts_set, of_row = to_device(found, losses.device)
+    else:
+        counts_set, of_row = (tensor.to(losses.device) for tensor in found)
     counted = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
     counted = counted & counts_set[of_row].view(-1, *[1] * (losses.ndim - 1))
     numbers = counted.flatten(1).sum(1) if losses.ndim > 1 else counted.long()

@@ -29,4 +29,5 @@ from .forms import Method as Method
 from .forms import Plan as Plan
 from .forms import dropped as dropped
 from .forms import tracked as tracked
+from .operands import has_changed as has_changed
 from .tiled import FusedPlan as FusedPlan

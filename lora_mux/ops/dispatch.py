@@ -341,7 +341,7 @@ def plan(
         routing.last_pass.row_states = now.state
         if method.form == "fused":
             return FusedPlan(None, now)
-        return EagerPlan(now, method.batch_invariant)
+        return EagerPlan(now, method.batch_invariant, used)
     selected, strength, *rest = torch.ops.lora_mux.plan(
         index, weight.detach(), slots.live(index.device), slots.capacity, method.block_m, triton
     )
@@ -353,4 +353,4 @@ def plan(
     if method.form == "fused":
         return FusedPlan(tensors)
     here = TrainedHere.of(trained, tensors, slots.capacity) if trained else None
-    return TiledPlan(tensors, method.batch_invariant, triton, here)
+    return TiledPlan(tensors, method.batch_invariant, triton, here, used)

@@ -73,11 +73,16 @@ def check_unchanged(parameters: Iterable[Tensor], versions: Sequence[int]) -> No
         TrainingError: one of them is another now.
     """
     if [parameter._version for parameter in parameters] != list(versions):
-        raise TrainingError(
-            "the parameters of an adapter must be those of the forward pass when backward() runs, "
-            "got changed ones, as after an optimizer's step or publish(); run backward() before "
-            "the step, or the forward pass again"
-        )
+        raise has_changed()
+
+
+def has_changed() -> TrainingError:
+    """What a backward raises whose adapters are others than at the forward pass."""
+    return TrainingError(
+        "the parameters of an adapter must be those of the forward pass when backward() runs, "
+        "got changed ones, as after an optimizer's step or publish(); run backward() before "
+        "the step, or the forward pass again"
+    )
 
 
 SCHEMA_TYPES = {

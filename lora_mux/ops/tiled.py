@@ -6,6 +6,7 @@ autograd follows nothing, plans do without both: what was launched is kept by it
 that tiles and compiled variants depend on, and launched again with other pointers.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class TiledPlan(NamedTuple):
     batch_invariant: bool
     triton: bool
     trained: TrainedHere | None = None
+    used: Collection[int] | None = None  # at least all slots that it selects; None = not known
 
     @property
     def slots(self) -> Tensor:
@@ -120,6 +122,7 @@ class EagerPlan(NamedTuple):
 
     now: "PlanNow"
     batch_invariant: bool
+    used: Collection[int] | None = None  # as in TiledPlan
 
     @property
     def tiled(self) -> TiledPlan:

@@ -14,6 +14,8 @@ TEST_STREAMS = ("adapters/test_streams.py",)
 PASSES, STREAMS = "routes/passes.py", "core/streams.py"
 TRAINING = "adapters/training.py"
 TEST_TRAINING = ("model/test_training_rows.py",)
+TEST_STATE = ("model/test_training_state.py",)
+TEST_BETWEEN = ("model/test_training_between.py",)
 MUTATIONS = {
     "streams: a pass does not wait for its adapters": Mutation(
         STREAMS, "if last is not None and last.stream != stream:", "if False:", TEST_STREAMS
@@ -118,7 +120,34 @@ MUTATIONS = {
         TRAINING,
         "torch.autograd.graph.increment_version(trained.mux_parameters)",
         "pass",
-        TEST_TRAINING,
+        TEST_BETWEEN,
+    ),
+    "training: graphs do not see that a training has begun": Mutation(
+        TRAINING, "if before != state and before == begun:", "if False:", TEST_BETWEEN
+    ),
+    "training: what is published is taken for changed": Mutation(
+        TRAINING, "pool.publish(slot, before != state)", "pool.publish(slot, True)", TEST_BETWEEN
+    ),
+    "training: double rounding by casts": Mutation(
+        TRAINING, " and not any(span.cast for span in spans)", "", TEST_STATE
+    ),
+    "training: tensors that nobody trains": Mutation(
+        TRAINING, "if assign:", "if False:", TEST_STATE
+    ),
+    "training: a module's copy decides who drops": Mutation(
+        TRAINING, '{**vars(self), "mux_follow": None}', "{**vars(self)}", TEST_STATE
+    ),
+    "training: an old module's mode drops x of the slot's next tenant": Mutation(
+        TRAINING, "if self._trained.get(handle) is not trained:", "if False:", TEST_STATE
+    ),
+    "training: another dropout is passed over": Mutation(
+        TRAINING, "self._follow_dropout(handle, self._trained[handle])", "pass", TEST_STATE
+    ),
+    "training: what has diverged is kept by copies": Mutation(
+        TRAINING, "if self._unfit(trained) is None:", "if True:", TEST_STATE
+    ),
+    "training: copies of a model go back to before": Mutation(
+        RESIDENT, "self._learnt(handle, learnt)", "pass", TEST_STATE
     ),
     "training: nobody waits for passes": Mutation(
         TRAINING, "if not self._router.passes.use_any(handles):", "if True:", TEST_TRAINING

@@ -425,3 +425,11 @@ def test_rows_that_are_chosen_during_a_capture(stage: Stage) -> None:
     for stream in (Stream(), Stream()):
         with torch.no_grad(), CUDA.stream(stream):
             check(stage.model, X[:1], [[(stage.tenants["a"], 1.0)]])
+
+
+def test_means_of_tenants_do_not_stop_the_host(cuda: Cuda) -> None:
+    """Whose rows are whose, which the host knows, travels from pinned memory."""
+    losses, routing = cuda.put(torch.ones(3)), lora_mux.Routing(torch.tensor([[3], [3], [-1]]))
+    before = len(cuda.syncs)
+    mean = lora_mux.mean_by_adapter(losses, routing)
+    assert cuda.syncs[before:] == [] and float(mean) == 1.0

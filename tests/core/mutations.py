@@ -14,6 +14,9 @@ TEST_NUMBERS = ("core/test_numbers.py",)
 TEST_FREE_RUNS = ("core/test_free_runs.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
 TEST_STREAMS = ("core/test_streams.py",)
+TEST_ROWS = ("model/test_training_rows.py",)
+TEST_STATE = ("model/test_training_state.py",)
+TEST_BETWEEN = ("model/test_training_between.py",)
 TEST_TRITON_BACKEND = ("ops/test_triton_backend.py",)
 MUTATIONS = {
     "arguments: numbers that only a float holds": Mutation(
@@ -115,5 +118,20 @@ MUTATIONS = {
         "A.masked_fill_(~finite, 0.0), B.masked_fill_(~finite, 0.0)",
         "pass",
         ("model/test_training_rows.py",),
+    ),
+    "training: a backward reads what others have learnt since": Mutation(
+        POOL, "self.spans[slot] = self.spans[slot]._replace()", "pass", TEST_BETWEEN
+    ),
+    "training: a cast leaves no trace": Mutation(
+        POOL, "span._replace(cast=True)", "span", TEST_STATE
+    ),
+    "training: a cast rounds what the pool has": Mutation(
+        POOL, "self.publish(slot)  # which are exact", "pass  # which are exact", TEST_STATE
+    ),
+    "pools: those that have grown count as overwritten": Mutation(
+        POOL, "setattr(self, name, new.data)", "setattr(self, name, new)", TEST_ROWS
+    ),
+    "pools: copies count as overwritten": Mutation(
+        POOL, "self.rank = self.rank.clone()", "pass", ("model/test_copies.py",)
     ),
 }

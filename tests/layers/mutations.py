@@ -13,6 +13,7 @@ TEST_MODULE = ("layers/test_module.py",)
 TEST_ON_CUDA = ("model/test_compile_on_cuda.py",)
 TEST_SHARDED = ("layers/test_sharded.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
+TEST_BETWEEN = ("model/test_training_between.py",)
 TEST_DORA = ("model/test_dora.py",)
 MUTATIONS = {
     "gains: infinity times 0 in rows without": Mutation(
@@ -83,6 +84,12 @@ MUTATIONS = {
         SHARDING, "whole.to_local(grad_placements=[Partial()])", "whole.to_local()", TEST_SHARDED
     ),
     "training: a routing that was handed in keeps nobody": Mutation(
-        HANDED_IN, "is not span", "is span is None", ("model/test_training_rows.py",)
+        HANDED_IN, "if now is span:", "if True:", ("model/test_training_rows.py",)
+    ),
+    "training: a routing that was handed in may mean anybody": Mutation(
+        LINEAR, "and host_may_read(whole.index)", "and False", TEST_BETWEEN
+    ),
+    "training: others count as much as those of the batch": Mutation(
+        HANDED_IN, "(spans if used is None else used)", "spans", TEST_BETWEEN
     ),
 }

@@ -21,6 +21,7 @@ SAVED_MODULES = "layers/saved_modules.py"
 PEFT_MODEL = "checkpoints/peft_model.py"
 STORED_ADAPTER = "checkpoints/stored_adapter.py"
 TOP = "model/top.py"
+TRAINED = "model/trained.py"
 TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
 TEST_CALL = ("model/test_call.py",)
 TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
@@ -35,6 +36,10 @@ TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_EVENTS = ("model/test_continuous_events.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
+TEST_STATE = ("model/test_training_state.py",)
+TEST_BETWEEN = ("model/test_training_between.py",)
+TEST_DATA_PARALLEL = ("model/test_training_ecosystem.py",)
+TEST_PARALLEL = ("model/test_training_parallel.py",)
 MUTATIONS = {
     "continuous: the batch that is not computed": Mutation(
         MANAGER,
@@ -270,6 +275,36 @@ MUTATIONS = {
     ),
     "saved modules: in force where LoRA is not": Mutation(
         PEFT_MODEL, "(*layers.items(), *wrappers.items())", "layers.items()", TEST_SAVED_MODULES
+    ),
+    "training: publish() leaves no trace": Mutation(
+        TRAINED, "training.of(name).mux_steps += 1", "training.of(name)", TEST_BETWEEN
+    ),
+    "training: the pools have the user's values": Mutation(
+        TRAINED, "trained.mux_steps += weights is not None", "pass", TEST_BETWEEN
+    ),
+    "training: values that are not finite are frozen": Mutation(
+        TRAINED, "self._adapters.training.check_finite(name)", "pass", TEST_STATE
+    ),
+    "training: a mask of another shape": Mutation(
+        TRAINED, " or mask.shape != losses.shape", "", TEST_STATE
+    ),
+    "training: processes whose graphs give 0 have a share in the mean": Mutation(
+        TRAINED, "_flat_gradient(one).any()", "torch.tensor(True)", TEST_DATA_PARALLEL
+    ),
+    "training: what no process has named gets 0": Mutation(
+        TRAINED, "one.zero_grad(set_to_none=True)", "pass", TEST_DATA_PARALLEL
+    ),
+    "parallel: DDP copies the pools": Mutation(
+        MUX, "keep_from_broadcasts(model, [*targets, *joining])", "pass", TEST_PARALLEL
+    ),
+    "parallel: DDP copies the pools of a compiled model": Mutation(
+        TOP, ", *own, *compiled})", ", *own})", TEST_PARALLEL
+    ),
+    "parallel: pools that DDP has copied are read": Mutation(
+        TOP, "    _refuse_broadcasts(mux)", "", TEST_PARALLEL
+    ),
+    "parallel: copies of a pass are not noticed": Mutation(
+        TOP, "torch.autograd.graph.increment_version(anchor.rank)", "pass", TEST_PARALLEL
     ),
     "saved modules: equal by their shapes": Mutation(
         STORED_ADAPTER, "made.update(values.data[", "(values.data[", TEST_SAVED_MODULES

@@ -226,3 +226,18 @@ def test_while_another_thread_generates() -> None:
     assert torch.equal(got, want["b", None]) and torch.equal(results[0], want["a", "b"])
     assert torch.equal(model.generate(ids, adapter_names=["a", "b"], **how), want["a", "b"])
     assert "generate" not in vars(twin) and type(twin.generate.__self__) is type(twin)
+
+
+def test_inside_inference_mode() -> None:
+    """Where tensors count no changes, and a copy has others than its original."""
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(2, 2))
+        mux = lora_mux.attach(model)
+        for step in range(3):
+            mux.add_adapter(f"a{step}", {"0": (torch.ones(9, 2), torch.ones(2, 9))}, alpha=9)
+            twin = copy.deepcopy(model)
+            for each in (model, twin, pickle.loads(pickle.dumps(twin)), twin.double()):
+                x = torch.ones(1, 2, dtype=each[0].weight.dtype)
+                with lora_mux.Mux.of(each).route([f"a{step}"]):
+                    change = each(x) - each[0].mux_base(x)
+                torch.testing.assert_close(change, torch.full_like(change, 18.0))

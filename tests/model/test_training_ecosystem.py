@@ -383,7 +383,7 @@ class TestTrainer:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes has."""
-    return answers_of_two(data_parallel, tmp_path_factory.mktemp("two"), 60)
+    return answers_of_two(data_parallel, tmp_path_factory.mktemp("two"), 120)
 
 
 class TestDataParallel:
@@ -424,6 +424,14 @@ class TestDataParallel:
                 assert a is not None and b is not None
                 torch.testing.assert_close(have, (a + b) / 2, rtol=1e-12, atol=1e-12)
 
+    def test_compiled_passes_count_where_they_named_it(self, two: list[Any]) -> None:
+        """They have gradients of 0 for all others, who then are no part of the mean."""
+        for gradients, *_, all_by_graph, compiled in two:
+            assert all_by_graph and compiled["none"] == [None] * 4
+            for name in ("one", "both"):
+                for have, want in zip(compiled[name], gradients[name], strict=True):
+                    torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+
     def test_all_stay_equal(self, two: list[Any]) -> None:
         for name in data_parallel.NAMES:
             assert all(map(torch.equal, two[0][1][name], two[1][1][name]))
@@ -433,7 +441,7 @@ class TestDataParallel:
         )
 
     def test_unequal_sets_are_refused_in_all(self, two: list[Any]) -> None:
-        for _, _, refusals, untouched in two:
+        for _, _, refusals, untouched, *_ in two:
             assert len(refusals) == 2 and untouched
             assert all("must train adapters of the same names and shapes" in r for r in refusals)
 

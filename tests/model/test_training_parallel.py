@@ -96,9 +96,21 @@ def test_all_stay_equal(way: str, two: list[Any]) -> None:
 def test_a_process_may_have_adapters_of_its_own(two: list[Any]) -> None:
     """DDP copies buffers from the first process to all, and must leave those of adapters alone."""
     for found in two:
-        before, wrapped = found["own"]
+        before, wrapped, compiled = found["own"]
         assert torch.equal(before, wrapped)
-    assert not torch.equal(two[0]["own"][0], two[1]["own"][0])
+        torch.testing.assert_close(before, compiled, rtol=1e-12, atol=1e-12)  # in another form
+    assert not torch.allclose(two[0]["own"][0], two[1]["own"][0])
+
+
+@pytest.mark.parametrize("order", wrapped_parallel.ORDERS)
+def test_ddp_around_a_parent_is_refused_or_right(order: str, two: list[Any]) -> None:
+    """It has copied the first process's pools over the other's: no pass may go on with them."""
+    for found in two:
+        before, *refused = found[order, False]
+        assert isinstance(before, Tensor) and refused
+        assert all(isinstance(m, str) and "wrap the attached model" in m for m in refused)
+        own, *wrapped = found[order, True]
+        assert torch.equal(own, before) and all(torch.equal(own, y) for y in wrapped)
 
 
 def test_ddp_without_anything_of_its_own_is_refused(two: list[Any]) -> None:

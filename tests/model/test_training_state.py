@@ -256,6 +256,21 @@ class TestCopies:
         mux.load("saved", tmp_path)
         assert equal(mux.train("saved"), new)
 
+    @pytest.mark.parametrize("memory", [None, "60KiB"])
+    def test_of_a_model_whose_adapter_diverged(self, memory: Any) -> None:
+        """They go on with what is finite: what it had before."""
+        model, mux = attached(memory=memory)
+        mux.create("new", r=4, alpha=8, seed=1)
+        new = mux.train("new")
+        want = {key: p.clone() for key, p in new.state_dict().items()}
+        with torch.no_grad():
+            next(new.parameters())[0, 0] = float("nan")
+        run(model, mux, ["new"], torch.randn(1, 24))
+        again = lora_mux.Mux.of(copy.deepcopy(model)).train("new")
+        if memory is not None:  # else the pool alone has it, where it is 0
+            assert all(torch.equal(p, want[key]) for key, p in again.state_dict().items())
+        assert all(p.isfinite().all() for p in again.parameters())
+
     def test_modules_and_optimizers_can_be_copied(self, tmp_path: Path) -> None:
         """As averages over steps do, torch.save, and worker processes; a copy trains nobody."""
         model, mux = attached()
@@ -264,6 +279,8 @@ class TestCopies:
         average = torch.optim.swa_utils.AveragedModel(a)
         twins = [copy.deepcopy(a), pickle.loads(pickle.dumps(a)), average.module]
         pickle.loads(pickle.dumps(optimizer)), pickle.loads(pickle.dumps(list(a.parameters())))
+        numbers = sum(p.numel() for p in a.parameters())
+        assert len(pickle.dumps(a)) < 4 * numbers + 8000  # and not the model, which has 6,000
         x = torch.randn(64, 24)
         with torch.no_grad():
             a.eval()

@@ -23,6 +23,7 @@ TEST_AUTOCAST = ("ops/test_autocast.py",)
 TEST_LARGE_WEIGHTS = ("ops/test_large_weights.py",)
 CPU_TRAINING = "ops/cpu/training.py"
 TEST_TRAINING = ("model/test_training_rows.py",)
+TEST_BETWEEN = ("model/test_training_between.py",)
 TEST_OPERATORS_ALONE = ("ops/test_operators.py",)
 MUTATIONS = {
     "dispatch: one launch that knows no gains": Mutation(
@@ -233,6 +234,18 @@ MUTATIONS = {
     ),
     "training: A learns without the gain": Mutation(
         CPU_TRAINING, "_product(gained.mT, x_rows)", "_product(g.mT, x_rows)", TEST_TRAINING
+    ),
+    "training: plans do not know whom they use": Mutation(
+        DISPATCH,
+        "method.batch_invariant, triton, here, used)",
+        "method.batch_invariant, triton, here)",
+        TEST_BETWEEN,
+    ),
+    "training: plans of eager mode do not know whom they use": Mutation(
+        DISPATCH,
+        "EagerPlan(now, method.batch_invariant, used)",
+        "EagerPlan(now, method.batch_invariant)",
+        TEST_BETWEEN,
     ),
     "training: changed parameters are not noticed": Mutation(
         OPERANDS, "!= list(versions)", "== []", TEST_TRAINING

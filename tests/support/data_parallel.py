@@ -49,6 +49,16 @@ def main(rank: int, store: str, out: str) -> None:
         net(data(rank)).square().sum().backward()
     mux.reduce_gradients()
     gradients = {name: [p.grad for p in trained[name].parameters()] for name in NAMES}
+    for module in trained.values():
+        module.zero_grad()
+    with mux.route(ROWS[rank]):
+        torch.compile(net, backend="aot_eager")(data(rank)).square().sum().backward()
+    by_graph = all(p.grad is not None for t in trained.values() for p in t.parameters())
+    mux.reduce_gradients()
+    compiled = {name: [p.grad for p in trained[name].parameters()] for name in NAMES}
+    for name, module in trained.items():  # not of graphs, whose bits are others
+        for p, gradient in zip(module.parameters(), gradients[name], strict=True):
+            p.grad = gradient
 
     optimizer = torch.optim.AdamW([p for t in trained.values() for p in t.parameters()])
     optimizer.step()
@@ -63,7 +73,7 @@ def main(rank: int, store: str, out: str) -> None:
         mux.freeze("both"), mux.freeze("one")
     refusals.append(refusal(mux))
     untouched = all(map(torch.equal, kept, [p.grad for p in trained["both"].parameters()]))
-    torch.save((gradients, stepped, refusals, untouched), out)
+    torch.save((gradients, stepped, refusals, untouched, by_graph, compiled), out)
     dist.destroy_process_group()
 
 

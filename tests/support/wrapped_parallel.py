@@ -104,23 +104,67 @@ def trained(
     }
 
 
-def of_its_own(rank: int) -> list[Tensor]:
+def of_its_own(rank: int) -> list[Tensor | str]:
     """What a process answers that serves an adapter of its own: before the wrap, and by it."""
     net = Net()
     net.get_submodule(HEAD).requires_grad_(True)  # else DDP refuses
     mux = lora_mux.attach(net, targets=TARGETS)
     mux.add_adapter("mine", factors("mine" * (1 + rank)), alpha=2)
     found = []
-    for run in (net, DistributedDataParallel(net)):
-        with mux.route(["mine"] * 3):
-            found.append(run(data(0)).detach())
+    for run in (net, DistributedDataParallel(net), DistributedDataParallel(compiled(net))):
+        found.append(answer(mux, run))
     return found
+
+
+def compiled(net: nn.Module) -> Any:
+    return torch.compile(net, backend="eager")
+
+
+class Parent(nn.Module):
+    """What holds an attached model, and a head of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = net, nn.Linear(5, 5).double()
+        nn.init.eye_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.net(x))
+        return y
+
+
+def in_a_parent(rank: int, order: str, ignored: bool) -> list[Tensor | str]:
+    """What a process answers by itself, then by DDP around a parent, and then by itself again."""
+    net = Net()
+    mux = lora_mux.attach(net, targets=TARGETS)
+    parent: nn.Module = Parent(net)
+    if ignored:
+        names = [n for n, _ in parent.named_buffers() if "mux_pool" in n]
+        setattr(parent, "_ddp_params_and_buffers_to_ignore", names)  # noqa: B010
+    run = DistributedDataParallel(parent) if order == "wrap, load" else parent
+    mux.add_adapter("mine", factors("mine" * (1 + rank)), alpha=2)
+    found = [answer(mux, net)]
+    if order == "load, wrap":
+        run = DistributedDataParallel(parent)
+        found.append(answer(mux, net))
+    return [*found, answer(mux, run), answer(mux, net)]
+
+
+def answer(mux: lora_mux.Mux, run: nn.Module) -> Tensor | str:
+    try:
+        with mux.route(["mine"] * 3):
+            y: Tensor = run(data(0)).detach()
+        return y
+    except lora_mux.errors.TargetError as error:
+        return str(error)
 
 
 def ddp(net: nn.Module) -> nn.Module:
     return DistributedDataParallel(net)
 
 
+ORDERS = "load, wrap", "wrap, load"
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"wrap": ddp, "head": True, "order": "attach, wrap, train"},
     "ddp first": {"wrap": ddp, "head": True, "order": "wrap, attach, train"},
@@ -142,8 +186,14 @@ def main(rank: int, store: str, out: str) -> None:
     join(rank, store)
     found: dict[str, Any] = {}
     for name, way in WAYS.items():
-        found[name] = trained(rank, **{"again": False, **way})
+        try:
+            found[name] = trained(rank, **{"again": False, **way})
+        except lora_mux.errors.TargetError as error:  # in both
+            found[name] = {"refused": str(error)}
     found["own"] = of_its_own(rank)
+    for order in ORDERS:
+        for ignored in (False, True):
+            found[order, ignored] = in_a_parent(rank, order, ignored)
     net = Net()
     lora_mux.attach(net, targets=TARGETS)
     try:
