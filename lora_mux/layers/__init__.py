@@ -3,7 +3,7 @@
 linear     MuxLinear
 kinds      embeddings and convolutions, which are linear maps of other rows
 swapping   how a layer of a model becomes one in place, and is changed back
-handed_in  a Routing that is handed to a layer, without a model around it
+handed_in  a Routing that is handed to a layer without a model; what a backward still needs
 gains      DoRA: what rescales the base's own output, and how it follows from the base's weight
 storing    how an adapter gets into the pools of its layers
 targets    which layers of a model can carry adapters

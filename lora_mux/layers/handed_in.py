@@ -1,4 +1,8 @@
-"""A routing that is handed to a layer: one row for each row of x, the last plan, and backward."""
+"""A routing that is handed to a layer, and adapters whose backward is still to come.
+
+A routing is made one row for each row of x, and its plan is kept for the next equal one. Of no
+layer's answer, whoever routed it, does a backward take other adapters than the forward pass had.
+"""
 
 from dataclasses import dataclass
 from math import prod

@@ -290,7 +290,8 @@ class TestCosts:
         settings = (costs.EIGHT, costs.ONE, costs.FOUR_OF_EIGHT, costs.PREFILL)
         for line, setting in zip(lines, settings, strict=True):
             share = 1 + costs.added(setting) / costs.forward("base", setting)
-            assert share == pytest.approx(min(map(float, line.split("|")[3:5])), abs=6e-4)
+            ours = [float(s) for s in line.split("|")[3:5] if "not measured" not in s]
+            assert share == pytest.approx(min(ours), abs=6e-4)
 
     def test_loads_are_those_of_residency(self) -> None:
         """24 ms for the first use of 8.4 MB, and 31 with an eviction; a route is 0.17 of each."""
