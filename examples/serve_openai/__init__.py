@@ -9,6 +9,6 @@ fields     which fields of a request are served; all others are refused
 engine     continuous batching, in which each request has its adapters and its sampling
 models     the model, its adapters and the engine, from start to end
 loading    adapters that come and go while the server runs
-gate       in front of all that: the key, the size of a request, clients that hang up
+gate       in front of all that: for whom a request is, the key, its size, and who hangs up
 demo       a tiny model with adapters, to try it with
 """

@@ -55,7 +55,7 @@ def main() -> None:
             cache_tokens=given.cache_tokens,
             most_requests=given.most_requests,
         )
-    except (LoraMuxError, OSError) as error:  # OSError: transformers', of a model that is not there
+    except (LoraMuxError, ImportError, OSError) as error:  # OSError: of a model that is not there
         sys.exit(f"serve_openai: {error}")
     app = build(
         models,

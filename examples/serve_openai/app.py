@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -126,12 +125,10 @@ def build(
     app = build_server(models, *handlers, None, None, state)
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) in SERVED]
     if loadable is not None:
-        add_loading(app, models.mux, loadable)
+        add_loading(app, models, loadable)
     _add_page(app)
     _add_errors(app)
-    app.add_middleware(Gate, key=key)
-    if local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    app.add_middleware(Gate, key=key, local=local)
     return app
 
 

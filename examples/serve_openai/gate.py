@@ -1,4 +1,4 @@
-"""In front of the application: the key, the size of a request, and clients that hang up."""
+"""In front of the application: for whom a request is, the key, its size, and who hangs up."""
 
 import asyncio
 import secrets
@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+LOCAL = {"127.0.0.1", "localhost"}
 PUBLIC = "/", "/health"  # all else needs the key, under whatever prefix the application is
 LARGEST = 4 << 20  # bytes of a request; texts are tokenized on the event loop, where all wait
 
@@ -35,13 +36,20 @@ class Gate:
     notice only while it sends.
     """
 
-    def __init__(self, app: Any, key: str | None) -> None:
-        self._app = app
+    def __init__(self, app: Any, key: str | None, local: bool) -> None:
+        self._app, self._local = app, local
         self._bearer = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self._local and not (hosts := _hosts(scope)) <= LOCAL:
+            message = (
+                f"`Host` must be 127.0.0.1 or localhost, got {min(hosts - LOCAL)!r:.80}: send "
+                "that, or start the server with another --host"
+            )
+            await refusal(400, message)(scope, receive, send)
             return
         if not self._may_enter(scope):
             message = "the server's key must come as `Authorization: Bearer KEY`"
@@ -88,6 +96,12 @@ class Gate:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return secrets.compare_digest(given, self._bearer)
+
+
+def _hosts(scope: Any) -> set[str]:
+    """To whom a request was sent, without ports; {""} = it does not say."""
+    given = [value for name, value in scope["headers"] if name == b"host"] or [b""]
+    return {value.decode("latin-1").partition(":")[0].lower() for value in given}
 
 
 async def _body(receive: Any) -> bytes | None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
@@ -11,6 +12,9 @@ import lora_mux
 from lora_mux.errors import TargetError
 
 from .engine import Engine
+
+OLDEST = 5, 23  # of transformers: before, its parts and their arguments have other names
+TRIAL = "on trial: "  # before the name of an adapter that no request can ask for
 
 
 class Models(ModelManager):
@@ -35,6 +39,11 @@ class Models(ModelManager):
         cache_tokens: int = 32768,
         most_requests: int = 256,
     ) -> None:
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+            raise ImportError(
+                f"serve_openai needs transformers 5.23 or newer, got {transformers.__version__}: "
+                "pip install '.[serve]' in a clone"
+            )
         super().__init__(device=device, force_model=model, continuous_batching=True)
         name = self.process_model_name(model)
         self.model, self.processor = self.load_model_and_processor(name)
@@ -44,17 +53,19 @@ class Models(ModelManager):
                 f"`model` must be a language model that transformers batches continuously, got "
                 f"{type(self.model).__name__} ({modality.value})"
             )
-        self.mux = lora_mux.attach(self.model, memory=memory)
+        self.mux, self.bounded = lora_mux.attach(self.model, memory=memory), memory is not None
         for adapter in folders:
             check_name(adapter)
         self.mux.load_many(folders)
         self.engine = Engine(self.mux, cache_tokens, most_requests)
         self.engine.init_cb(self.model, self.model.generation_config)
 
-    def get_gen_models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[dict[str, Any]]:
         """The base model, and each adapter alone; requests may name any mix of them."""
-        names = ["base", *(f"base:{name}" for name in self.mux.adapters)]
+        names = ["base", *(f"base:{n}" for n in self.mux.adapters if not n.startswith(TRIAL))]
         return [{"id": n, "object": "model", "created": 0, "owned_by": "lora_mux"} for n in names]
+
+    get_gen_models = list_models  # its name before transformers 5.24
 
     def shutdown(self) -> None:
         """With the process, which frees the model; the worker alone would keep it from ending."""

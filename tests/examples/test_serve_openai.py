@@ -20,6 +20,7 @@ from server import served
 from tiny_server import PATIENCE, Tiny, application, started
 
 openai = pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
+pytest.importorskip("transformers", "5.23", reason="pip install 'lora-mux[serve]'")
 
 ROWS = ["", "sql", "french", "sql+0.4*french", "-0.5*legal", "0.3*sql+french+1.25*legal"]
 CACHE = 1024  # tokens
@@ -409,8 +410,22 @@ def test_what_transformers_would_serve_besides_is_not_there(stage: SimpleNamespa
 
 def test_a_name_that_was_taken_for_this_machine(stage: SimpleNamespace) -> None:
     """As by a web page whose server says that its name is 127.0.0.1."""
-    response = httpx.get(f"{stage.url}/v1/models", headers={"host": "example.org"})
-    assert response.status_code == 400
+    url, port = f"{stage.url}/v1/models", httpx.URL(stage.url).port
+    for host in ("example.org", f"example.org:{port}", "127.0.0.1.example.org", "", "[::1]"):
+        response = httpx.get(url, headers={"host": host})
+        assert response.status_code == 400
+        said = response.json()["error"]["message"]
+        assert "`Host` must be 127.0.0.1 or localhost, got" in said and "--host" in said
+    for host in ("127.0.0.1", f"localhost:{port}", "LOCALHOST"):
+        assert httpx.get(url, headers={"host": host}).status_code == 200
+    with pytest.raises(openai.BadRequestError, match="got 'example.org'"):
+        client(stage).models.list(extra_headers={"host": "example.org"})
+
+
+def test_an_older_transformers(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(ImportError, match=r"5\.23 or newer, got 5\.17\.0"), started(tiny):
+        pass
 
 
 def test_adapters_are_loaded_only_where_there_is_a_key(tiny: Tiny) -> None:

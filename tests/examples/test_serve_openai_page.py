@@ -3,19 +3,22 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from server import served
-from tiny_server import EXAMPLES, PATIENCE, Tiny, application, started
+from tiny_server import EXAMPLES, PATIENCE, Tiny, application, process, started
 
 pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
+pytest.importorskip("transformers", "5.23", reason="pip install 'lora-mux[serve]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("apt-get install chromium chromium-driver", allow_module_level=True)
 
+GONE = "the server does not answer: does it still run?"
 # Without them the browser asks its maker's servers for updates, or would need a GPU.
 FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
 FLAGS += ["disable-background-networking", "disable-component-update", "window-size=1180,900"]
@@ -76,7 +79,7 @@ class Page:
         return [span.text for span in found]
 
     def slide(self, side: str, name: str, weight: float) -> None:
-        slider = self.find(f"#{side} [data-adapter={name}]")
+        slider = self.find(f"#{side} [data-adapter='{name}']")
         self.browser.execute_script("arguments[0].value = arguments[1]", slider, weight)
         self.browser.execute_script("arguments[0].dispatchEvent(new Event('input'))", slider)
 
@@ -158,6 +161,114 @@ def test_stopping_frees_both_requests(page: Any, stage: SimpleNamespace, slowly:
     page.click("#stop")
     page.wait(lambda: page.text("#b .note") == "stopped" == page.text("#a .note"))
     page.wait(lambda: not stage.models.engine.scheduler.active_requests)
+
+
+def test_a_reload_frees_both_requests(page: Any, stage: SimpleNamespace, slowly: None) -> None:
+    page.fill("#tokens", "900")
+    page.click("#ask")
+    page.wait(lambda: page.text("#b .answer"))
+    page.browser.refresh()
+    page.wait(lambda: not stage.models.engine.scheduler.active_requests)
+    page.wait(lambda: page.names("a"))
+    assert page.find("#ask").is_enabled() and not page.text("#b .answer")
+
+
+def test_twenty_adapters_with_all_sliders_at_an_end(page: Any, stage: SimpleNamespace) -> None:
+    """Copies of one, so that their weights add up: 10 * 1.5 - 7 * 1."""
+    copies = [f"a-copy.of_sql-{i}" for i in range(17)]
+    stage.models.mux.load_many(dict.fromkeys(copies, stage.tiny.adapters / "sql"))
+    try:
+        page.browser.refresh()
+        page.wait(lambda: len(page.names("b")) == 20)
+        for name in stage.tiny.names:
+            page.slide("b", name, 0)
+        for i, name in enumerate(copies):
+            page.slide("b", name, 99 if i < 10 else -99)
+        terms = page.text("#b code").removeprefix("base:").split("+")
+        assert terms == [f"{1.5 if i < 10 else -1}*{name}" for i, name in enumerate(copies)]
+        page.fill("#tokens", "16")
+        page.click("#ask")
+        page.wait(lambda: "tokens in" in page.text("#b .note"))
+        assert page.text("#b .answer") == stage.tiny.answer("8*sql", "What do you know?")
+        assert not page.complaints()
+    finally:
+        for name in copies:
+            stage.models.mux.remove(name)
+
+
+def test_any_characters_and_a_long_answer(page: Any, stage: SimpleNamespace) -> None:
+    text = "\u00fc \u4f60\u597d \U0001f600 </textarea>\n\n<script>throw 1</script>\t\\ \"'"
+    page.browser.execute_script("arguments[0].value = arguments[1]", page.find("#prompt"), text)
+    page.fill("#tokens", "600")
+    page.click("#ask")
+    page.wait(lambda: page.find("#ask").is_enabled())
+    for side in ("a", "b"):
+        row = page.text(f"#{side} code").removeprefix("base").removeprefix(":")
+        assert page.text(f"#{side} .answer") == stage.tiny.answer(row, text, 600)
+        assert "tokens in" in page.text(f"#{side} .note")
+    assert not page.complaints()
+
+
+def test_numbers(page: Any, stage: SimpleNamespace) -> None:
+    """A field without one is left to the server, whose usual answer is greedy; others are told."""
+    page.find("#temperature").clear()
+    page.fill("#tokens", "8")
+    page.click("#ask")
+    page.wait(lambda: "tokens in" in page.text("#b .note"))
+    row = page.text("#b code").removeprefix("base:")
+    assert page.text("#b .answer") == stage.tiny.answer(row, "What do you know?", 8)
+    for field, given, said in (
+        ("#temperature", "e", "temperature must be a number"),
+        ("#temperature", "3", "less than or equal to 2, got 3"),
+        ("#tokens", "0", "greater than or equal to 1, got 0"),
+        ("#tokens", "1.5", "integer"),
+        ("#tokens", "999999", "at most"),
+    ):
+        before = page.find(field).get_property("value")
+        page.fill(field, given)
+        page.click("#ask")
+        page.wait(lambda: page.find("#ask").is_enabled())
+        for side in ("a", "b"):
+            assert said in page.text(f"#{side} .note.bad") and not page.text(f"#{side} .answer")
+        page.fill(field, before or "0")
+    page.complaints()
+
+
+def test_a_server_that_is_gone(browser: Any, stage: SimpleNamespace, tmp_path: Path) -> None:
+    """Midway, before the next question, and with another key: the page says so each time."""
+    base, adapters = str(stage.tiny.base), stage.tiny.folders("sql")
+    with process(tmp_path / "log", base, *adapters, env={"LORA_MUX_API_KEY": ""}) as server:
+        browser.get(server.url)
+        page = Page(browser)
+        page.wait(lambda: page.names("a"))
+        page.fill("#tokens", "900")
+        page.fill("#temperature", "2")
+        page.click("#ask")
+        page.wait(lambda: page.text("#a .answer") and page.text("#b .answer"))
+        server.process.kill()
+        for _ in range(2):
+            page.wait(lambda: page.find("#ask").is_enabled())
+            for side in ("a", "b"):
+                assert page.text(f"#{side} .note.bad") == GONE
+                assert not page.find(f"#{side} .answer").get_attribute("class").count("busy")
+            page.click("#ask")
+    page.wait(lambda: page.find("#ask").is_enabled())
+    browser.execute_script("list()")
+    page.wait(lambda: page.text("#failure") == GONE)
+    page.complaints()
+
+
+def test_a_key_that_is_wanted_later(page: Any, stage: SimpleNamespace) -> None:
+    """As by a server that was started again: the page asks for it where an answer is refused."""
+    answers = 'async () => new Response(\'{"error": {"message": "no key"}}\', {status: 401})'
+    page.browser.execute_script(f"window.fetch = {answers}")
+    assert not page.find("#key").is_displayed()
+    page.click("#ask")
+    page.wait(lambda: page.text("#b .note") == "no key")
+    assert page.find("#key").is_displayed()
+    page.fill("#key", "\u4f60")
+    page.click("#ask")
+    page.wait(lambda: "of ASCII" in page.text("#b .note"))
 
 
 def test_the_key(browser: Any, stage: SimpleNamespace) -> None:

@@ -1,6 +1,7 @@
 """`python examples/serve_openai` as a process: a key, adapters that come and go, its end."""
 
 import asyncio
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tiny_server import PATIENCE, Tiny, example, process
 
 openai = pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
+pytest.importorskip("transformers", "5.23", reason="pip install 'lora-mux[serve]'")
 
 KEY = "a secret"
 MEMORY = "290KiB"  # 32 rank rows; the adapters have 16, 8 and 16
@@ -144,6 +147,54 @@ def test_adapters_that_do_not_fit_together_wait_for_one_another(stage: SimpleNam
     assert [*map(text_of, got)] == [stage.tiny.answer(row, row, 16, False) for row in rows]
     assert never.result().status_code == 400, never.result().text
     assert unload(stage, "legal").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def broken(stage: SimpleNamespace) -> str:
+    """An adapter whose header is right, and of whose values one is no number."""
+    shutil.copytree(stage.tiny.adapters / "legal", stage.tiny.adapters / "broken")
+    file = stage.tiny.adapters / "broken" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    return "broken"
+
+
+def names(stage: SimpleNamespace) -> list[str]:
+    headers = {"authorization": f"Bearer {KEY}"}
+    found = httpx.get(f"{stage.url}/v1/models", headers=headers, timeout=PATIENCE).json()["data"]
+    return [model["id"] for model in found]
+
+
+def test_values_that_are_no_numbers_are_not_loaded(stage: SimpleNamespace, broken: str) -> None:
+    """With --memory, which reads values when they are needed: the load fails, not the requests."""
+    before = names(stage)
+    for name, how in (
+        ("new", {}),
+        ("new", {"load_inplace": True}),
+        ("sql", {"load_inplace": True}),
+    ):
+        response = load(stage, name, broken, **how)
+        assert response.status_code == 400, response.text
+        assert "must be finite" in response.json()["error"]["message"]
+        assert names(stage) == before
+        assert text_of(complete(stage, "sql")) == stage.tiny.answer("sql", "hello", 16, False)
+    assert complete(stage, "new").status_code == 404
+
+
+def test_values_for_which_there_is_no_room_are_read_later(
+    stage: SimpleNamespace, broken: str
+) -> None:
+    with begun(stage, "sql+french") as rest:
+        for name in ("legal", broken):
+            response = load(stage, name, name)
+            assert response.status_code == 200 and "leave no room" in response.text
+        rest()
+    assert text_of(complete(stage, "legal")) == stage.tiny.answer("legal", "hello", 16, False)
+    response = complete(stage, broken)
+    assert response.status_code == 400 and "must be finite" in response.json()["error"]["message"]
+    for name in ("legal", broken):
+        assert unload(stage, name).status_code == 200
 
 
 def test_many_requests_while_adapters_come_and_go(stage: SimpleNamespace) -> None:

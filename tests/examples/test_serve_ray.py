@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import httpx
@@ -392,11 +393,12 @@ def test_a_replica_that_is_killed(handle: Any, url: str, alone: Any) -> None:
     victim = handle.options(session_id="sql").stats.remote().result(timeout_s=PATIENCE)["pid"]
     (other,) = (r["session"] for pid, r in stats(handle).items() if pid != victim)
     long = {"text": "x", "adapters": "sql", "tokens": 1000}
+    want = alone(long)  # beside the stream it would take as long as that
     how: Any = {"json": {**long, "stream": True}, "timeout": PATIENCE}
     with httpx.Client(trust_env=False) as client:
         with client.stream("POST", f"{url}/generate", **how) as stream:
             parts = stream.iter_text()
-            assert alone(long).startswith(next(parts))
+            assert want.startswith(next(parts))
             lost = [send(handle, long, "sql") for _ in range(3)]
             kept = [send(handle, long, other) for _ in range(3)]
             time.sleep(0.5)
@@ -408,7 +410,7 @@ def test_a_replica_that_is_killed(handle: Any, url: str, alone: Any) -> None:
             response.result(timeout_s=PATIENCE)
     again = send(handle, REQUESTS[0], "sql")
     assert again.result(timeout_s=PATIENCE) == alone(REQUESTS[0])
-    assert [r.result(timeout_s=PATIENCE) for r in kept] == [alone(long)] * 3
+    assert [r.result(timeout_s=PATIENCE) for r in kept] == [want] * 3
     deadline = time.monotonic() + PATIENCE
     while len(now := stats(handle)) < 2 or victim in now:
         assert time.monotonic() < deadline
@@ -425,9 +427,16 @@ def test_a_drain_and_too_many_requests(handle: Any, tiny: Tiny, url: str, alone:
     assert [r.result(timeout_s=PATIENCE) for r in running] == [alone(long)] * 8
     # Ray counts those whose replica it is still looking for as none that wait.
     assert post(url, **REQUESTS[0]).text == alone(REQUESTS[0])
-    with httpx.Client(timeout=PATIENCE, trust_env=False) as client, ThreadPoolExecutor(20) as pool:
-        sent = [pool.submit(client.post, f"{url}/generate", json=long) for _ in range(20)]
-    answers = [answer.result() for answer in sent]
+    together = Barrier(20)
+
+    def at_once(_: int) -> httpx.Response:
+        with httpx.Client(timeout=PATIENCE, trust_env=False) as client:
+            client.get(f"{url}/-/healthz")  # connects
+            together.wait(PATIENCE)
+            return client.post(f"{url}/generate", json=long)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(at_once, range(20)))
     found = Counter((a.status_code, a.headers.get("retry-after")) for a in answers)
     assert found.keys() == {(200, None), (503, "1")} and 8 <= found[503, "1"] <= 14
     assert {a.text for a in answers if a.status_code == 200} == {alone(long)}

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lora_mux.errors import BackendError, InputError
 from lora_mux.integrations.vllm_kernels import MuxOperators
+from lora_mux.kernels import launch
+from lora_mux.ops import operators
 
 SLOTS, R, K, SIZES = 3, 8, 64, (32, 16, 16)
 INDEX = [0, -1, 2, 0, 1, -1, 2]
@@ -79,6 +81,31 @@ def test_a_slot_that_gets_another_adapter(wrapper: Any) -> None:
     expected = want(y, x, A, B, 1.0, INDEX)
     wrapper.add_lora_linear(y, x, A, B, 1.0, SIZES)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.interpreter
+def test_triton_reads_the_stacks_as_they_are(wrapper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no copy of A or of B, in each slice, and a part of y is written in its place."""
+    read: list[int] = []
+    shrink, expand = launch.shrink, launch.expand
+
+    def spied(h: Tensor, y: Tensor, plan: Any, pool: Any, config: Any) -> Any:
+        read.append(pool.B_rows.data_ptr())
+        assert y._base is not None
+        return expand(h, y, plan, pool, config)
+
+    def shrunk(x: Tensor, h: Tensor, plan: Any, pool: Any, *how: Any) -> Any:
+        read.append(pool.A_rows.data_ptr())
+        return shrink(x, h, plan, pool, *how)
+
+    monkeypatch.setattr(operators, "_on_triton", lambda *given: True)
+    monkeypatch.setattr(launch, "expand", spied)
+    monkeypatch.setattr(launch, "shrink", shrunk)
+    (A, B), x, y = layer(), torch.randn(len(INDEX), K), torch.randn(len(INDEX), sum(SIZES))
+    expected = want(y, x, A, B, 0.5, INDEX)
+    wrapper.add_lora_linear(y, x, A, B, 0.5, SIZES)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    assert read == [part.data_ptr() for pair in zip(A, B, strict=True) for part in pair]
 
 
 def test_a_batch_with_a_dimension_more(wrapper: Any) -> None:

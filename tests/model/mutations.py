@@ -34,6 +34,7 @@ TEST_WRAPPERS = ("model/test_wrappers.py",)
 TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_CONTINUOUS_BATCHING = ("model/test_continuous_batching.py",)
 TEST_EVENTS = ("model/test_continuous_events.py",)
+TEST_TURNS = ("model/test_continuous_turns.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
 TEST_STATE = ("model/test_training_state.py",)
@@ -78,7 +79,22 @@ MUTATIONS = {
         IN_FLIGHT, "except PoolCapacityError:", "except ZeroDivisionError:", TEST_EVENTS
     ),
     "continuous: small ones overtake for ever": Mutation(
-        IN_FLIGHT, "if asked.handles and waits and new:", "if False:", TEST_EVENTS
+        IN_FLIGHT, "if first and new and asked.handles and not", "if False and not", TEST_TURNS
+    ),
+    "continuous: those that pass take the room of the first together": Mutation(
+        IN_FLIGHT, "(first.beside,) = self._adapters", "self._adapters", TEST_TURNS
+    ),
+    "continuous: those that pass take room that was pinned since": Mutation(
+        IN_FLIGHT, "if not self._fit(first, first.beside.handles):", "if False:", TEST_TURNS
+    ),
+    "continuous: what lies in the way of the first stays there": Mutation(
+        IN_FLIGHT, "self._hold(first.row.handles.union(*running))", "pass", TEST_TURNS
+    ),
+    "continuous: room is kept for one that has gone": Mutation(
+        IN_FLIGHT,
+        "            self._first = None\n",
+        "            pass\n",
+        TEST_TURNS,
     ),
     "continuous: a broken file fails all": Mutation(
         IN_FLIGHT,

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...adapters import Promise
@@ -87,12 +88,23 @@ class InFlight:
                 self.drop(request)
 
 
+@dataclass(eq=False)
+class Waiting:
+    """The first new request whose adapters do not fit."""
+
+    name: str
+    row: RequestRow
+    beside: Promise  # its adapters and those that may pass it: they fit together
+    refused: set[frozenset[int]] = field(default_factory=set)  # those that may not
+
+
 class Residents:
     """The adapters of the batch that is being made, which stay resident until it is computed."""
 
     def __init__(self, mux: GivenRows) -> None:
         self._adapters, self._slots = mux._adapters, mux._slots
         self._held: Promise | None = None
+        self._first: Waiting | None = None
 
     def fitting(
         self,
@@ -103,8 +115,10 @@ class Residents:
     ) -> Iterator[Any]:
         """Those of transformers' candidates whose adapters fit beside those of the ones before.
 
-        A new one that does not fit holds back the new ones behind it that have adapters, so that
-        nobody waits for ever while others pass. Requests of the base model always go.
+        The first new one that does not fit keeps room for itself: until it goes, new ones pass it
+        only with adapters that fit beside its own and beside those of all that have passed it. So
+        it waits no longer than the requests that ran when it came. Those of the base model always
+        go.
 
         Args:
             candidates: the states of requests, in the scheduler's order: it takes them one by one,
@@ -113,7 +127,16 @@ class Residents:
             is_new: whether a request has not been in a batch yet, by its name.
             fail: ends a request that cannot be answered, and no other.
         """
-        self._held, waits = None, False
+        self._held, first = None, self._first
+        if first is not None:
+            if not self._fit(first, first.beside.handles):  # since others were pinned
+                first.beside, first.refused = first.row.promise, set()
+            candidates = [*candidates]
+            # All at once, so that those of the others may move: what is held does not.
+            names = [s.request_id for s in candidates if not is_new(s.request_id)]
+            running = [asked.handles for name in names if (asked := row(name))]
+            with suppress(LoraMuxError):  # below it shows whose fault it is
+                self._hold(first.row.handles.union(*running))
         for state in candidates:
             name = state.request_id
             asked = row(name)
@@ -121,18 +144,36 @@ class Residents:
                 fail(state, RoutingError(f"request {name!r} was added past this model's adapters"))
                 continue
             new = is_new(name)
-            if asked.handles and waits and new:
+            if first and new and asked.handles and not self._passes(first, asked.handles):
                 continue
             try:
                 self._hold(asked.handles)
                 if self._slots.dropout:
                     self._slots.dropout.of_rows(self._slots.resolve(asked.index[None], True))
             except PoolCapacityError:
-                waits = waits or new
+                if new and first is None:
+                    self._first = first = Waiting(name, asked, asked.promise)
             except LoraMuxError as error:  # its files have changed; unequal dropouts in its row
                 fail(state, error)
             else:
                 yield state
+
+    def _passes(self, first: Waiting, handles: frozenset[int]) -> bool:
+        """Whether a request with these adapters may go before the first one that waits."""
+        if handles <= first.beside.handles:
+            return True
+        if handles not in first.refused and self._fit(first, first.beside.handles | handles):
+            return True
+        first.refused.add(handles)
+        return False
+
+    def _fit(self, first: Waiting, handles: frozenset[int]) -> bool:
+        """Let these be beside the first one, if they fit together, and beside what is pinned."""
+        try:
+            (first.beside,) = self._adapters.promise(lambda: [handles])
+        except PoolCapacityError:
+            return False
+        return True
 
     def _hold(self, handles: frozenset[int]) -> None:
         held = self._held.handles if self._held is not None else frozenset()
@@ -142,3 +183,15 @@ class Residents:
     def let_go(self) -> None:
         """The batch is computed, or there is none."""
         self._held = None
+
+    def forget(
+        self, row: Callable[[str], RequestRow | None], is_new: Callable[[str], bool]
+    ) -> None:
+        """Keep no more room for a request that waits no more.
+
+        Args:
+            row, is_new: as in `fitting`.
+        """
+        first = self._first
+        if first is not None and not (is_new(first.name) and row(first.name) is first.row):
+            self._first = None

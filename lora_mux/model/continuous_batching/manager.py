@@ -100,7 +100,9 @@ class MuxManager:
             for name in ("_process_candidates", "clear_cancelled_requests")
         )
         scheduler._process_candidates = partial(self._process_candidates, processor, process)
-        scheduler.clear_cancelled_requests = partial(self._clear_cancelled_requests, clear)
+        scheduler.clear_cancelled_requests = partial(
+            self._clear_cancelled_requests, scheduler, clear
+        )
         self.mux_overflows = Overflows(processor, partial(self._fail, processor))
         return processor
 
@@ -125,10 +127,11 @@ class MuxManager:
         new = scheduler.waiting_requests.__contains__
         return process(self.mux_residents.fitting(there, self._row, new, fail), *args)
 
-    def _clear_cancelled_requests(self, clear: Callable[[], Any]) -> Any:
+    def _clear_cancelled_requests(self, scheduler: Any, clear: Callable[[], Any]) -> Any:
         """Forget what is over. Nothing is between the queue and the scheduler at this moment."""
         self.mux_residents.let_go()
         cancelled = clear()
+        self.mux_residents.forget(self._row, scheduler.waiting_requests.__contains__)
         self.mux_requests.forget(self._queued, self._is_alive)
         return cancelled
 
@@ -174,6 +177,7 @@ class MuxManager:
             super()._run_generation_loop(*args, **kwargs)  # type: ignore[misc]
         finally:  # transformers has answered all requests, if only with an error
             self.mux_residents.let_go()
+            self.mux_residents.forget(self._row, lambda name: False)
             self.mux_requests.forget(set, lambda name: False)
 
 
