@@ -5,7 +5,9 @@ function, an operator of torch.library.Library, and one of torch.library.custom_
 
 Eager mode: layers and routes with launches that do nothing (tests/support/fake_driver.py) and a
 base layer that does nothing, so that all of the time is Python's, torch's and Triton's. A layer's
-is that of a model of 16 minus that of one of 4 layers, a twelfth.
+is that of a model of 16 minus that of one of 4 layers, a twelfth. A step of training is forward and
+backward through one layer, under a route that is in force, minus that of the frozen layer alone,
+whose products are computed.
 
 Minima of interleaved runs on the CPU, in microseconds a call. One record is appended to the file.
 """
@@ -15,6 +17,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -34,6 +37,8 @@ ROWS, WIDTH, ADAPTERS, RANK = 32, 64, 8, 16
 FEW, MANY = 4, 16
 REPEATED = 3  # calls in a run: the first one meets caches that other calls have filled
 TILED = lora_mux.ops.Method("triton", 16)
+TRAINED = 4, 64  # adapters of a step of training
+LINEAR = nn.functional.linear
 
 OPERATOR = torch.ops.lora_mux.add_lora_.default
 # What an argument of each type is given.
@@ -71,12 +76,14 @@ def pretend() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import codegen
     import fake_driver
-    from lora_mux.kernels import launch
+    from lora_mux.kernels import launch, pairs
 
     fake_driver.install("sm_90", computes=False)
     fake_driver._Launcher.__call__ = lambda *_: None  # type: ignore[method-assign]
     launch.architecture = lambda _: codegen.ARCHITECTURES["sm_90"]  # type: ignore[assignment]
     lora_mux.ops.dispatch._interpreted = lambda: True
+    sort = pairs.pairs_by  # of slots that nobody has computed
+    pairs.pairs_by = lambda slots, numbers: sort(slots.zero_(), numbers)
     y = torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16)
     nn.functional.linear = lambda *_: y  # type: ignore[assignment]
 
@@ -124,6 +131,36 @@ def in_eager_mode() -> dict[str, Callable[[], object]]:
     return calls
 
 
+def in_training() -> dict[str, Callable[[], object]]:
+    """name -> a forward and backward of one layer."""
+    calls: dict[str, Callable[[], object]] = {}
+    for adapters in TRAINED:
+        rows = max(ROWS, adapters)
+        x = torch.randn(rows, WIDTH).bfloat16().requires_grad_()
+        dy = torch.randn(rows, WIDTH).bfloat16()
+        base = nn.Sequential(linear()).requires_grad_(False)
+        model = nn.Sequential(linear()).requires_grad_(False)
+        mux = lora_mux.attach(model, backend="triton")
+        names = [str(i) for i in range(adapters)]
+        for name in names:
+            exact = tuple(factor.bfloat16() for factor in factors())
+            mux.add_adapter(name, {"0": exact}, alpha=RANK)
+        leaves = [x, *(p for name in names for p in mux.train(name).parameters())]
+        mux.set_route([names[row % adapters] for row in range(rows)])
+
+        def step(model: nn.Module, leaves: list[Tensor], x: Tensor = x, dy: Tensor = dy) -> None:
+            nothing, nn.functional.linear = nn.functional.linear, LINEAR
+            with torch.inference_mode(False), torch.enable_grad():
+                for leaf in leaves:
+                    leaf.grad = None
+                model(x).backward(dy)
+            nn.functional.linear = nothing
+
+        calls[f"step {adapters}"] = functools.partial(step, model, leaves)
+        calls[f"step's base {adapters}"] = functools.partial(step, base, [x])
+    return calls
+
+
 def beyond_the_base(us: dict[str, float]) -> dict[str, float]:
     """What is asked for, of what was timed."""
     layers = MANY - FEW
@@ -139,6 +176,10 @@ def beyond_the_base(us: dict[str, float]) -> dict[str, float]:
             for fused in (False, True)
         },
         **{name: us[name] for name in ("set_route, 32 names", "set_adapter")},
+        **{
+            f"a step of a layer that trains {n} adapters": us[f"step {n}"] - us[f"step's base {n}"]
+            for n in TRAINED
+        },
     }
 
 
@@ -166,7 +207,10 @@ def main() -> None:
     with torch.inference_mode():
         times = microseconds(runs, 1, torch.device("cpu"), args.runs)
         pretend()
-        eager = {name: lambda _, call=call: call() for name, call in in_eager_mode().items()}
+        made = in_eager_mode()
+        with torch.inference_mode(False):
+            made |= in_training()
+        eager = {name: lambda _, call=call: call() for name, call in made.items()}
         for call in eager.values():
             call(0)
         took = microseconds(eager, REPEATED, torch.device("cpu"), 10**6, seconds=args.seconds)

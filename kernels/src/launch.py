@@ -5,7 +5,7 @@ replays right for other values. All tensors are on one device, and inner strides
 docstring says otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from math import gcd
 from threading import Lock
@@ -21,21 +21,17 @@ from .config import (
     Architecture,
     Config,
     FusedConfig,
-    GradientConfig,
     TileSizes,
-    choose_gradient,
     nvidia_tensor_cores,
 )
 from .expand import expand_kernel
 from .fused import fused_kernel
-from .pairs import Pairs, items_on
 from .plan import plan_kernel
 from .rank_blocks import RANK_BLOCK
 from .ready import Layout, LinearAgain, PlanAgain, PlanNow, Ready
 from .ready import launch as launched
 from .shrink import shrink_kernel
 from .tensors import STREAMS, Plan, Pool, empty_plan
-from .weight_gradient import reduce_kernel, weight_gradient_kernel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +69,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
+def on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     """A launcher on the device of its first tensor: Triton launches on the current one."""
 
     @wraps(launcher)
@@ -94,7 +90,7 @@ def plan(index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: in
     return plan_and_again(index, weight, live, capacity, block_m)[0]
 
 
-@_on_its_device
+@on_its_device
 def plan_and_again(
     index: Tensor, weight: Tensor, live: Tensor, capacity: int, block_m: int
 ) -> tuple[Plan, PlanAgain | None]:
@@ -136,7 +132,7 @@ def plan_and_again(
     return made, ready and PlanAgain(ready, Layout.of(made), PlanNow.of(made).case)
 
 
-@_on_its_device
+@on_its_device
 def shrink(
     x: Tensor, h: Tensor, plan: Plan, pool: Pool, config: Config, weighted: bool = True
 ) -> Ready | None:
@@ -175,14 +171,14 @@ def shrink(
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
         X_UNIT=unit,
-        DOT_DTYPE=_dot_dtype(x, pool.A_rows),
+        DOT_DTYPE=dot_dtype(x, pool.A_rows),
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
         **sizes.registers(config, unit),
     )
 
 
-@_on_its_device
+@on_its_device
 def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Ready | None:
     """y [M, N] += B_rows applied to h [M, J, R, split_k]."""
     (M, N), (_, J, R, _), U, S = y.shape, h.shape, plan.union.shape[1], len(pool.rank)
@@ -213,7 +209,7 @@ def expand(h: Tensor, y: Tensor, plan: Plan, pool: Pool, config: Config) -> Read
         SPLIT_K=config.split_k,
         RANKS=block,
         Y_UNIT=unit,
-        DOT_DTYPE=_dot_dtype(y, pool.B_rows),
+        DOT_DTYPE=dot_dtype(y, pool.B_rows),
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
         **sizes.registers(config, unit),
@@ -225,7 +221,7 @@ def linear(*arguments: Any) -> Tensor:
     return linear_and_again(*arguments)[0]
 
 
-@_on_its_device
+@on_its_device
 def linear_and_again(
     x: Tensor,
     W: Tensor,
@@ -289,71 +285,12 @@ def linear_and_again(
         SPLIT_K=splits,
         X_UNIT=x_unit,
         Y_UNIT=y_unit,
-        DOT_DTYPE=_dot_dtype(x, W, pool.A_rows, pool.B_rows, y),
+        DOT_DTYPE=dot_dtype(x, W, pool.A_rows, pool.B_rows, y),
         num_warps=config.warps,
         num_stages=config.stages,
         **sizes.registers(config, min(x_unit, y_unit)),
     )
     return y, ready and LinearAgain(tuple(h.shape), tuple(y.shape), ready)
-
-
-@_on_its_device
-def weight_gradient(
-    u: Tensor,
-    v: Tensor,
-    gain: Tensor | None,
-    pairs: Pairs,
-    ranks: Sequence[tuple[int, int]],
-    constant: Sequence[int] = (),
-    batch_invariant: bool = False,
-    config: GradientConfig | None = None,
-) -> Tensor:
-    """[R', C] fp32: the sum of gain * u v over the pairs of each adapter, one below the other.
-
-    Args:
-        u: [M, J, R, parts] fp32, as `shrink` writes it without weights; R' = sum of the ranks.
-        v: [M, C], with rows of any stride.
-        gain: [M, J] fp32, strength * scaling at the first places of slots; None = 1.
-        pairs: of all adapters that are trained, some of which this layer may not have.
-        ranks: (number in pairs, rank rows) of each adapter of the result.
-        constant: how many of each one's last rank rows get 0; () = none.
-        batch_invariant: let an adapter's bits depend on its own rows alone.
-        config: instead of the chosen one.
-    """
-    (M, J, R, parts), C, rows = u.shape, v.shape[1], sum(rank for _, rank in ranks)
-    if not (M and J and C and rows):
-        return v.new_zeros((rows, C), dtype=torch.float32)
-    blocks = sum(sizes.cdiv(rank, RANK_BLOCK.value) for _, rank in ranks)
-    of_problem = M * J, len(ranks), blocks, C, product_itemsize(v), architecture(v.device)
-    config = config or choose_gradient(*of_problem, batch_invariant)
-    assert INTERPRETED or product_itemsize(v) == 2 or config.block_c < 64, "TF32 on sm_100"
-    items = items_on(v.device, ranks, config.group, constant)
-    # Once here, not by the programs of all columns; one after the other, for torch's sum may have
-    # another order with other rows.
-    total, unit = u[..., 0], sizes.unit(v)
-    for part in range(1, parts):
-        total = total + u[..., part]
-    out = v.new_empty((config.split, rows, C), dtype=torch.float32)
-    tiles = {"GROUP": config.group, "BLOCK_P": config.block_p}
-    launched(
-        weight_gradient_kernel,
-        (sizes.cdiv(C, config.block_c), len(items), config.split),
-        *(total, v, gain, out, *pairs, items),
-        **{"C": C // unit, "J": J, "R": R, "rows": rows, "stride_vm": v.stride(0) // unit},
-        **{**tiles, "BLOCK_C": config.block_c, "UNIT": unit, "DOT_DTYPE": _dot_dtype(v)},
-        **{"num_warps": config.warps, "num_stages": config.stages},
-        **sizes.registers(config, unit),
-    )
-    if config.split == 1:
-        return out[0]
-    reduced, block_c = v.new_empty((rows, C), dtype=torch.float32), 64
-    launched(
-        reduce_kernel,
-        (sizes.cdiv(C, block_c), len(items)),
-        *(out, reduced, pairs.start, items),
-        **{"C": C, "rows": rows, **tiles, "BLOCK_C": block_c, "SPLIT": config.split},
-    )
-    return reduced
 
 
 # Fused launches of one stream follow one another, so they can share a pair of counters; those of
@@ -388,6 +325,6 @@ def product_itemsize(*tensors: Tensor) -> int:
     return 2 if dtype in DOT_DTYPES and not others else 4
 
 
-def _dot_dtype(*tensors: Tensor) -> tl.dtype:
+def dot_dtype(*tensors: Tensor) -> tl.dtype:
     """Tensor cores for 16-bit types; everything else is multiplied in fp32."""
     return DOT_DTYPES[tensors[0].dtype] if product_itemsize(*tensors) == 2 else tl.float32

@@ -25,6 +25,21 @@ class Pairs(NamedTuple):
     start: Tensor  # [T + 1] int32
 
 
+class Numbers(NamedTuple):
+    """The numbers of trained adapters, by their slots."""
+
+    number: Tensor  # [capacity + 1] int32: T for those that are not trained, and for -1, the last
+    bounds: Tensor  # [T + 1] int32: 0 to T
+
+    @classmethod
+    def of(cls, trained: Tensor, capacity: int) -> "Numbers":
+        """Those of trained [T] int32, slots that differ; capacity is more than any slot."""
+        bounds = torch.arange(len(trained) + 1, dtype=torch.int32, device=trained.device)
+        number = trained.new_full((capacity + 1,), len(trained))
+        number[trained.long()] = bounds[:-1]
+        return cls(number, bounds)
+
+
 def pairs_of(slots: Tensor, trained: Tensor, capacity: int) -> Pairs:
     """The pairs of trained adapters: stable order, shapes alone, no sync, fit for a CUDA graph.
 
@@ -38,18 +53,32 @@ def pairs_of(slots: Tensor, trained: Tensor, capacity: int) -> Pairs:
         trained: [T] int32, slots that differ.
         capacity: more than any slot.
     """
-    J, T = slots.shape[1], len(trained)
-    # One more, which -1 finds; everything that is not trained sorts behind the end.
-    number = slots.new_full((capacity + 1,), T)
-    number[trained.long()] = torch.arange(T, dtype=slots.dtype, device=slots.device)
-    key = number[slots.long()]
-    if J > 1:
+    return pairs_by(slots, Numbers.of(trained, capacity))
+
+
+def pairs_by(slots: Tensor, numbers: Numbers) -> Pairs:
+    """`pairs_of` of slots [M, J] by numbers."""
+    key = numbers.number[slots]
+    if slots.shape[1] > 1:
         named_before = (slots[:, :, None] == slots[:, None, :]).tril(-1).any(2)
-        key = torch.where(named_before, T, key)
+        key = torch.where(named_before, len(numbers.bounds) - 1, key)
+    # What is not trained sorts behind the end.
     ordered, pair = key.flatten().sort(stable=True)
-    numbers = torch.arange(T + 1, dtype=slots.dtype, device=slots.device)
-    start = torch.searchsorted(ordered, numbers, out_int32=True)
-    return Pairs(pair.to(torch.int32), start)
+    return Pairs(pair.to(torch.int32), torch.searchsorted(ordered, numbers.bounds, out_int32=True))
+
+
+def numbers_on(device: torch.device, trained: tuple[int, ...], capacity: int) -> Numbers:
+    """The numbers of slots on a device; kept, as `items_on` keeps items."""
+    numbers = _kept_numbers(device, trained, capacity)
+    for tensor in numbers:
+        hold_for_graphs(device, tensor)
+    return numbers
+
+
+@lru_cache(maxsize=64)
+def _kept_numbers(device: torch.device, trained: tuple[int, ...], capacity: int) -> Numbers:
+    made = Numbers.of(torch.tensor(trained, dtype=torch.int32), capacity)
+    return Numbers(*(tensor.to(device) for tensor in made))
 
 
 def items_of(
@@ -77,7 +106,7 @@ def items_of(
     return torch.tensor(items, dtype=torch.int32).reshape(-1, ITEM), row
 
 
-# By their ids. A graph reads the items that it was captured with for as long as it lives.
+# By their ids. A graph reads the items and numbers that it was captured with while it lives.
 _CAPTURED: dict[int, Tensor] = {}
 
 
@@ -93,9 +122,14 @@ def items_on(
     graph is captured it may not be made at all.
     """
     items = _kept(device, tuple(ranks), group, tuple(constant))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED[id(items)] = items
+    hold_for_graphs(device, items)
     return items
+
+
+def hold_for_graphs(device: torch.device, kept: Tensor) -> None:
+    """Let a graph that is being captured keep what it reads."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[id(kept)] = kept
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from .tensors import ALIGNMENT, Plan
 KNOWN = [3, 6] <= [int(number) for number in triton.__version__.split(".")[:2]] <= [3, 9]
 
 STATE = Plan._fields.index("state")
-Pointers: TypeAlias = tuple[int, ...]
+Pointers: TypeAlias = tuple[int | None, ...]
 
 
 class Ready(NamedTuple):
@@ -145,6 +145,13 @@ class PlanNow:
         start, (rows,) = self._layout.starts[STATE], self._layout.shapes[STATE]
         return self._memory[start : start + rows]  # of its own dtype already
 
+    @property
+    def slots(self) -> Tensor:
+        """The one that passes ask for in which adapters are trained."""
+        if self._tensors is not None:
+            return self._tensors.slots
+        return self._layout.tensor(self._memory, 0)
+
 
 class PlanAgain(NamedTuple):
     """What makes the Plan of another batch that differs in values alone."""
@@ -166,13 +173,13 @@ class PlanAgain(NamedTuple):
 
 
 class AddAgain(NamedTuple):
-    """What adds adapters to another y, for tensors that differ in values alone."""
+    """What adds adapters to another y, for tensors that differ in values alone; returns h."""
 
     h_shape: tuple[int, ...]
     shrink: Ready
     expand: Ready
 
-    def __call__(self, y: Tensor, x: Tensor, plan: PlanNow, pool: Pointers) -> None:
+    def __call__(self, y: Tensor, x: Tensor, plan: PlanNow, pool: Pointers) -> Tensor:
         h = torch.empty(self.h_shape, dtype=torch.float32, device=x.device)
         at, with_plan = h.data_ptr(), (plan.pointers, pool)
         in_order(
@@ -180,6 +187,7 @@ class AddAgain(NamedTuple):
             (self.shrink, (x.data_ptr(), at, *with_plan)),
             (self.expand, (at, y.data_ptr(), *with_plan)),
         )
+        return h
 
 
 class LinearAgain(NamedTuple):

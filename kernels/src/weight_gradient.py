@@ -34,6 +34,23 @@ def ask_item(item_ptr, start_ptr, pid):
     return first, row, left, wanted, tl.load(start_ptr + number), tl.load(start_ptr + number + 1)
 
 
+@triton.jit
+def parts_kernel(
+    u_ptr,  # [n, PARTS] fp32
+    out_ptr,  # [n] fp32
+    n,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK sums over parts, one after the other: torch's may have another order for other n."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    total = tl.load(u_ptr + at * PARTS, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(u_ptr + at * PARTS + part, mask=mask, other=0.0)
+    tl.store(out_ptr + at, total, mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def weight_gradient_kernel(
     u_ptr,  # [M, J, R] fp32, read where pairs point to, in whole blocks

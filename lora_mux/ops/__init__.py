@@ -5,6 +5,7 @@ forms          the forms, and what a plan of any form can do
 reference      the formula as einsums, which defines correctness
 cpu            the form for the CPU: a few products, each over many rows and adapters
 tiled          plans for the operators
+eager          what they do without operators, where nothing looks on
 operators      torch.library: plan, add_lora, add_lora_, linear, and gradients
 on_triton      what they launch
 operands       what they take besides their own tensors

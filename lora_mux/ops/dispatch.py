@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..core import Pool, Routing, Slots
 from ..errors import BackendError, warn
-from . import cpu, operators, plan_in_torch, reference, tuned
+from . import cpu, eager, operators, plan_in_torch, reference, tuned
 from .forms import Form, Method, Plan, plain, tracked
-from .tiled import EagerPlan, FusedPlan, TiledPlan, TrainedHere, plan_now
+from .tiled import EagerPlan, FusedPlan, TiledPlan
 
 Backend: TypeAlias = Literal["auto", "triton", "reference"]
 Fused: TypeAlias = Literal["auto"] | bool
@@ -335,13 +335,14 @@ def plan(
     if capturing(index.device):
         slots.captured = True
     triton = method.form != "operators"
-    if triton and plain(index, weight) and not (trained or tracked(weight)):
+    if triton and plain(index, weight) and not tracked(weight):
         live = slots.live(index.device)
-        now = plan_now(index, weight, live, slots.capacity, method.block_m)
+        now = eager.plan_now(index, weight, live, slots.capacity, method.block_m)
         routing.last_pass.row_states = now.state
         if method.form == "fused":
             return FusedPlan(None, now)
-        return EagerPlan(now, method.batch_invariant, used)
+        learn = eager.TrainedHere.now(trained, now, slots.capacity) if trained else None
+        return EagerPlan(now, method.batch_invariant, learn, used)
     selected, strength, *rest = torch.ops.lora_mux.plan(
         index, weight.detach(), slots.live(index.device), slots.capacity, method.block_m, triton
     )
@@ -352,5 +353,5 @@ def plan(
     routing.last_pass.row_states = tensors.state
     if method.form == "fused":
         return FusedPlan(tensors)
-    here = TrainedHere.of(trained, tensors, slots.capacity) if trained else None
+    here = eager.TrainedHere.of(trained, tensors, slots.capacity) if trained else None
     return TiledPlan(tensors, method.batch_invariant, triton, here, used)

@@ -1,7 +1,8 @@
 """The operators by Triton: launches, and what they need besides."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from . import tuned
 from .operands import How, Trained, row_by_row, transposed
 
 if TYPE_CHECKING:
+    from ..kernels.launch_gradient import SumAgain
+    from ..kernels.pairs import Pairs
     from ..kernels.ready import AddAgain, LinearAgain
 
 
@@ -27,17 +30,24 @@ def _pool(rows: RankRows) -> Pool:
     return Pool(computable(rows.A_rows), computable(rows.B_rows), *rows[2:])
 
 
-def add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgain | None":
-    """Launch shrink and expand; what does so again, where the tensors need no copies."""
+class Added(NamedTuple):
+    """What shrink and expand have left."""
+
+    h: Tensor | None = None  # [M, J, R, parts]
+    again: "AddAgain | None" = None  # what launches them again, where the tensors need no copies
+
+
+def add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> Added:
+    """Launch shrink and expand."""
     from ..kernels import launch, ready
 
     if not (y.numel() and plan.slots.shape[1]):
-        return None
+        return Added()
     by_columns = rows.B_rows.dim() == 3
     if by_columns and (rows.B_rows.shape[2] % 8 or not rows.B_rows.is_contiguous()):
         rows = row_by_row(rows)
     pool = _pool(rows)
-    given, x, out = x, _row_major(computable(x)), _row_major(computable(y))
+    given, x, out = x, row_major(computable(x)), row_major(computable(y))
     shrink = None
     if x.is_floating_point():
         config = _config(x, out, pool.A_rows, plan, how)
@@ -50,8 +60,8 @@ def add_(y: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How) -> "AddAgai
     if out is not y:
         y.copy_(out)
     if shrink is None or expand is None or x is not given or out is not y:
-        return None
-    return ready.AddAgain(tuple(h.shape), shrink, expand)
+        return Added(h)
+    return Added(h, ready.AddAgain(tuple(h.shape), shrink, expand))
 
 
 def _columns(
@@ -86,7 +96,7 @@ def linear(
         return None
     if rows.B_rows.dim() == 3:  # by columns, which expand alone reads
         return None
-    pool, W, inputs = _pool(rows), computable(weight), _row_major(computable(x))
+    pool, W, inputs = _pool(rows), computable(weight), row_major(computable(x))
     if inputs.stride(0) % 8:  # its rows could not be loaded by 16 bytes
         inputs = inputs.contiguous()
     case = tuned.Case(M, K, N, max(1, how.max_rank), 1, x.element_size())
@@ -104,7 +114,7 @@ def strength_gradient(grad: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: 
     gradient = plan.strength.new_zeros(plan.strength.shape)
     if not gradient.numel():
         return gradient
-    h, g = _low(x, grad, rows, plan, how), _low(grad, x, transposed(rows), plan, how)
+    h, g = low(x, grad, rows, plan, how), low(grad, x, transposed(rows), plan, how)
     return gradient.copy_((h.sum(3) * g.sum(3)).sum(2) * _scaling(rows, plan))
 
 
@@ -112,42 +122,63 @@ def weight_gradient(
     grad: Tensor, x: Tensor, rows: RankRows, plan: Plan, how: How, trained: Trained
 ) -> tuple[Tensor, Tensor]:
     """The gradients [R, K] and [R, N] fp32 of the rank rows that are trained, of A and of B."""
-    from ..kernels import launch
     from ..kernels.pairs import Pairs
 
     assert trained.pair is not None and trained.start is not None
-    pairs, biases = (
-        Pairs(trained.pair, trained.start),
-        [len(b) for _, (_, _, *b) in trained.factors],
-    )
-    h, g = _low(x, grad, rows, plan, how), _low(grad, x, transposed(rows), plan, how)
-    gain = plan.strength.float() * _scaling(rows, plan)
-    dy, x = _row_major(computable(grad)), _row_major(computable(x))
-    shared = gain, pairs, trained.ranks
-    return (
-        launch.weight_gradient(g, x, *shared, biases, batch_invariant=how.batch_invariant),
-        launch.weight_gradient(h, dy, *shared, batch_invariant=how.batch_invariant),
-    )
+    pairs = Pairs(trained.pair, trained.start)
+    h = low(x, grad, rows, plan, how, weighted=True)
+    g = low(grad, x, transposed(rows), plan, how, weighted=True)
+    return sums(g, h, x, grad, pairs, trained.ranks, trained.biases, how.batch_invariant)[:2]
 
 
-def _low(vectors: Tensor, other: Tensor, rows: RankRows, plan: Plan, how: How) -> Tensor:
-    """A x without weights, [M, J, R, parts]; 0 where a row selects nothing.
+def sums(
+    g: Tensor,
+    h: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    pairs: "Pairs",
+    ranks: Sequence[tuple[int, int]],
+    biases: Sequence[int],
+    batch_invariant: bool,
+) -> "tuple[Tensor, Tensor, tuple[SumAgain, SumAgain] | None]":
+    """The gradients of A's and of B's rank rows, and what computes both again.
+
+    Args:
+        g: B^T grad as shrink writes it, [M, J, R, parts]; h: A x, likewise.
+        ranks: (number, rank rows) of each adapter, a bias included.
+        biases: 1 for each that has one, else 0.
+    """
+    from ..kernels.launch_gradient import weight_gradient_and_again
+
+    dy, x = row_major(computable(grad)), row_major(computable(x))
+    shared = None, pairs, ranks
+    of_A, first = weight_gradient_and_again(g, x, *shared, biases, batch_invariant)
+    of_B, second = weight_gradient_and_again(h, dy, *shared, (), batch_invariant)
+    return of_A, of_B, (first, second) if first and second else None
+
+
+def low(
+    vectors: Tensor, other: Tensor, rows: RankRows, plan: Plan, how: How, weighted: bool = False
+) -> Tensor:
+    """A x as `add_` computes it, [M, J, R, parts].
 
     Args:
         vectors: x.
-        other: of the other side of the layer, whose sizes count where x holds numbers.
+        other: y, whose sizes count.
+        weighted: times strength and scaling, and nothing where a row selects nothing; else 0 there.
     """
     from ..kernels import launch
 
-    pool = _pool(rows)
+    pool, other = _pool(rows), row_major(computable(other))
     if not vectors.is_floating_point():
         config = dataclasses.replace(_config(other, other, pool.B_rows, plan, how), split_k=1)
         shape = launch.h_shape(plan, how.max_rank, config)
-        return _columns(vectors, rows, plan, shape, weighted=False)
-    vectors = _row_major(computable(vectors))
-    config = _config(vectors, vectors, pool.A_rows, plan, how)
-    h = vectors.new_zeros(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
-    launch.shrink(vectors, h, plan, pool, config, weighted=False)
+        return _columns(vectors, rows, plan, shape, weighted)
+    vectors = row_major(computable(vectors))
+    config = _config(vectors, other, pool.A_rows, plan, how)
+    made = vectors.new_empty if weighted else vectors.new_zeros
+    h = made(launch.h_shape(plan, how.max_rank, config), dtype=torch.float32)
+    launch.shrink(vectors, h, plan, pool, config, weighted)
     return h
 
 
@@ -181,6 +212,6 @@ def _config(x: Tensor, y: Tensor, factor: Tensor, plan: Plan, how: How) -> Any:
     )
 
 
-def _row_major(tensor: Tensor) -> Tensor:
+def row_major(tensor: Tensor) -> Tensor:
     """With an inner stride of 1, as the kernels take it for granted; itself where it has that."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

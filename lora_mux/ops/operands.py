@@ -5,6 +5,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from ..core import RankRows
@@ -46,20 +47,45 @@ class Trained(NamedTuple):
         """(number, rank rows) of each adapter that this layer trains; a bias is one more."""
         return [(number, A.shape[0] + len(bias)) for number, (A, _, *bias) in self.factors]
 
-    def split(self, of_A: Tensor, of_B: Tensor) -> list[Tensor]:
-        """The gradient of each parameter.
+    @property
+    def biases(self) -> list[int]:
+        """1 for each that has a bias, else 0."""
+        return [len(bias) for _, (_, _, *bias) in self.factors]
 
-        Args:
-            of_A: [R, K], of all their rank rows.
-            of_B: [R, N], likewise.
-        """
-        parts, row = [], 0
-        for _, (A, B, *bias) in self.factors:
-            end = row + A.shape[0]
-            parts += [of_A[row:end].to(A.dtype), of_B[row:end].T.to(B.dtype)]
-            parts += [of_B[end].to(one.dtype) for one in bias]
-            row = end + len(bias)
-        return parts
+    def split(self, of_A: Tensor, of_B: Tensor) -> list[Tensor]:
+        """`by_parameter` of all."""
+        return by_parameter(of_A, of_B, self.ranks, self.biases, self.parameters or [])
+
+
+def by_parameter(
+    of_A: Tensor,
+    of_B: Tensor,
+    ranks: Sequence[tuple[int, int]],
+    biases: Sequence[int],
+    parameters: Sequence[Tensor],
+) -> list[Tensor]:
+    """The gradient of each parameter: views, laid out as the parameters are.
+
+    Args:
+        of_A: [R, K], of all rank rows.
+        of_B: [R, N], likewise.
+        ranks: (number, rank rows) of each adapter, a bias included.
+        biases: 1 for each that has one, else 0.
+        parameters: A, B and, if there is one, bias of each adapter.
+    """
+    rows = [n for (_, rank), b in zip(ranks, biases, strict=True) for n in (rank - b, *[1] * b)]
+    parts: list[Tensor] = []
+    # Two calls for all: a slice by itself takes 2 us.
+    cut = of_A.split_with_sizes(rows), of_B.T.split_with_sizes(rows, 1)
+    both = iter(zip(*cut, strict=True))
+    for has_bias in biases:
+        parts += next(both)
+        if has_bias:
+            parts.append(next(both)[1][:, 0])
+    return [
+        part if part.dtype == parameter.dtype else part.to(parameter.dtype)
+        for part, parameter in zip(parts, parameters, strict=True)
+    ]
 
 
 def check_unchanged(parameters: Iterable[Tensor], versions: Sequence[int]) -> None:
@@ -74,6 +100,19 @@ def check_unchanged(parameters: Iterable[Tensor], versions: Sequence[int]) -> No
     """
     if [parameter._version for parameter in parameters] != list(versions):
         raise has_changed()
+
+
+def refuse_second_derivatives() -> None:
+    """Refuse a backward of adapters that are trained which autograd follows itself.
+
+    Raises:
+        TrainingError: it does.
+    """
+    if torch.is_grad_enabled():
+        raise TrainingError(
+            "`create_graph` must be False where adapters are trained, whose gradients have no "
+            "gradients themselves, got True; freeze() the adapters for that pass"
+        )
 
 
 def has_changed() -> TrainingError:

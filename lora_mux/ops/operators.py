@@ -21,11 +21,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core import RankRows
-from ..errors import TrainingError
 from ..kernels.tensors import DEAD, SLOT_MASK, empty_plan
 from ..kernels.tensors import Plan as Plan
 from . import on_triton, plan_in_torch, reference
-from .operands import How, Trained, check_unchanged, row_by_row, schema, transposed
+from .operands import (
+    How,
+    Trained,
+    check_unchanged,
+    refuse_second_derivatives,
+    row_by_row,
+    schema,
+    transposed,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -221,11 +228,7 @@ def _backward(ctx: Any, grad: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]
     if needed.get("bias"):
         gradients["bias"] = grad.sum(0)
     if trained.parameters:
-        if torch.is_grad_enabled():
-            raise TrainingError(
-                "`create_graph` must be False where adapters are trained, whose gradients have no "
-                "gradients themselves, got True; freeze() the adapters for that pass"
-            )
+        refuse_second_derivatives()
         shared = *rows, *plan, *how, *trained
         gradients["parameters"] = trained.split(*operators.weight_gradient(upstream, x, *shared))
     return tuple(gradients.get(name) for name in needed)

@@ -213,7 +213,7 @@ MUTATIONS = {
         READY, "in kernel.arg_names[len(tensors) :]", "in options", TEST_READY
     ),
     "ready: a pool of as many slots as before": Mutation(
-        "ops/tiled.py", "scaling.dtype, scaling.shape", "scaling.dtype", TEST_READY
+        "ops/eager/again.py", "scaling.dtype, scaling.shape", "scaling.dtype", TEST_READY
     ),
     "ready: nobody is told of launches": Mutation(
         READY, "return bool(hooks or", "return bool(", TEST_READY
@@ -242,7 +242,7 @@ MUTATIONS = {
         TEST_CONFIG,
     ),
     "gradient: a repeated slot counts twice": Mutation(
-        PAIRS, "torch.where(named_before, T, key)", "key", TEST_GRADIENT
+        PAIRS, "torch.where(named_before, len(numbers.bounds) - 1, key)", "key", TEST_GRADIENT
     ),
     "gradient: rows in no fixed order": Mutation(
         PAIRS, "sort(stable=True)", "sort(descending=True)", TEST_GRADIENT
@@ -278,9 +278,11 @@ MUTATIONS = {
     "gradient: the first rank block of an item": Mutation(
         GRADIENT, "tl.minimum(left, GROUP * RANK_BLOCK)", "RANK_BLOCK", TEST_GRADIENT
     ),
-    "gradient: one part of h": Mutation(LAUNCH, "range(1, parts)", "range(1, 1)", TEST_GRADIENT),
+    "gradient: one part of h": Mutation(
+        GRADIENT, "tl.static_range(1, PARTS)", "tl.static_range(1, 1)", TEST_GRADIENT
+    ),
     "gradient: a graph's items may go": Mutation(
-        PAIRS, "_CAPTURED[id(items)] = items", "pass", TEST_GRADIENT
+        PAIRS, "_CAPTURED[id(kept)] = kept", "pass", TEST_GRADIENT
     ),
     "config: bits of an adapter follow its neighbours": Mutation(
         CONFIG, "1 if batch_invariant or mean", "1 if mean", TEST_CONFIG

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_mux
 from gradients import Batch
 from lora_mux import Routing, ops
-from lora_mux.kernels import launch, pairs
+from lora_mux.kernels import launch_gradient, pairs
 from lora_mux.kernels.config import FUSED_ROWS
 from lora_mux.measure.timing import no_syncs
 from problem import CASES, FusedProblem, Problem
@@ -158,7 +158,9 @@ class TestWeightGradient:
 
         def run() -> Tensor:
             found = pairs.pairs_of(there.slots, trained, len(there.ranks))
-            return launch.weight_gradient(there.u, there.v, there.gain, found, there.numbered)
+            return launch_gradient.weight_gradient(
+                there.u, there.v, there.gain, found, there.numbered
+            )
 
         run()
         with no_syncs():

@@ -98,7 +98,7 @@ def test_codegen_compiles_what_is_launched(report: dict[str, Any]) -> None:
 
 def test_rows_routing_and_adapters_do_not_recompile(report: dict[str, Any]) -> None:
     # Two of plan: a tile of the fused kernel has other rows.
-    once = dict.fromkeys(("shrink", "expand", "fused", "weight_gradient", "reduce"), 1)
+    once = dict.fromkeys(("shrink", "expand", "fused", "weight_gradient", "reduce", "parts"), 1)
     assert report["variants"] == {"plan": 2, **once}
 
 
@@ -119,9 +119,10 @@ def test_launchers_need_no_values(report: dict[str, Any]) -> None:
     """On fake tensors a sync raises; sizes pass 2^31 elements."""
     names = [one["name"] for one in report["fake"]]
     more = ["shrink_kernel", "shrink_kernel", "plan_kernel", "fused_kernel"]
-    assert names == [*KERNELS, *more, "weight_gradient_kernel"]
+    assert names == [*KERNELS, *more, "parts_kernel", "weight_gradient_kernel"]
     assert report["fake"][2]["grid"] == [1094, 79, 1]  # 4 blocks of 128 columns each
-    assert report["fake"][-2]["grid"] == [4 * 32 + 313, 1, 1]  # parts of K x groups, base programs
+    assert report["fake"][-2]["grid"] == [70_000 * 2 * 64 // 1024, 1, 1]
+    assert report["fake"][-3]["grid"] == [4 * 32 + 313, 1, 1]  # parts of K x groups, base programs
     assert report["fake"][-1]["grid"] == [16, 64, 1]  # blocks of columns, and adapters
 
 

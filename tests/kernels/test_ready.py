@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_mux.ops import tiled
+from lora_mux.ops.eager import again
 from paths import SUPPORT
 
 APART = {"begins at an odd address", "columns apart", "fused, at an odd address"}
@@ -65,6 +65,30 @@ def test_whoever_looks_on_sees_launches_by_triton(report: dict[str, Any]) -> Non
     }
 
 
+def test_steps_of_training_are_launched_again(report: dict[str, Any]) -> None:
+    """The same variants as by triton; but for a shrink of dy alone, none is triton's any more."""
+    found = report["training"]
+    assert {name: case["by triton"] for name, case in found.items()} == {
+        **dict.fromkeys(found, 0),
+        "x needs none": 1,
+    }
+    for name, case in found.items():
+        assert case["again"] == case["first"], name
+        assert case["error"] < 4, (name, case["error"])
+    names = [one["name"].removesuffix("_kernel") for one in found["parts"]["again"]]
+    layer = ["shrink", "expand"] * 2
+    assert names == ["plan", *layer, "weight_gradient", "parts", "weight_gradient"]
+
+
+def test_training_meets_the_operators_where_something_looks_on(report: dict[str, Any]) -> None:
+    """With the same bits; a layer under a hook of triton's keeps to triton's launches."""
+    found = report["watched_training"]
+    assert (found["nobody"], found["debugging"], found["same"]) == (0, 7, True)
+    assert found["operators"] == [
+        f"lora_mux::{name}" for name in ("add_lora_", "linear", "plan", "weight_gradient")
+    ]
+
+
 def test_modes_and_autograd_still_meet_the_operators(report: dict[str, Any]) -> None:
     found = report["dispatched"]
     assert found["operators"] == ["lora_mux::add_lora_", "lora_mux::plan"]
@@ -82,10 +106,10 @@ def test_nothing_is_kept_where_variants_depend_on_more(report: dict[str, Any]) -
 def test_cases_that_are_kept_are_not_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server meets another number of rows at each step."""
     kept: dict[object, Any] = {}
-    monkeypatch.setattr(tiled, "_AGAIN", kept)
-    monkeypatch.setattr(tiled, "MOST_CASES", 3)
+    monkeypatch.setattr(again, "_AGAIN", kept)
+    monkeypatch.setattr(again, "MOST_CASES", 3)
     for rows in range(10):
-        tiled._keep(rows, f"again {rows}", 0, (32, 64))
+        again.keep(rows, f"again {rows}", 0, (32, 64))
         assert kept[rows] == f"again {rows}" and len(kept) <= 3
-    tiled._keep("at an odd address", "again", 0, (32, 66))
+    again.keep("at an odd address", "again", 0, (32, 66))
     assert "at an odd address" not in kept

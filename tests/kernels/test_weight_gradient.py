@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradients import DTYPES, SMALL, Batch, drawn
 from interpreter import Memory
-from lora_mux.kernels import launch, pairs
+from lora_mux.kernels import launch, launch_gradient, pairs
 from lora_mux.kernels.config import GradientConfig
 from problem import NAN, Problem, each
 
@@ -146,8 +146,8 @@ def test_after_plan_and_shrink(dtype: torch.dtype) -> None:
     h, g = (x.new_empty(launch.h_shape(plan, 20, config), dtype=torch.float32) for _ in "AB")
     launch.shrink(x, h, plan, pool, config, weighted=False)
     launch.shrink(dy, g, plan, turned, config, weighted=False)
-    of_A = launch.weight_gradient(g, x, gain, found, ranks, constant=[1, 0])
-    of_B = launch.weight_gradient(h, dy, gain, found, ranks)
+    of_A = launch_gradient.weight_gradient(g, x, gain, found, ranks, constant=[1, 0])
+    of_B = launch_gradient.weight_gradient(h, dy, gain, found, ranks)
 
     x, dy = x.double(), dy.double()
     for slot, dA, dB in zip(trained, of_A.split([20, 5]), of_B.split([20, 5]), strict=True):

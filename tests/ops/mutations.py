@@ -10,6 +10,8 @@ OPERANDS = "ops/operands.py"
 OPERATORS = "ops/operators.py"
 REFERENCE = "ops/reference.py"
 TILED = "ops/tiled.py"
+AGAIN = "ops/eager/again.py"
+EAGER_TRAINING = "ops/eager/training.py"
 TEST_DISPATCH = ("ops/test_dispatch.py",)
 TEST_FUSED = ("kernels/test_fused.py",)
 TEST_CPU_AND_TEST_LINEAR = ("ops/test_cpu.py", "layers/test_linear.py")
@@ -212,10 +214,10 @@ MUTATIONS = {
     ),
     "ops: writes to what is not ours": Mutation(TILED, "if owned and", "if", TEST_TRITON_BACKEND),
     "ops: launches for any rows": Mutation(
-        TILED, "x.shape, x.stride(), x.dtype, x.get_device())", "x.dtype)", TEST_READY
+        AGAIN, "x.shape, x.stride(), x.dtype, x.get_device())", "x.dtype)", TEST_READY
     ),
     "ops: launches for any address": Mutation(
-        TILED, "return not own & (ALIGNMENT - 1)", "return True", TEST_READY
+        AGAIN, "return not own & (ALIGNMENT - 1)", "return True", TEST_READY
     ),
     "ops: gradients are lost": Mutation(
         TILED,
@@ -243,8 +245,8 @@ MUTATIONS = {
     ),
     "training: plans of eager mode do not know whom they use": Mutation(
         DISPATCH,
-        "EagerPlan(now, method.batch_invariant, used)",
-        "EagerPlan(now, method.batch_invariant)",
+        "EagerPlan(now, method.batch_invariant, learn, used)",
+        "EagerPlan(now, method.batch_invariant, learn)",
         TEST_BETWEEN,
     ),
     "training: changed parameters are not noticed": Mutation(
@@ -254,6 +256,21 @@ MUTATIONS = {
         OPERATORS, "base = grad @ weight", "base = torch.zeros_like(x)", TEST_OPERATORS_ALONE
     ),
     "training: biases are left out": Mutation(
-        OPERANDS, "row = end + len(bias)", "row = end", TEST_OPERATORS_ALONE
+        OPERANDS, "next(both)[1][:, 0]", "next(both)[0][:, 0]", TEST_OPERATORS_ALONE
+    ),
+    "training: g without the gain where x needs no gradient": Mutation(
+        EAGER_TRAINING, "how, weighted=True)", "how)", TEST_READY
+    ),
+    "training: sums are launched for any dy": Mutation(
+        EAGER_TRAINING, "*sizes, dy.shape, dy.stride(), dy.dtype", "*sizes, dy.dtype", TEST_READY
+    ),
+    "training: B learns from g": Mutation(
+        EAGER_TRAINING, "of_B(h, dy, step.pairs)", "of_B(g, dy, step.pairs)", TEST_READY
+    ),
+    "training: launched while somebody looks on": Mutation(
+        AGAIN,
+        "if aligned(own, pointers) and not plan.watched():",
+        "if aligned(own, pointers):",
+        TEST_READY,
     ),
 }

@@ -44,7 +44,7 @@ expand_kernel = importlib.import_module("kernels_src.expand").expand_kernel
 fused_kernel = importlib.import_module("kernels_src.fused").fused_kernel
 weight_gradient = importlib.import_module("kernels_src.weight_gradient")
 
-GRADIENT = ("weight_gradient", "reduce")
+GRADIENT = ("weight_gradient", "reduce", "parts")
 CUOBJDUMP = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 # Bytes of shared memory that a program may have, from NVIDIA's and AMD's tables.
 SHARED = {
@@ -89,6 +89,7 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
         "fused": {"x_ptr": x, "W_ptr": x, "bias_ptr": x, "h_ptr": "*fp32", "y_ptr": x, **both},
         "weight_gradient": {"u_ptr": "*fp32", "v_ptr": x, "gain_ptr": "*fp32", **to_sum},
         "reduce": {"part_ptr": "*fp32", "out_ptr": "*fp32", **items},
+        "parts": {"u_ptr": "*fp32", "out_ptr": "*fp32"},
     }
     ints = {
         "plan": "M J U stride_im stride_ij stride_wm stride_wj",
@@ -98,6 +99,7 @@ def signatures(dtype: str) -> dict[str, dict[str, Any]]:
         "stride_xm stride_wn stride_ac stride_bc stride_ym",
         "weight_gradient": "C J R rows stride_vm",
         "reduce": "C rows",
+        "parts": "n",
     }
     return {
         kernel: {**pointers[kernel], **dict.fromkeys(names.split(), "i32")}
@@ -129,9 +131,13 @@ def compile_kernel(
         "fused": fused_kernel,
         "weight_gradient": weight_gradient.weight_gradient_kernel,
         "reduce": weight_gradient.reduce_kernel,
+        "parts": weight_gradient.parts_kernel,
     }
-    if kernel in GRADIENT:
-        constants: dict[str, Any] = {"GROUP": chosen.group, "BLOCK_P": chosen.block_p}
+    if kernel == "parts":
+        constants: dict[str, Any] = {"PARTS": 8, "BLOCK": 1024}
+        warps, stages = 4, 3
+    elif kernel in GRADIENT:
+        constants = {"GROUP": chosen.group, "BLOCK_P": chosen.block_p}
         warps, stages = chosen.warps, chosen.stages
         if kernel == "reduce":
             constants |= {"BLOCK_C": 64, "SPLIT": chosen.split}
@@ -181,7 +187,7 @@ def compile_kernel(
     options = {"num_warps": warps, "num_stages": stages}
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture[3:]), 32)
-        if kernel not in ("plan", "reduce") and chosen.registers is not None:
+        if kernel not in ("plan", "reduce", "parts") and chosen.registers is not None:
             options["maxnreg"] = chosen.registers if unit >= 8 else 255
     else:
         target = GPUTarget("hip", architecture, 64)
@@ -350,7 +356,7 @@ def plan_report(architecture: str, block_m: int, places: int) -> dict[str, Any]:
 def sweep_gradient(
     architecture: str, dtypes: tuple[str, ...], units: tuple[int, ...] = (16,), widest: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The reports of the weight gradient, whose code is one for all splits, and of reduce."""
+    """The reports of the weight gradient, one for all splits, and of what adds their parts."""
     for dtype in dtypes:
         configs = shipped_gradient(architecture, ITEMSIZE[dtype])
         tiles = list({dataclasses.replace(c, split=1): c for c in configs})
@@ -360,6 +366,7 @@ def sweep_gradient(
     sums = {c.split: c for c in configs if c.split > 1}
     for split in [max(sums)] if widest else sums:
         yield report("reduce", "fp32", architecture, sums[split], 16)
+    yield report("parts", "fp32", architecture, configs[0], 16)
 
 
 def sweep_fused(architecture: str, everything: bool) -> Iterator[dict[str, Any]]:

@@ -86,11 +86,11 @@ class Batch:
 
     def run(self, config: GradientConfig | None = SMALL, **options: Any) -> Tensor:
         """What the launcher returns."""
-        from lora_mux.kernels import launch
+        from lora_mux.kernels import launch_gradient
 
         ranks = options.pop("ranks", self.numbered)
         given = self.u, self.v, options.pop("gain", self.gain), self.pairs
-        return launch.weight_gradient(*given, ranks, config=config, **options)
+        return launch_gradient.weight_gradient(*given, ranks, config=config, **options)
 
     def truth(self) -> tuple[Tensor, Tensor]:
         """(the gradient in fp64, the sum of the absolute values of its terms)."""

@@ -117,12 +117,13 @@ class Memory:
 
     @contextmanager
     def of_launches(self) -> Iterator["Memory"]:
-        """Watch every kernel that lora_mux.kernels.launch launches, and the tensors it is given."""
-        from lora_mux.kernels import launch
+        """Watch every kernel that lora_mux.kernels launches, and the tensors it is given."""
+        from lora_mux.kernels import launch, launch_gradient
 
         with pytest.MonkeyPatch.context() as patch:
-            for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-                patch.setattr(launch, name, _Spied(getattr(launch, name), self))
+            for module in (launch, launch_gradient):
+                for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                    patch.setattr(module, name, _Spied(getattr(module, name), self))
             yield self
 
     def next_kernel(self) -> None:

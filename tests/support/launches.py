@@ -32,22 +32,25 @@ from fake_driver import LAUNCHES
 from gradients import SMALL, Batch
 from interpreter import mend_bf16
 from lora_mux import ops
-from lora_mux.kernels import launch, pairs
+from lora_mux.kernels import launch, launch_gradient, pairs, weight_gradient
 from lora_mux.kernels.tensors import Pool
-from lora_mux.ops import operators, tiled
+from lora_mux.ops import operators
+from lora_mux.ops.eager import again
 from oracle import Adapter, forward
 from problem import FusedProblem, Problem
 from quick_interpreter import without_repetitions
 
-KERNELS = "plan", "shrink", "expand", "fused", "weight_gradient", "reduce"
+KERNELS = "plan", "shrink", "expand", "fused", "weight_gradient", "reduce", "parts"
 
 
 def on(architecture: str, computes: bool = True) -> None:
     """Launch for that architecture, and let the launchers think that it is there."""
     fake_driver.install(architecture, computes)
-    for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS):
+    for kernel in (getattr(launch, f"{name}_kernel") for name in KERNELS[:4]):
         kernel.device_caches.clear()
-    tiled._AGAIN.clear()
+    for kernel in (getattr(weight_gradient, f"{name}_kernel") for name in KERNELS[4:]):
+        kernel.device_caches.clear()
+    again._AGAIN.clear()
     pairs._kept.cache_clear()  # which may be of fake tensors
     launch.architecture = lambda device: codegen.ARCHITECTURES[architecture]  # type: ignore[assignment]
 
@@ -119,7 +122,8 @@ def compiled_variants() -> dict[str, int]:
     for rows in (1, 16, 40, 100):
         for trained in ([0], [1, 0], [2, 1, 0]):
             slots = torch.arange(2 * rows).view(rows, 2) % 3
-            batch = Batch(slots, [8, 40, 16], trained, columns=80, dtype=torch.bfloat16)
+            of = {"columns": 80, "parts": 2, "dtype": torch.bfloat16}
+            batch = Batch(slots, [8, 40, 16], trained, **of)
             batch.run(replace(SMALL, block_c=64))
     return {name: len(set(_hashes(name))) for name in KERNELS}
 
@@ -217,7 +221,7 @@ def fake_tensors() -> list[dict[str, Any]]:
         u, slots = torch.empty(rows, J, 64, 2), torch.empty(rows, J, **ints)
         found = pairs.pairs_of(slots, torch.empty(S, **ints), S)
         ranks = [(number, 64) for number in range(S)]
-        launch.weight_gradient(u, x, torch.empty(rows, J), found, ranks)
+        launch_gradient.weight_gradient(u, x, torch.empty(rows, J), found, ranks)
     return described()
 
 

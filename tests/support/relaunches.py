@@ -28,7 +28,8 @@ from fake_driver import LAUNCHES
 from interpreter import mend_bf16
 from launches import described, on
 from lora_mux import Routing, ops
-from lora_mux.ops import tiled
+from lora_mux.kernels import pairs
+from lora_mux.ops.eager.again import _AGAIN
 from oracle import Adapter, forward
 from quick_interpreter import without_repetitions
 
@@ -151,7 +152,7 @@ def again() -> dict[str, Any]:
     runs, driver = cases(), triton.runtime.driver.active
     driver.computes = False
     for name, run in runs.items():
-        tiled._AGAIN.clear()
+        _AGAIN.clear()
         found[name] = {"first": run()[0]}
     for run in runs.values():
         run()
@@ -232,12 +233,129 @@ def dispatched() -> dict[str, Any]:
     }
 
 
+class Training:
+    """A layer whose adapters are trained."""
+
+    RANKS = {"a": 8, "b": 24, "c": 3}
+
+    def __init__(self, dtype: torch.dtype = HALF, wide: int = K) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(wide, N, dtype=dtype)).requires_grad_(False)
+        self.mux, self.wide, self.dtype = lora_mux.attach(self.model, backend="triton"), wide, dtype
+        self.scaling, self.parameters = {}, {}
+        for name, rank in self.RANKS.items():
+            A, B = torch.randn(rank, wide) / wide**0.5, torch.randn(N, rank)
+            self.mux.add_adapter(name, {"0": (A.to(dtype), B.to(dtype))}, alpha=4)
+            self.scaling[name] = 4 / rank
+            self.parameters[name] = [*self.mux.train(name).parameters()]
+
+    def run(self, rows: int, to_x: bool = True, expanded: bool = False) -> tuple[Any, list[Tensor]]:
+        """What is launched for a forward and backward, and the largest error of a gradient."""
+        names = [(None, "a", "b", "c", "b")[i] for i in torch.randint(5, (rows,)).tolist()]
+        x = torch.randn(rows, self.wide).to(self.dtype).requires_grad_(to_x)
+        dy = torch.randn(1 if expanded else rows, N).to(self.dtype).expand(rows, N)
+        leaves = [x] * to_x + [one for own in self.parameters.values() for one in own]
+        for leaf in leaves:
+            leaf.grad = None
+        LAUNCHES.clear()
+        with self.mux.route(names):
+            y = self.model(x)
+        y.backward(dy)
+        launched = described()
+        return launched, [self._error(leaf, want) for leaf, want in self._truth(names, x, dy)]
+
+    def _truth(self, names: Any, x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each leaf with its gradient in fp64."""
+        rows = x.detach().double().requires_grad_()
+        y = rows @ self.model[0].weight.double().T
+        pairs = [(x, rows)] if x.requires_grad else []
+        for name, own in self.parameters.items():
+            A, B = wide = [one.detach().double().requires_grad_() for one in own]
+            mine = torch.tensor([n == name for n in names])[:, None]
+            part = self.scaling[name] * rows @ A.T @ B.T
+            y = y + torch.where(mine, part, 0.0)
+            pairs += zip(own, wide, strict=True)
+        y.backward(dy.double())
+        return [(leaf, wide.grad) for leaf, wide in pairs]
+
+    def _error(self, leaf: Tensor, want: Tensor) -> float:
+        """In units of eps * the largest element; None stands for zeros."""
+        got = torch.zeros_like(want) if leaf.grad is None else leaf.grad.double()
+        assert leaf.grad is None or leaf.grad.stride() == leaf.stride()
+        size = want.abs().max().clamp(min=1e-30) * torch.finfo(self.dtype).eps
+        return float((got - want).abs().max() / size)
+
+
+def training() -> dict[str, Any]:
+    """Steps that are launched by triton alone, and again after others were; and their gradients."""
+    half, wide = Training(), Training(wide=512)
+    runs: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "plain": lambda: half.run(20),
+        "other rows": lambda: half.run(9),
+        "more rows": lambda: half.run(80),
+        "parts": lambda: wide.run(20),
+        "fp32": lambda: Training(torch.float32).run(20),
+        "x needs none": lambda: half.run(20, to_x=False),
+        "dy for all": lambda: half.run(20, expanded=True),
+    }
+    found: dict[str, Any] = {}
+    driver, patch, pairs_by = triton.runtime.driver.active, pytest.MonkeyPatch(), pairs.pairs_by
+    driver.computes = False
+    # Nothing has computed the slots.
+    patch.setattr(pairs, "pairs_by", lambda slots, numbers: pairs_by(slots.zero_(), numbers))
+    for name, run in runs.items():
+        _AGAIN.clear()
+        found[name] = {"first": run()[0]}
+    for run in runs.values():
+        run()
+    patch.undo()
+    driver.computes = True
+    for name, run in runs.items():
+        (launches, errors), calls = by_triton(run)
+        found[name] |= {"again": launches, "by triton": calls, "error": max(errors)}
+    return found
+
+
+def watched_training() -> dict[str, Any]:
+    """Launches by triton while somebody looks on, and gradients by operators: the same bits."""
+    stage = Training()
+    names, x, dy = ["a", "b", "b"] * 4, torch.randn(12, K).to(HALF), torch.randn(12, N).to(HALF)
+    parameters = [one for own in stage.parameters.values() for one in own]
+
+    def step() -> list[Tensor | None]:
+        for one in parameters:
+            one.grad = None
+        leaf = x.clone().requires_grad_()
+        with stage.mux.route(names):
+            y = stage.model(leaf)
+        y.backward(dy)
+        return [y.detach(), leaf.grad, *(one.grad for one in parameters)]
+
+    def same(one: Tensor | None, other: Tensor | None) -> bool:
+        return one is other if one is None or other is None else torch.equal(one, other)
+
+    step()
+    own, alone = by_triton(step)
+    with Seen() as seen:
+        by_operators = step()
+    triton.knobs.runtime.debug = True
+    seen_by = by_triton(step)[1]
+    triton.knobs.runtime.debug = False
+    met = sorted(name for name in seen.names if name.startswith("lora_mux::"))
+    return {
+        "nobody": alone,
+        "debugging": seen_by,
+        "operators": met,
+        "same": all(map(same, own, by_operators)),
+    }
+
+
 def devices() -> list[int]:
     """Where launches land that are made again for tensors of the second GPU, and then the first."""
     stage, x = Stage(), x_of(5, K)
     stage.run(x)
     driver = triton.runtime.driver.active
-    (shrinking,) = [kept for kept in tiled._AGAIN.values() if hasattr(kept, "shrink")]
+    (shrinking,) = [kept for kept in _AGAIN.values() if hasattr(kept, "shrink")]
     patch, pointers = pytest.MonkeyPatch(), (0, 0, (0,) * 7, (0,) * 6)
     patch.setattr(torch.cuda, "current_device", driver.get_current_device)
     patch.setattr(torch.cuda, "_exchange_device", driver.exchange_device)
@@ -257,11 +375,11 @@ if __name__ == "__main__":
     ops.dispatch._interpreted = lambda: True  # on the CPU, please
     with mend_bf16(), without_repetitions():
         report: dict[str, Any] = {"again": again()}
-        for part in (watched, dispatched, devices):
-            tiled._AGAIN.clear()
+        for part in (watched, dispatched, devices, training, watched_training):
+            _AGAIN.clear()
             report[part.__name__] = part()
         on("gfx942")
-        tiled._AGAIN.clear()
+        _AGAIN.clear()
         Stage().run(x_of(5, K))
-        report["kept on ROCm"] = len(tiled._AGAIN)
+        report["kept on ROCm"] = len(_AGAIN)
     json.dump(report, sys.stdout)
