@@ -90,6 +90,11 @@ def without_gpu(act: Callable[[], object]) -> None:
 
 
 NAN = float("nan")
+# The methods that take the name of one loaded adapter, and what else they need.
+ONE_NAME: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("remove", "pin", "unpin", "train", "publish", "freeze")},
+    "save": {"folder": "nowhere"},
+}
 REFUSALS = {
     # an adapter for a layer
     "name: type": Refusal(lambda s: s.add(3), ("`name`", "str", "int"), TypeError),
@@ -289,6 +294,48 @@ REFUSALS = {
         lambda s: s.model[0].add_adapter("new", *s.pair(8, 8), alpha=1),
         ("`add_adapter`", "the Mux that attach() returned"),
         ValueError,
+    ),
+    **{
+        f"{method}: several names": Refusal(
+            lambda s, method=method, more=more: getattr(s.mux, method)(["sql", "french"], **more),
+            ("`name`", "one adapter, a str", "got list"),
+            TypeError,
+        )
+        for method, more in ONE_NAME.items()
+    },
+    "pin: a handle": Refusal(lambda s: s.mux.pin(0), ("`name`", "a str", "got int"), TypeError),
+    "remove: bytes": Refusal(
+        lambda s: s.mux.remove(b"sql"), ("`name`", "a str", "got bytes"), TypeError
+    ),
+    "train: several names with weights": Refusal(
+        lambda s: s.mux.train(["sql"], weights={}), ("`name`", "a str", "got list"), TypeError
+    ),
+    "prefetch: one name": Refusal(
+        lambda s: s.mux.prefetch("sql"),
+        ("`names`", "sequence of names", "got str", "[name]"),
+        TypeError,
+    ),
+    "prefetch: a name that is none": Refusal(
+        lambda s: s.mux.prefetch(["sql", ["french"]]),
+        ("`names[1]`", "a str", "got list"),
+        TypeError,
+    ),
+    "load_many: no mapping": Refusal(
+        lambda s: s.mux.load_many(["sql"]), ("`folders`", "map names", "got list"), TypeError
+    ),
+    "load: several names": Refusal(
+        lambda s: s.mux.load(["new"], "nowhere"), ("`name`", "a str", "got list"), TypeError
+    ),
+    "create: several names": Refusal(
+        lambda s: s.mux.create(["new"], r=1, alpha=1), ("`name`", "a str", "got list"), TypeError
+    ),
+    "remove_adapter: several names": Refusal(
+        lambda s: s.layer.remove_adapter(["sql"]), ("`name`", "a str", "got list"), TypeError
+    ),
+    "towers: no mapping": Refusal(
+        lambda s: s.routed(["sql"], towers=["sql"]),
+        ("`towers`", "map names", "got list"),
+        TypeError,
     ),
     "remove: unknown": Refusal(lambda s: s.mux.remove("x"), ("'x'", "loaded"), KeyError),
     "load: taken name": Refusal(

@@ -23,10 +23,10 @@ from ..errors import PoolCapacityError
 from ..layers import MuxLinear, check_room, write
 from ..routes import Route, Router
 from .changes import Prepared, Promise, Promises
-from .memory_budget import check_fit, rank_rows_within
+from .memory import check_fit, rank_rows_within
 from .placement import Placement, find_room
 from .resident import Adapters, AnyRoute, Result
-from .training import TrainedAdapter
+from .trained_adapter import TrainedAdapter
 
 Found = TypeVar("Found")
 

@@ -9,8 +9,9 @@ from ..core import LoraWeights, Slots, slot_of, synchronized
 from ..layers import MuxLinear, check_reservation, check_room, follow_materialised, write
 from ..routes import Route, Router
 from .changes import Change, Claims, Prepared, Promise, Promises
-from .memory_report import MemoryReport, report_memory
-from .training import TrainedAdapter, Training
+from .memory import MemoryReport, report_memory
+from .trained_adapter import TrainedAdapter
+from .training import Training
 from .writing import WrittenPools
 
 AnyRoute = TypeVar("AnyRoute", bound=Route | None)
@@ -328,8 +329,7 @@ class Adapters(WrittenPools):
     def _finish_binding(self) -> None:
         for name, handle in self._binding.items():
             before = self._slots.bind(name, handle)
-            if before not in (None, handle):
-                assert before is not None
+            if before is not None and before != handle:
                 self._end_training(before)
                 self._nameless.add(before)
                 self._pinned.discard(before)

@@ -1,129 +1,34 @@
-"""Adapters that are being trained: their parameters, and how their values reach the pools.
+"""Adapters that are being trained, and when their values reach the pools.
 
-An optimizer steps parameters of its own, in fp32: with those of a 16-bit pool, AdamW at a learning
-rate of 1e-4 leaves 6 % of the weights where they are. What has changed is rounded into the pools
-when the next forward pass begins, so that every pass has one state of each adapter.
+What has changed is rounded into the pools when the next forward pass begins, so that every pass has
+one state of each adapter.
 """
 
 import functools
 import time
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpoints import StoredAdapter, copy_to_host, saved_key
-from ..core import LoraWeights, Masters, Pool, Slots, is_finite, slot_of
+from ..checkpoints import StoredAdapter, copy_to_host
+from ..core import (
+    LoraWeights,
+    Masters,
+    Pool,
+    Slots,
+    is_capturing,
+    is_finite,
+    slot_of,
+)
 from ..errors import RoutingBusyError, TrainingError
 from ..layers import MuxLinear
 from ..routes import Router
+from .trained_adapter import TrainedAdapter, follow_optimizers
+from .writing import Learnt, current_streams, publish
 
-Self = TypeVar("Self", bound="TrainedAdapter")
 PATIENCE = 60.0  # seconds that a publish waits for the passes of other threads
-# Parameter -> whose it is, for the optimizers' hook. No attribute of it, which pickles would hold.
-_OWNERS: MutableMapping[Tensor, "weakref.ref[TrainedAdapter]"] = WeakIdKeyDictionary()
-
-
-class TrainedAdapter(nn.Module):
-    """The parameters of one adapter that is trained, under the keys of PEFT's files.
-
-    `Mux.train` makes it. It is no part of the model. Its parameters lie where the layers' pools do:
-    to(), half() and their kin leave them alone. In eval(), as in the model's, nothing is dropped.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        masters: Mapping[str, Masters],
-        follow: Callable[["TrainedAdapter"], None] | None,
-    ) -> None:
-        super().__init__()
-        self.mux_name, self.mux_masters, self.mux_follow = name, dict(masters), follow
-        self.mux_steps = 0  # of optimizers; fused ones leave no other trace on a parameter
-        self.mux_parameters = [p for one in masters.values() for p in one.parameters]
-        owner = weakref.ref(self)
-        for path, one in masters.items():
-            for name in one.weights.tensors():
-                _register(self, saved_key(path, name), getattr(one, name))
-        for parameter in self.mux_parameters:
-            _OWNERS[parameter] = owner
-
-    @property
-    def mux_state(self) -> list[int]:
-        """Another one whenever the values may be others."""
-        return [parameter._version for parameter in self.mux_parameters] + [self.mux_steps]
-
-    @property
-    def weights(self) -> dict[str, LoraWeights]:
-        """Path -> the factors as they are now; not copies."""
-        return {path: masters.weights for path, masters in self.mux_masters.items()}
-
-    def train(self: Self, mode: bool = True) -> Self:
-        """As of any module; in eval() nothing of x is dropped for this adapter."""
-        super().train(mode)
-        if self.mux_follow is not None:
-            self.mux_follow(self)
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As of any module, but for `assign`: the parameters stay the ones that are trained.
-
-        Raises:
-            TrainingError: `assign` is True.
-        """
-        if assign:
-            raise TrainingError(
-                "`assign` must be False, got True, which would put tensors here that nobody "
-                "trains; leave it out, and the values are copied"
-            )
-        return super().load_state_dict(state_dict, strict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "mux_follow": None}  # a copy, say an average, is nobody's
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return self
-
-    def extra_repr(self) -> str:
-        """Name, and how many numbers are trained."""
-        numbers = sum(parameter.numel() for parameter in self.mux_parameters)
-        return f"{self.mux_name!r}, {numbers} numbers"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _register(root: nn.Module, key: str, parameter: nn.Parameter) -> None:
-    *folders, last = key.split(".")
-    for folder in folders:
-        inner = root._modules.get(folder)
-        if inner is None:
-            inner = root._modules[folder] = nn.Module()
-        root = inner
-    root.register_parameter(last, parameter)
-
-
-def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step of any optimizer: note whose parameters it has."""
-    owners = {
-        owner
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if (owner := _OWNERS.get(parameter)) is not None
-    }
-    for owner in owners:
-        if (trained := owner()) is not None:
-            trained.mux_steps += 1
-
-
-_HOOKS: list[Any] = []  # ours, once there is one
 
 
 class Training:
@@ -246,8 +151,7 @@ class Training:
             self._follow_dropout(handle, self._trained[handle])
             return self._trained[handle]
         self._router.passes.before = self.publish_changed
-        if not _HOOKS:
-            _HOOKS.append(register_optimizer_step_post_hook(_stepped))
+        follow_optimizers()
         slot = slot_of(handle)
         masters = {
             path: Masters.of(part, self._pools[path].A_rows.device)
@@ -346,8 +250,16 @@ class Training:
         One that does not is not taken for changed by a backward that is still to come.
 
         Raises:
+            TrainingError: a CUDA graph is being captured, which would do so at each replay.
             RoutingBusyError: passes of other threads, which use them, do not end.
         """
+        if any(is_capturing(pool.A_rows.device) for pool in self._pools.values()):
+            names = [one.mux_name for h in handles if (one := self._trained.get(h)) is not None]
+            raise TrainingError(
+                "what is trained must not have changed between the pass before a CUDA graph is "
+                f"captured and the capture, got {', '.join(map(repr, names))}, whose new values "
+                "would come again at each replay; call publish() for each before capturing"
+            )
         end = time.monotonic() + PATIENCE
         while True:
             with self._router.changes:
@@ -362,22 +274,34 @@ class Training:
             time.sleep(0.0005)
 
     def _write(self, handles: Collection[int]) -> None:
-        for handle in handles:
-            trained = self._trained.get(handle)
-            if trained is None:  # its training has just ended
-                continue
-            pools = [self._pools[path] for path in trained.mux_masters]
-            slot, state = slot_of(handle), trained.mux_state
-            begun = [0] * len(state)  # of parameters that nobody has changed
-            before = self._published.get(handle, begun)
-            # Graphs of torch.compile see changes by torch's counters alone. Those of before the
-            # training know no parameters.
-            if before != state and before == begun:
-                torch.autograd.graph.increment_version([pool.A_rows for pool in pools])
-            if before != state and before[:-1] == state[:-1]:
-                torch.autograd.graph.increment_version(trained.mux_parameters)
-                state = trained.mux_state
-            with self._writing([slot]):
-                for pool in pools:
-                    pool.publish(slot, before != state)
-            self._published[handle] = state
+        # But for those whose training has just ended.
+        found = {h: one for h in handles if (one := self._trained.get(h)) is not None}
+        states = {handle: self._begin_to_write(handle, one) for handle, one in found.items()}
+        learnt = [
+            Learnt(pool, slot_of(handle), one.mux_masters[path])
+            for path, pool in self._pools.items()
+            for handle, one in found.items()
+            if path in one.mux_masters
+        ]
+        readers = current_streams(one.pool for one in learnt)
+        with self._writing(map(slot_of, found)):
+            publish(learnt, readers, {s: None for one in found.values() for s in one.mux_streams})
+        self._published.update(states)
+
+    def _begin_to_write(self, handle: int, trained: TrainedAdapter) -> list[int]:
+        """Let backwards that are still to come know of what has changed; returns its state."""
+        pools, state = [self._pools[path] for path in trained.mux_masters], trained.mux_state
+        begun = [0] * len(state)  # of parameters that nobody has changed
+        before = self._published.get(handle, begun)
+        if before == state:
+            return state
+        # Graphs of torch.compile see changes by torch's counters alone. Those of before the
+        # training know no parameters.
+        if before == begun:
+            torch.autograd.graph.increment_version([pool.A_rows for pool in pools])
+        if before[:-1] == state[:-1]:
+            torch.autograd.graph.increment_version(trained.mux_parameters)
+            state = trained.mux_state
+        for pool in pools:
+            pool.learn(slot_of(handle))
+        return state

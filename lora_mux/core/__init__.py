@@ -48,8 +48,12 @@ from .streams import SomeSlots as SomeSlots
 from .streams import Stream as Stream
 from .streams import StreamOrder as StreamOrder
 from .streams import has_streams as has_streams
+from .streams import is_capturing as is_capturing
+from .streams import note_stream as note_stream
+from .streams import reading as reading
 from .streams import site_on as site_on
 from .streams import to_device as to_device
+from .streams import wait_for as wait_for
 from .weights import LoraWeights as LoraWeights
 from .weights import Masters as Masters
 from .weights import check_shape as check_shape

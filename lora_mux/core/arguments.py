@@ -55,9 +55,13 @@ def check_counts(values: object, rows: int, argument: str) -> list[int]:
 
 
 def check_names(names: object, argument: str) -> Sequence[str]:
-    """`names`, if it is a sequence of names and not a single one."""
+    """`names`, if it is a sequence of str and not a single one."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise ArgumentTypeError(
-            f"`{argument}` must be a sequence of names, got {type(names).__name__}"
+            f"`{argument}` must be a sequence of names, got {type(names).__name__}; for one "
+            "adapter, give [name]"
         )
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"`{argument}[{i}]` must be a str, got {type(name).__name__}")
     return names

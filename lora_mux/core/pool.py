@@ -185,29 +185,27 @@ class Pool(nn.Module):
             self.gain_rank.data[slot].fill_(1)
         self.rank.data[slot].fill_(rank)
 
+    def learn(self, slot: int) -> None:
+        """A slot comes to hold other values, which no backward is to take for what they were."""
+        self.spans[slot] = self.spans[slot]._replace()
+
+    def held(self, slots: Iterable[int]) -> list[list[Tensor]]:
+        """What is trained of each slot, as `Masters.rows`: views of the buffers."""
+        A = self.A_rows.data.narrow(1, 0, self.in_features)
+        B = self.B_rows.data.narrow(1, 0, self.out_features)
+        held = []
+        for start, r, has_bias, *_ in map(self.spans.__getitem__, slots):
+            held.append([F.narrow(0, start, r - has_bias) for F in (A, B)])
+            held[-1] += [B.narrow(0, start + r - 1, 1)] * has_bias
+        return held
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def publish(self, slot: int, changed: bool = False) -> None:
-        """Round the masters of a slot into its rank rows, without a sync on a GPU.
-
-        If they are not finite there, zeros, and a scaling of NaN: 0 x NaN is NaN in others' rows.
-        A backward that is still to come is not to take `changed` ones for what they were.
-        """
-        if changed:
-            self.spans[slot] = self.spans[slot]._replace()
-        masters, span = self.masters[slot], self.spans[slot]
-        held, on_host = slice(span.offset, span.offset + span.rank), self.A_rows.is_cpu
-        A = self.A_rows.data[held, : self.in_features]
-        B = self.B_rows.data[held, : self.out_features]
-        masters.write(A, B)
-        finite = torch.stack([*A.aminmax(), *B.aminmax()]).isfinite().all()
-        scaling = masters.scaling if not on_host or finite else math.nan
-        if on_host and scaling == span.scaling:
-            return
-        A.masked_fill_(~finite, 0.0), B.masked_fill_(~finite, 0.0)
-        self.scaling.data[slot].fill_(scaling).masked_fill_(~finite, math.nan)
-        if on_host:  # where forms go by what the host knows
-            self.version, self.spans[slot] = Version(), span._replace(scaling=scaling)
+    def rescale(self, slot: int, scaling: float) -> None:
+        """Give a slot another scaling, which the host knows."""
+        if scaling != self.spans[slot].scaling:
+            self.scaling.data[slot].fill_(scaling)
+            self.version, self.spans[slot] = Version(), self.spans[slot]._replace(scaling=scaling)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -270,8 +268,7 @@ class Pool(nn.Module):
             sizes = {len(getattr(self, name)) for name in names}
             if len(sizes) > 1:
                 self._grow(names, max(sizes))
-        taken = ((span.offset, span.rows) for span in self.spans.values())
-        self.runs = FreeRuns.rebuilt(len(self.A_rows), taken)
+        self.runs = FreeRuns.rebuilt(len(self.A_rows), (s[:2] for s in self.spans.values()))
         self.erase(self.spans.keys() - kept)
         self.version = Version()
 
@@ -314,6 +311,7 @@ class Pool(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         """Move or cast with the layer; scaling and masters keep at least fp32 under .half()."""
         self.version, scaling, before = Version(), self.scaling, self.A_rows.dtype
+        place = self.A_rows.device
         self._synchronize()  # other streams write and read what this one moves
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.promote_types(self.A_rows.dtype, torch.float32)
@@ -322,9 +320,11 @@ class Pool(nn.Module):
         if torch.promote_types(self.A_rows.dtype, before) != self.A_rows.dtype:
             self.spans = {slot: span._replace(cast=True) for slot, span in self.spans.items()}
             self._confine()
-        for slot, masters in self.masters.items():
+        for masters in self.masters.values():
             masters.move(self.A_rows.device)
-            self.publish(slot)  # which are exact, whatever the pool was in between
+            if (place, before) != (self.A_rows.device, self.A_rows.dtype):
+                # The next pass brings them here, which are exact whatever the pool has.
+                torch.autograd.graph.increment_version(masters.parameters)
         self._synchronize()
         return self
 

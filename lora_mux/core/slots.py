@@ -269,8 +269,15 @@ class Slots:
         """Name -> handle.
 
         Raises:
+            ArgumentTypeError: a name is no str.
             UnknownAdapterError: lists every name that is not loaded.
         """
+        for name in names:
+            if not isinstance(name, str):
+                raise ArgumentTypeError(
+                    f"`name` must be the name of one adapter, a str, got {type(name).__name__}; "
+                    "name each of several in a call of its own"
+                )
         found = {name: h for name in names if (h := self._handles.get(name)) is not None}
         if unknown := sorted({*names} - found.keys()):
             close = _closest(unknown[0], self._handles)

@@ -6,7 +6,7 @@ for those who read these slots, and who reads them afterwards waits for it. Nobo
 the host never does.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,6 +57,54 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [
         part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)
     ]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the stream that is current on a device."""
+    if not has_streams(device) or torch.compiler.is_compiling():
+        return False
+    return _captures(torch.cuda.current_stream(device))
+
+
+def note_stream(streams: dict[Stream, None], devices: Iterable[torch.device]) -> None:
+    """Add the streams that are current on devices, but for those on which a graph is captured."""
+    for device in devices:
+        if has_streams(device) and not is_capturing(device):
+            streams[torch.cuda.current_stream(device)] = None
+
+
+def wait_for(writers: Iterable[Stream]) -> list[Stream]:
+    """Let the current stream of each device wait for all that other streams were given by now.
+
+    Returns:
+        Those that it waits for: of what a graph captures on one, nothing runs.
+    """
+    others = []
+    for writer in writers:
+        here = torch.cuda.current_stream(writer.device)
+        if writer != here and not _captures(writer) and not _captures(here):
+            here.wait_stream(writer)
+            others.append(writer)
+    return others
+
+
+@contextmanager
+def reading(device: torch.device, reader: Stream, writers: Iterable[Stream]) -> Iterator[None]:
+    """Inside, a stream reads what is written on others: after all that they were given by now.
+
+    What they are given afterwards waits until it was read.
+    """
+    if not has_streams(device):
+        yield
+        return
+    with torch.cuda.stream(reader):
+        others = wait_for(one for one in writers if one.device == reader.device)
+        try:
+            yield
+        finally:
+            event = reader.record_event()
+            for other in others:
+                other.wait_event(event)
 
 
 class Made(NamedTuple):

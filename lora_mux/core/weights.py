@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ArgumentTypeError, RoutingError
+from ..errors import AdapterError, ArgumentTypeError, RoutingError, TrainingError
 from .routing import host_may_read
-from .streams import to_device
+from .streams import is_capturing, to_device
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,11 @@ class Masters(NamedTuple):
         bias = None if self.bias is None else self.bias.detach()
         return LoraWeights(self.A.detach(), self.B.detach(), self.scaling, bias)
 
-    def write(self, A: Tensor, B: Tensor) -> None:
-        """Round the values into rank rows A [rank, in_features] and B [rank, out_features]."""
-        r = len(self.A)
-        A[:r], B[:r] = self.A.detach(), self.B.detach().T
-        if self.bias is not None:
-            B[r] = self.bias.detach()
+    @property
+    def rows(self) -> list[Tensor]:
+        """The values as a pool has them: A [r, in_features], B [r, out_features], bias [1, ...]."""
+        rows = [self.A.data, self.B.data.T]
+        return rows if self.bias is None else [*rows, self.bias.data[None]]
 
     def move(self, device: torch.device) -> None:
         """Bring the values to a device; the parameters stay the ones that optimizers hold."""
@@ -131,7 +130,14 @@ class Dropout(dict[int, float]):
 
         Raises:
             RoutingError: the host may, and there is such a row.
+            TrainingError: a CUDA graph is being captured, which nothing can be copied into.
         """
+        if is_capturing(slots.device):
+            raise TrainingError(
+                "a CUDA graph must be captured of a pass that drops nothing, got one of a model in "
+                "train() beside adapters with dropout; call eval() on the model, or on what "
+                "train(name) returned, before capturing"
+            )
         highest = max([0, *self])  # no default=, which torch.compile does not know
         table = torch.zeros(highest + 1, dtype=torch.float32)
         for slot, rate in self.items():

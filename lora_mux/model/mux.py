@@ -313,6 +313,10 @@ class Mux(GivenRows):
         towers: Mapping[str, Rows] | None,
     ) -> Route:
         layout = self._router.layout
+        if towers is not None and not isinstance(towers, Mapping):
+            raise ArgumentTypeError(
+                f"`towers` must map names of towers to rows, got {type(towers).__name__}"
+            )
         own = None if towers is None else {layout.path_of(n): r for n, r in towers.items()}
         return make_route(rows, weights, self._slots, expand=expand, towers=own)
 

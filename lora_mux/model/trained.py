@@ -114,6 +114,7 @@ class TrainedAdapters(LoadedAdapters):
         """
         self._check_attached()
         rate = None if dropout is None else _rate(dropout)
+        self._slots.lookup([name])  # which raises
         if weights is not None and name in self.trained:
             raise TrainingError(
                 f"`weights` must be None for {name!r}, which is trained already, got others; give "

@@ -1,12 +1,14 @@
 """The plans of forward passes, which layers that are alike share."""
 
+from collections.abc import Collection
 from math import prod
 
+import torch
 from torch import Tensor
 
 from .. import ops
-from ..core import LastPass, Pool, Routing, Site, Slots, unchecked_routing
-from ..errors import RoutingError
+from ..core import LastPass, Pool, Routing, Site, Slots, slot_of, unchecked_routing
+from ..errors import RoutingError, TrainingError
 from .compiled import Cell, rows_now
 from .graphs import CapturedRoutings
 from .passes import Layers, Pass, Planned
@@ -137,8 +139,29 @@ class Plans:
             resolved = unchecked_routing(index, given.weight, given.last_pass).to(x.device)
             return ops.plan(manner.spread(resolved), self._slots, method, resolved=True)
         used = None if now.resolved is None else now.resolved.used
+        if method.trained and ops.capturing(site[0]):
+            self._refuse_training(used)
         placed = manner.spread(self._at(now, site, method))
         return ops.plan(placed, self._slots, method, used=used)
+
+    def _refuse_training(self, used: Collection[int] | None) -> None:
+        """Refuse to capture a pass that trains: it copies from the host, where a graph has none.
+
+        Args:
+            used: the slots that it selects; None = only the device knows.
+        """
+        slots = self._slots.trained_among(used)
+        if slots:
+            names = self._slots.names_of(h for h in self._slots.tenants if slot_of(h) in slots)
+            raise TrainingError(
+                "a CUDA graph must be captured of a pass that trains nothing, got one whose rows "
+                f"may name {', '.join(map(repr, names))} "
+                + (
+                    "with gradients; capture it under torch.no_grad()"
+                    if torch.is_grad_enabled()
+                    else "with dropout; call eval() on what train() returned before capturing"
+                )
+            )
 
     def _at(self, now: Pass, site: Site, method: ops.Method) -> Routing:
         """The pass's own rows where its layers run."""

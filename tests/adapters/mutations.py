@@ -12,7 +12,10 @@ TEST_BOUNDED = ("adapters/test_bounded.py",)
 TEST_PLACEMENT = ("adapters/test_placement.py",)
 TEST_STREAMS = ("adapters/test_streams.py",)
 PASSES, STREAMS = "routes/passes.py", "core/streams.py"
-TRAINING = "adapters/training.py"
+TRAINING, TRAINED = "adapters/training.py", "adapters/trained_adapter.py"
+WRITING = "adapters/writing.py"
+TEST_PUBLISHING = ("adapters/test_publishing.py",)
+TEST_TRAINED_STREAMS = ("adapters/test_trained_streams.py",)
 TEST_TRAINING = ("model/test_training_rows.py",)
 TEST_STATE = ("model/test_training_state.py",)
 TEST_BETWEEN = ("model/test_training_between.py",)
@@ -114,7 +117,7 @@ MUTATIONS = {
         CHANGES, "is_running(self._frame)", "False", TEST_INTERRUPTS
     ),
     "training: fused steps are not published": Mutation(
-        TRAINING, "trained.mux_steps += 1", "pass", TEST_TRAINING
+        TRAINED, "trained.mux_steps += 1", "pass", TEST_TRAINING
     ),
     "training: fused steps are not seen by a backward": Mutation(
         TRAINING,
@@ -123,19 +126,19 @@ MUTATIONS = {
         TEST_BETWEEN,
     ),
     "training: graphs do not see that a training has begun": Mutation(
-        TRAINING, "if before != state and before == begun:", "if False:", TEST_BETWEEN
+        TRAINING, "if before == begun:", "if False:", TEST_BETWEEN
     ),
     "training: what is published is taken for changed": Mutation(
-        TRAINING, "pool.publish(slot, before != state)", "pool.publish(slot, True)", TEST_BETWEEN
+        TRAINING, "if before == state:", "if False:", TEST_BETWEEN
     ),
     "training: double rounding by casts": Mutation(
         TRAINING, " and not any(span.cast for span in spans)", "", TEST_STATE
     ),
     "training: tensors that nobody trains": Mutation(
-        TRAINING, "if assign:", "if False:", TEST_STATE
+        TRAINED, "if assign:", "if False:", TEST_STATE
     ),
     "training: a module's copy decides who drops": Mutation(
-        TRAINING, '{**vars(self), "mux_follow": None}', "{**vars(self)}", TEST_STATE
+        TRAINED, '"mux_follow": None, ', "", TEST_STATE
     ),
     "training: an old module's mode drops x of the slot's next tenant": Mutation(
         TRAINING, "if self._trained.get(handle) is not trained:", "if False:", TEST_STATE
@@ -163,5 +166,66 @@ MUTATIONS = {
         "        with self._writing([slot_of(handle)]):",
         "        self.training.end(handle)\n        with self._writing([slot_of(handle)]):",
         TEST_TRAINING,
+    ),
+    "training: large values are taken for infinite ones": Mutation(
+        WRITING, "next(finite) or bool(rows.isfinite().all())", "next(finite)", TEST_PUBLISHING
+    ),
+    "training: what is not finite reaches the pool of a host": Mutation(
+        WRITING, "torch._foreach_zero_(views)", "pass", TEST_PUBLISHING
+    ),
+    "training: what is not finite reaches the pool of a GPU": Mutation(
+        WRITING, "rounded.masked_fill_(whose, 0.0)", "pass", TEST_PUBLISHING
+    ),
+    "training: what is not finite has a scaling on a GPU": Mutation(
+        WRITING, "scalings = scalings + lost", "pass", TEST_PUBLISHING
+    ),
+    "training: infinite values are no NaN": Mutation(
+        WRITING,
+        "torch.split(rounded - rounded, sizes)",
+        "torch.split(rounded, sizes)",
+        TEST_PUBLISHING,
+    ),
+    "training: scalings of another pool": Mutation(
+        WRITING, "        start = end\n", "        pass\n", TEST_PUBLISHING
+    ),
+    "training: one by one": Mutation(WRITING, "1 << 22", "1", TEST_PUBLISHING),
+    "streams: what is stepped elsewhere is read before": Mutation(
+        STREAMS, "            here.wait_stream(writer)\n", "", TEST_TRAINED_STREAMS
+    ),
+    "streams: a step does not wait for who reads": Mutation(
+        STREAMS, "other.wait_event(event)", "pass", TEST_TRAINED_STREAMS
+    ),
+    "streams: who writes reads what was changed elsewhere": Mutation(
+        STREAMS,
+        "with torch.cuda.stream(reader):\n        others",
+        "if True:\n        others",
+        TEST_TRAINED_STREAMS,
+    ),
+    "streams: what is rounded is copied before": Mutation(
+        WRITING, "writer.wait_stream(reader)", "pass", TEST_TRAINED_STREAMS
+    ),
+    "streams: nobody knows where a step was": Mutation(
+        TRAINED,
+        "            trained.mux_note_stream()\n\n",
+        "\n",
+        TEST_TRAINED_STREAMS,
+    ),
+    "streams: what was learnt is saved before": Mutation(
+        TRAINED, "wait_for(self.mux_streams)", "pass", TEST_TRAINED_STREAMS
+    ),
+    "streams: copies of a module hold its streams": Mutation(
+        TRAINED, ', "mux_streams": {}', "", TEST_TRAINED_STREAMS
+    ),
+    "graphs: a step that is captured is waited for": Mutation(
+        STREAMS, " and not is_capturing(device):", ":", TEST_TRAINED_STREAMS
+    ),
+    "graphs: what is trained is published by each replay": Mutation(
+        TRAINING, "if any(is_capturing", "if False and any(is_capturing", TEST_TRAINED_STREAMS
+    ),
+    "graphs: a pass that trains is captured": Mutation(
+        "routes/plans.py", "if method.trained and ops", "if False and ops", TEST_TRAINED_STREAMS
+    ),
+    "graphs: dropout is captured": Mutation(
+        "core/weights.py", "if is_capturing(slots.device):", "if False:", TEST_TRAINED_STREAMS
     ),
 }

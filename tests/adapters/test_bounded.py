@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lora_mux
 from lora_mux.adapters import bounded
-from lora_mux.adapters.memory_report import MemoryReport, PoolMemory
+from lora_mux.adapters.memory import MemoryReport, PoolMemory
 from lora_mux.errors import (
     CheckpointError,
     PoolCapacityError,

@@ -113,12 +113,6 @@ MUTATIONS = {
     "interrupts: a handle without a name lives": Mutation(
         SLOTS, "if handle not in self._names and", "if False and", ("core/test_slots.py",)
     ),
-    "training: what is not finite reaches the pool": Mutation(
-        POOL,
-        "A.masked_fill_(~finite, 0.0), B.masked_fill_(~finite, 0.0)",
-        "pass",
-        ("model/test_training_rows.py",),
-    ),
     "training: a backward reads what others have learnt since": Mutation(
         POOL, "self.spans[slot] = self.spans[slot]._replace()", "pass", TEST_BETWEEN
     ),
@@ -126,12 +120,24 @@ MUTATIONS = {
         POOL, "span._replace(cast=True)", "span", TEST_STATE
     ),
     "training: a cast rounds what the pool has": Mutation(
-        POOL, "self.publish(slot)  # which are exact", "pass  # which are exact", TEST_STATE
+        POOL, "torch.autograd.graph.increment_version(masters.parameters)", "pass", TEST_STATE
     ),
     "pools: those that have grown count as overwritten": Mutation(
         POOL, "setattr(self, name, new.data)", "setattr(self, name, new)", TEST_ROWS
     ),
     "pools: copies count as overwritten": Mutation(
         POOL, "self.rank = self.rank.clone()", "pass", ("model/test_copies.py",)
+    ),
+    "refusals: names that are none": Mutation(
+        SLOTS,
+        "for name in names:\n            if not isinstance(name, str):",
+        "for name in names:\n            if False:",
+        ("test_refusals.py",),
+    ),
+    "refusals: names in a sequence that are none": Mutation(
+        "core/arguments.py",
+        "for i, name in enumerate(names):\n        if not isinstance(name, str):",
+        "for i, name in enumerate(names):\n        if False:",
+        ("test_refusals.py",),
     ),
 }

@@ -131,7 +131,7 @@ class Launch(NamedTuple):
                     CUDA.touch(tensor, False, name)
         inputs = {t.untyped_storage().data_ptr() for t in given}
         new = [t for t in self.made if t.untyped_storage().data_ptr() not in inputs]
-        if name == "index_fill_":  # by a list of slots
+        if name in ("index_fill_", "index_copy_"):  # by a list of slots
             written = [self.args[0][i] for i in self.args[2].tolist()]
         for tensor in (*written, *map(CUDA.put, new)):
             CUDA.touch(tensor, True, name)
@@ -153,7 +153,7 @@ def tree_tensors(tree: Any) -> list[Tensor]:
 def written_by(func: Any, args: Any) -> list[Tensor]:
     arguments = func._schema.arguments[: len(args)]
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-    return [arg for arg, is_written in zip(args, writes, strict=True) if is_written]
+    return tree_tensors([arg for arg, is_written in zip(args, writes, strict=True) if is_written])
 
 
 class Graph:
