@@ -5,6 +5,7 @@ import functools
 import json
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+import lora_mux
+from peft_oracle import transformers
 from server import served
-from tiny_server import PATIENCE, Tiny, application, started
+from tiny_server import MEMORY, PATIENCE, Tiny, application, example, started
 
 openai = pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
 pytest.importorskip("transformers", "5.23", reason="pip install 'lora-mux[serve]'")
@@ -449,3 +452,19 @@ def test_a_worker_that_died(tiny: Tiny) -> None:
         response = chat(broken, "sql")
     assert "a 'quoted' failure" in streamed.text
     assert response.status_code == 503 and "quoted" in response.text
+
+
+def test_an_adapter_for_which_there_is_no_room_is_read_later(tiny: Tiny) -> None:
+    """With --memory, where those that are pinned fill it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny.base)
+    mux, load = lora_mux.attach(model, memory=MEMORY), example("loading")._load
+    for name in ("sql", "french"):
+        assert load(mux, name, tiny.adapters / name)
+        mux.pin(name)
+    assert not load(mux, "legal", tiny.adapters / "legal")
+    assert "legal" in mux.adapters and not mux.memory().adapters["legal"].resident
+    mux.unpin("french")
+    assert load(mux, "legal", tiny.adapters / "legal", replace=True)
+    assert mux.memory().adapters["legal"].resident

@@ -16,13 +16,12 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tiny_server import PATIENCE, Tiny, example, process
+from tiny_server import MEMORY, PATIENCE, Tiny, example, process
 
 openai = pytest.importorskip("openai", reason="pip install 'lora-mux[serve]'")
 pytest.importorskip("transformers", "5.23", reason="pip install 'lora-mux[serve]'")
 
 KEY = "a secret"
-MEMORY = "290KiB"  # 32 rank rows; the adapters have 16, 8 and 16
 
 
 @pytest.fixture(scope="module")
@@ -180,20 +179,6 @@ def test_values_that_are_no_numbers_are_not_loaded(stage: SimpleNamespace, broke
         assert names(stage) == before
         assert text_of(complete(stage, "sql")) == stage.tiny.answer("sql", "hello", 16, False)
     assert complete(stage, "new").status_code == 404
-
-
-def test_values_for_which_there_is_no_room_are_read_later(
-    stage: SimpleNamespace, broken: str
-) -> None:
-    with begun(stage, "sql+french", tokens=1500):  # which ends when the client hangs up
-        for name in ("legal", broken):
-            response = load(stage, name, name)
-            assert response.status_code == 200 and "leave no room" in response.text
-    assert text_of(complete(stage, "legal")) == stage.tiny.answer("legal", "hello", 16, False)
-    response = complete(stage, broken)
-    assert response.status_code == 400 and "must be finite" in response.json()["error"]["message"]
-    for name in ("legal", broken):
-        assert unload(stage, name).status_code == 200
 
 
 def test_many_requests_while_adapters_come_and_go(stage: SimpleNamespace) -> None:

@@ -21,6 +21,7 @@ from peft_oracle import peft, set_weights, transformers
 
 EXAMPLES = ROOT / "examples"
 PATIENCE = 60.0  # seconds; a machine may be busy
+MEMORY = "290KiB"  # 32 rank rows; the adapters have 16, 8 and 16
 
 
 def example(module: str) -> Any:
