@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import plot
 from lora_mux.measure.provenance import ROOT, provenance
 
 RECORD, PICTURE = "bench/results/learning.jsonl", "docs/images/learning.png"
@@ -89,15 +90,8 @@ def draw(records: list[Record], out: Path) -> None:
     axis.set_xlim(0, len(records[0]["mixed"]) * 1.25)
     axis.set_xlabel("step", fontsize=9)
     axis.set_ylabel(f"loss, mean of {WINDOW} steps", fontsize=9)
-    first = records[0]
-    axis.set_title(
-        f"{first['device']}, torch {first['torch']}, peft {first['peft']}, "
-        f"commit {str(first['commit'])[:10]}",
-        fontsize=8,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    axis.set_title(plot.origin(records[0], "torch", "peft"), fontsize=8)
+    plot.save(figure, out)
 
 
 def main() -> None:
@@ -108,7 +102,7 @@ def main() -> None:
     if not parser.parse_args().draw:
         text = "".join(json.dumps(r) + "\n" for r in measure())
         record.write_text(text, encoding="utf-8")
-    records = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    records = plot.read(record)
     draw(records, ROOT / PICTURE)
     print(sentence(records))
 

@@ -135,12 +135,22 @@ def draw(records: list[Record], out: Path) -> None:
         axis.set_xticks(range(len(cases)), cases, fontsize=7)
         axis.set_xlim(-0.3, len(cases) + 1)
         axis.set_title(title, fontsize=9)
-    first = records[0]
     figure.supxlabel("distinct adapters / adapters of a row", fontsize=9)
     figure.supylabel("time, as a share of the base layer alone", fontsize=9)
-    figure.suptitle(
-        f"{first['device']}, torch {first['torch']}, commit {str(first['commit'])[:10]}", fontsize=9
-    )
+    figure.suptitle(origin(records[0], "torch"), fontsize=9)
+    save(figure, out)
+
+
+def origin(record: Record, *packages: str) -> str:
+    """Where a record comes from, for a title."""
+    versions = (f"{package} {record[package]}" for package in packages)
+    return ", ".join([record["device"], *versions, f"commit {str(record['commit'])[:10]}"])
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a picture, and let go of it."""
+    import matplotlib.pyplot as plt
+
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+import plot
 from lora_mux.measure.provenance import ROOT, provenance
 
 RECORD, PICTURE = "bench/results/serve-ray-cpu.jsonl", "docs/images/serve-ray-cpu.png"
@@ -235,15 +236,8 @@ def draw(records: list[Record], out: Path) -> None:
     axes[1].set_title("p99 of the answers, ms", fontsize=9)
     axes[0].margins(y=0.25)
     axes[0].legend(frameon=False, fontsize=8)
-    first = records[0]
-    figure.suptitle(
-        f"{first['device']}, ray {first['ray']}, torch {first['torch']}, "
-        f"commit {str(first['commit'])[:10]}",
-        fontsize=8,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    figure.suptitle(plot.origin(records[0], "ray", "torch"), fontsize=8)
+    plot.save(figure, out)
 
 
 def main() -> None:
@@ -255,7 +249,7 @@ def main() -> None:
     if not given.draw:
         text = "".join(json.dumps(r) + "\n" for r in measure())
         given.out.write_text(text, encoding="utf-8")
-    records = [json.loads(line) for line in given.out.read_text(encoding="utf-8").splitlines()]
+    records = plot.read(given.out)
     print(table(records), sentence(records), sep="\n\n")
     if given.draw:
         draw(records, ROOT / PICTURE)

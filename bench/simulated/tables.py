@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import plot
+
 from .costs import adapter_bytes
 from .routing import ROUTINGS
 
@@ -148,6 +150,4 @@ def draw(records: list[Record], out: Path) -> None:
         f"simulated, not measured: 1,000,000 adapters, commit {str(records[0]['commit'])[:10]}",
         fontsize=9,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    plot.save(figure, out)

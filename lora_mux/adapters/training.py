@@ -253,7 +253,7 @@ class Training:
             TrainingError: a CUDA graph is being captured, which would do so at each replay.
             RoutingBusyError: passes of other threads, which use them, do not end.
         """
-        if any(is_capturing(pool.A_rows.device) for pool in self._pools.values()):
+        if any(map(is_capturing, {pool.A_rows.device for pool in self._pools.values()})):
             names = [one.mux_name for h in handles if (one := self._trained.get(h)) is not None]
             raise TrainingError(
                 "what is trained must not have changed between the pass before a CUDA graph is "

@@ -60,10 +60,17 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured on the stream that is current on a device."""
+    """Whether a CUDA graph is being captured there: nothing may sync or come from the host.
+
+    Not while torch.compile traces, which cannot ask: what it makes is captured later.
+    """
     if not has_streams(device) or torch.compiler.is_compiling():
         return False
-    return _captures(torch.cuda.current_stream(device))
+    # torch asks the stream of the current device, which need not be this one.
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def note_stream(streams: dict[Stream, None], devices: Iterable[torch.device]) -> None:

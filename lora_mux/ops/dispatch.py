@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core import Pool, Routing, Slots
+from ..core import Pool, Routing, Slots, is_capturing
 from ..errors import BackendError, warn
 from . import cpu, eager, operators, plan_in_torch, reference, tuned
 from .forms import Form, Method, Plan, plain, tracked
@@ -26,6 +26,7 @@ AnyPlan: TypeAlias = Plan | FusedPlan
 WholePlan: TypeAlias = EagerPlan | TiledPlan | cpu.TrainingPlan
 WHOLE = EagerPlan, TiledPlan, cpu.TrainingPlan
 
+capturing = is_capturing  # by the name under which layers and routes ask
 CPU, REFERENCE = Method("cpu"), Method("reference")
 HOST = "batched products on the CPU, reference elsewhere"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -282,20 +283,6 @@ def backend_reason() -> str:
         return f"{HOST} (on {name} the kernels need {problem})"
     without = " but for bfloat16" if _obstacle(device, modern=True) else ""
     return f"triton on {name}{without}, {HOST}"
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured there: nothing may sync or come from the host.
-
-    Not while torch.compile traces, which cannot ask: what it makes is captured later.
-    """
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return False
-    # torch asks the stream of the current device, which need not be this one.
-    if device.index in (None, torch.cuda.current_device()):
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def plan(

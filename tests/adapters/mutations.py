@@ -220,7 +220,7 @@ MUTATIONS = {
         STREAMS, " and not is_capturing(device):", ":", TEST_TRAINED_STREAMS
     ),
     "graphs: what is trained is published by each replay": Mutation(
-        TRAINING, "if any(is_capturing", "if False and any(is_capturing", TEST_TRAINED_STREAMS
+        TRAINING, "if any(map(is_cap", "if False and any(map(is_cap", TEST_TRAINED_STREAMS
     ),
     "graphs: a pass that trains is captured": Mutation(
         "routes/plans.py", "if method.trained and ops", "if False and ops", TEST_TRAINED_STREAMS

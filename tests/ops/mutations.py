@@ -165,8 +165,8 @@ MUTATIONS = {
         TEST_DISPATCH,
     ),
     "dispatch: a capture on whatever device is current": Mutation(
-        DISPATCH,
-        "if device.index in (None, torch.cuda.current_device()):",
+        "core/streams.py",
+        "if device.index is None or device.index == torch.cuda.current_device():",
         "if True:",
         TEST_DISPATCH,
     ),
