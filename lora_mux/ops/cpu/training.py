@@ -22,9 +22,7 @@ from ...core import AnyPool, Pool, Span, computed_once
 from ..forms import tracked
 from ..operands import check_unchanged
 from .groups import by_slot
-from .plan import Blocks, Plan, Rows, block, blocks_of, rows_of, taken
-
-BROUGHT = 1 << 19  # elements of x and dy that are brought at once: with dx, 3 MB in fp32
+from .plan import MOVED, Blocks, Plan, Rows, block, blocks_of, rows_of, taken
 
 
 class Share(NamedTuple):
@@ -108,7 +106,7 @@ class TrainingPlan(Plan):
                 alike: dict[tuple[int, bool], list[int]] = {}
                 for g, (one,) in enumerate(group.slots.tolist()):
                     alike.setdefault((spans[one].rank, spans[one].bias), []).append(g)
-                at_once = max(1, BROUGHT // (group.rows.shape[1] * width))
+                at_once = max(1, MOVED // (group.rows.shape[1] * width))
                 for (_, bias), members in alike.items():
                     for start in range(0, len(members), at_once):
                         part = group.part(members[start : start + at_once], np.array([0]))
