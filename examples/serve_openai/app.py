@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -27,6 +28,7 @@ from .engine import Order, State, sampling
 from .gate import Gate, refusal
 from .loading import add_loading
 from .models import Models
+from .stops import before
 
 # build_server() also has /reset and /load_model, by which anybody could take the model away.
 SERVED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health"}
@@ -37,6 +39,7 @@ class Checked:
     """In front of a handler of transformers: what is asked for, checked, is all that it sees."""
 
     kind: type[fields.Asked]
+    parsed = False
     model_manager: Models
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -68,11 +71,23 @@ class Checked:
                 "`seed` is served only with `temperature` 0: the requests of a batch draw from "
                 "one generator, so that no seed repeats an answer",
             )
-        return Order(asked.row, drawn, usual.eos_token_id, asked.longest)
+        how = asked.longest, asked.stops, self.parsed
+        return Order(asked.row, drawn, usual.eos_token_id, *how)
 
 
-class EndsWithDone(Checked):
-    """The streams of the two older endpoints end with a line that some clients wait for."""
+class Older(Checked):
+    """The two older endpoints: they have `stop`, and a last line that some clients wait for."""
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
+        response: JSONResponse = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
+        order = next(given for given in (*args, *kwargs.values()) if isinstance(given, Order))
+        if not order.stops:
+            return response
+        answer = json.loads(response.body)
+        choice = answer["choices"][0]
+        where, name = (choice, "text") if "text" in choice else (choice["message"], "content")
+        where[name] = before(order.stops, where[name] or "")
+        return JSONResponse(answer)
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Any:
         response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
@@ -87,8 +102,9 @@ async def _with_done(parts: Any) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-class Chat(EndsWithDone, ChatCompletionHandler):
+class Chat(Older, ChatCompletionHandler):
     kind = fields.Chat
+    parsed = True
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         if not getattr(self.model_manager.processor, "chat_template", None):
@@ -98,7 +114,7 @@ class Chat(EndsWithDone, ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
 
-class Completion(EndsWithDone, CompletionHandler):
+class Completion(Older, CompletionHandler):
     kind = fields.Completion
 
 

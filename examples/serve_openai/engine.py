@@ -5,7 +5,7 @@ import copy
 import queue
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from transformers.cli.serving.utils import (
     CBWorkerDeadError,
     GenerationState,
     _StreamError,
+    build_response_parser,
 )
 
 import lora_mux
 
 from .gate import at_end
+from .stops import UntilStop
 
 PAGE = 32  # tokens; what a request has of the cache is rounded up to it
 USUAL_ANSWER = 1024  # tokens, where a request does not say
@@ -36,6 +38,8 @@ class Order:
     sampling: dict[str, float | int]
     eos_token_id: int | list[int] | None
     max_new_tokens: int | None  # None = as is usual, as far as there is room
+    stops: Sequence[str] = ()
+    parsed: bool = False  # whether the answer is taken apart, as into thoughts and text
 
 
 def sampling(
@@ -106,14 +110,16 @@ class Engine(CBGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], CBStreamer]:
-        name, texts = uuid.uuid4().hex, asyncio.Queue[Any]()
-        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        loop = asyncio.get_running_loop()
-        streamer = CBStreamer(self, name, tokenizer, loop, texts, response_parser)
+        name, texts = uuid.uuid4().hex, UntilStop(gen_config.stops)
+        streamer = self._streamer(name, processor, texts, response_parser)
 
         def on_output(output: Any) -> None:
+            if texts.stopped:  # this one was on its way
+                return
             streamer.put(output)
-            if output.error is not None:
+            if texts.stopped:
+                self._stop(name, gen_config, output)
+            elif output.error is not None:
                 # transformers puts it between quotes without escaping it.
                 plain = " ".join(output.error.split()).replace('"', "'").replace("\\", "/")
                 texts.put_nowait(_StreamError(plain))
@@ -134,12 +140,20 @@ class Engine(CBGenerateManager):
     ) -> tuple[str, int, list[int]]:
         name, ids = uuid.uuid4().hex, inputs["input_ids"]
         done = asyncio.get_running_loop().create_future()
+        taken_apart = gen_config.stops and gen_config.parsed
+        parser = build_response_parser(processor, model, ids) if taken_apart else None
+        texts = UntilStop(gen_config.stops)  # nobody reads them: they tell where to stop
+        streamer = self._streamer(name, processor, texts, parser)
 
         def on_output(output: Any) -> None:
-            if not done.done():
+            if gen_config.stops and not texts.stopped:
+                streamer.put(output)
+                if texts.stopped:
+                    self._stop(name, gen_config, output)
+            if (texts.stopped or output.is_finished()) and not done.done():
                 done.set_result(output)
 
-        self._add(name, ids, gen_config, on_output, streaming=False)
+        self._add(name, ids, gen_config, on_output, streaming=bool(gen_config.stops))
         try:
             output = await done
         except asyncio.CancelledError:  # the client hung up
@@ -152,6 +166,12 @@ class Engine(CBGenerateManager):
             raise HTTPException(400, f"the answer broke off: {output.error}")  # of it alone
         text = processor.decode(output.generated_tokens, skip_special_tokens=True)
         return text, len(ids), output.generated_tokens
+
+    def _streamer(
+        self, name: str, processor: Any, texts: asyncio.Queue[Any], parser: Any
+    ) -> CBStreamer:
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        return CBStreamer(self, name, tokenizer, asyncio.get_running_loop(), texts, parser)
 
     def _add(
         self,
@@ -202,6 +222,12 @@ class Engine(CBGenerateManager):
         """Free a request: its place in the batch, its cache, its adapters. CBStreamer calls it."""
         self._cb.cancel_request(name)
         self._forget(name)
+
+    def _stop(self, name: str, order: Order, output: Any) -> None:
+        """End an answer where its text does: with its own reason, also at the last token of all."""
+        order.max_new_tokens = None
+        if not output.is_finished():
+            self.cancel_request(name)
 
     def _end(self, name: str) -> None:
         if name in self._cb.output_router.result_handlers:  # its last output is not there yet

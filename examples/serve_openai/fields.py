@@ -1,7 +1,7 @@
 """The fields of a request that are served as they are meant. All others are refused.
 
-transformers' server ignores what it does not know how to serve: `stop`, `n`, penalties, images. An
-answer that is not what was asked for is worse than none.
+transformers' server ignores what it does not know how to serve: `n`, penalties, images. An answer
+that is not what was asked for is worse than none.
 """
 
 import re
@@ -15,6 +15,7 @@ import lora_mux
 
 Nothing = Field(default=None, ge=0, le=0)  # a penalty of 0 is none
 LARGEST_WEIGHT = 10.0  # larger ones overflow, fp16 first, and then there is no answer
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 SURROGATE = re.compile("[\ud800-\udfff]")  # a str has one only if its other half is missing
 DEEPEST = 20  # levels of a body; what is served has five
 
@@ -64,6 +65,11 @@ class Asked(BaseModel):
         """How many tokens the answer may have; None = it was not said."""
         raise NotImplementedError
 
+    @property
+    def stops(self) -> list[str]:
+        """The texts at whose first the answer ends."""
+        return []
+
 
 class StreamOptions(BaseModel):
     """The last chunk of a stream says how many tokens there were, whether asked to or not."""
@@ -77,6 +83,7 @@ class AskedByOldFields(Asked):
     """What chat and completions share."""
 
     max_tokens: int | None = Field(default=None, ge=1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     presence_penalty: float | None = Nothing
@@ -85,6 +92,10 @@ class AskedByOldFields(Asked):
     @property
     def longest(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class Text(BaseModel):

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import importlib
+import itertools
 import json
 import socket
 import time
@@ -53,9 +55,18 @@ def post(stage: SimpleNamespace, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{stage.url}/v1/{path}", json=body, timeout=PATIENCE)
 
 
+def message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def chat(stage: SimpleNamespace, row: str, text: str = "hello", **how: Any) -> httpx.Response:
-    messages = [{"role": "user", "content": text}]
-    body = {"model": name_of(row), "messages": messages, "max_tokens": 16, "temperature": 0, **how}
+    body = {
+        "model": name_of(row),
+        "messages": message(text),
+        "max_tokens": 16,
+        "temperature": 0,
+        **how,
+    }
     return post(stage, "chat/completions", **body)
 
 
@@ -190,7 +201,10 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ("chat/completions", {**CHAT, "n": 2}, "`n`"),
         ("chat/completions", {**CHAT, "logprobs": True}, "`logprobs`"),
-        ("chat/completions", {**CHAT, "stop": "x"}, "`stop` is not served"),
+        ("chat/completions", {**CHAT, "stop": ""}, "`stop"),
+        ("chat/completions", {**CHAT, "stop": ["x"] * 17}, "`stop"),
+        ("completions", {"prompt": "x", "stop": [1]}, "`stop"),
+        ("responses", {"input": "x", "stop": "x"}, "`stop` is not served"),
         ("chat/completions", {**CHAT, "tools": [{}]}, "`tools` is not served"),
         ("chat/completions", {**CHAT, "response_format": {"type": "x"}}, "`response_format`"),
         ("chat/completions", {**CHAT, "logit_bias": {"1": 2}}, "`logit_bias`"),
@@ -243,6 +257,81 @@ def test_fields_that_say_nothing_are_taken(stage: SimpleNamespace) -> None:
     parts = [{"type": "text", "text": "hello"}]
     message = {"role": "user", "content": parts, "refusal": None, "tool_calls": None}
     assert answer(chat(stage, "sql", messages=[message])) == got
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_before_the_first_stop(
+    stage: SimpleNamespace, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stage.tiny.answer("sql", "hello", 24, path != "completions")
+    given = {"prompt": "hello"} if path == "completions" else {"messages": message("hello")}
+
+    def ask(stop: Any, most: int = 24) -> tuple[str, str, int]:
+        how = {"max_tokens": most, "temperature": 0, "stop": stop, "stream": stream}
+        got = post(stage, path, model="base:sql", **given, **how)
+        assert got.status_code == 200, got.text
+        lines = got.text.split("\n\n")[:-2] if stream else [f"data: {got.text}"]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        choices = [event["choices"][0] for event in events]
+        parts = [c.get("text") or (c.get("delta") or c.get("message") or {}) for c in choices]
+        text = "".join(p if isinstance(p, str) else p.get("content") or "" for p in parts)
+        return text, choices[-1]["finish_reason"], events[-1]["usage"]["completion_tokens"]
+
+    for first, last in ((0, 1), (2, 5), (7, 8), (9, 14), (len(whole) - 2, len(whole))):
+        stop = whole[first:last]
+        for stops in (stop, ["nowhere", stop], [whole + "!", stop]):
+            text, reason, tokens = ask(stops)
+            assert (text, reason) == (whole[: whole.index(stop)], "stop"), stops
+            assert 0 < tokens <= 24
+            assert ask(stops, tokens) == (text, reason, tokens), "also at the last token"
+        assert last == len(whole) or tokens < 24
+    for unlike in ("nowhere", whole[-3:] + "nowhere", ["n" * 256], []):
+        assert ask(unlike) == (whole, "length", 24)
+    cancelled: list[str] = []
+    expected = ask(whole[7:8])
+    with monkeypatch.context() as patch:  # the engine has tokens on their way
+        patch.setattr(stage.models.engine, "cancel_request", cancelled.append)
+        assert ask(whole[7:8]) == expected
+        assert soon_idle(stage, PATIENCE) and cancelled
+
+
+def test_a_stop_where_answers_are_taken_apart(
+    stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen's are, which may begin with thoughts; its own rule for that is transformers'."""
+    utils = importlib.import_module("transformers.cli.serving.utils")
+    rules = next(v for k, v in utils._RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in k)
+    rules = {**rules, "start_anchor": "assistant:"}  # as this model's chat template has it
+    monkeypatch.setattr(stage.models.processor, "response_template", rules, raising=False)
+    whole = answer(chat(stage, "sql"))
+    assert whole == stage.tiny.answer("sql", "hello").strip()
+    stop = whole[4:7]
+    got = chat(stage, "sql", stop=stop)
+    assert answer(got) == whole[: whole.index(stop)]
+    assert got.json()["choices"][0]["finish_reason"] == "stop"
+    assert 0 < got.json()["usage"]["completion_tokens"] < 16
+
+
+def test_stops_are_found_across_parts_and_not_in_thoughts() -> None:
+    """Whatever the cuts, of all texts of five letters and all stops of up to three."""
+    stops_of = example("stops")
+    thought = type("ReasoningText", (str,), {})
+    for letters in itertools.product("ab", repeat=5):
+        text = "".join(letters)
+        for stops in (["b"], ["aa"], ["aba"], ["bb", "aab"], ["bab", "ab"]):
+            for cut in range(6):
+                queue = stops_of.UntilStop(stops)
+                for item in (text[:cut], text[cut:], None):
+                    queue.put_nowait(item)
+                parts = [queue.get_nowait() for _ in range(queue.qsize())]
+                assert parts.pop() is None and "".join(parts) == stops_of.before(stops, text)
+                assert queue.stopped == any(stop in text for stop in stops)
+    queue = stops_of.UntilStop(["aa"])
+    for item in ("ba", thought("aa"), "ab", None):
+        queue.put_nowait(item)
+    assert [queue.get_nowait() for _ in range(5)] == ["b", "a", "aa", "ab", None]
+    assert not queue.stopped
 
 
 def test_each_request_draws_as_it_says(stage: SimpleNamespace) -> None:
