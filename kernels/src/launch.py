@@ -173,7 +173,7 @@ def shrink(
         X_UNIT=unit,
         DOT_DTYPE=dot_dtype(x, pool.A_rows),
         num_warps=config.shrink_warps,
-        num_stages=config.shrink_stages,
+        num_stages=sizes.stages(config.shrink_stages, unit * x.element_size()),
         **sizes.registers(config, unit),
     )
 

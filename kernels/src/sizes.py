@@ -29,6 +29,19 @@ def registers(config: Limits, unit: int) -> dict[str, int]:
     return {"maxnreg": config.registers if unit >= 8 else 255}
 
 
+def stages(most: int, width: int) -> int:
+    """How many tiles of x are under way at once.
+
+    Rows that are read two bytes at a time pass through registers, and more than one tile of them
+    does not fit: sm_100 spills 88 bytes.
+
+    Args:
+        most: of rows that the card copies by itself, at least four bytes at a time.
+        width: bytes that are read at once.
+    """
+    return most if width >= 4 else 1
+
+
 def window(U: int) -> int:
     """How much of a union the kernels search at once."""
     widest: int = WIDEST.value

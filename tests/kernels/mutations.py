@@ -166,6 +166,9 @@ MUTATIONS = {
     "launch: more slots than a program holds": Mutation(
         SIZES, "max(16, power(S)) if S <= WIDEST.value else 0", "16", TEST_KERNELS
     ),
+    "launch: tiles of odd rows fill the registers": Mutation(
+        SIZES, "most if width >= 4 else 1", "most", TEST_LAUNCH
+    ),
     "launch: a tile too few": Mutation(
         LAUNCH,
         "(sizes.cdiv(M, config.block_m), sizes.cdiv(N",

@@ -59,6 +59,9 @@ def test_odd_sizes_keep_the_pools_alignment(report: dict[str, Any]) -> None:
     _, shrink, expand = report["values"]["sm_90 odd"]
     assert shrink["specialised"]["stride_ac"] == expand["specialised"]["stride_bc"] == "16"
     assert shrink["specialised"]["X_UNIT"] == expand["specialised"]["Y_UNIT"] == "1"
+    assert shrink["stages"] == 1, "what is read two bytes at a time passes through registers"
+    assert report["values"]["sm_90 aligned"][1]["stages"] > 1
+    assert report["values"]["sm_90 fp32"][1]["stages"] > 1
 
 
 def test_the_fused_launch(report: dict[str, Any]) -> None:

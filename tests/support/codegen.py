@@ -158,6 +158,7 @@ def compile_kernel(
         constants |= {"WEIGHTED": True, "X_UNIT": unit}
         constants |= {"GROUP": chosen.shrink_group, "BLOCK_K": chosen.block_k}
         warps, stages = chosen.shrink_warps, chosen.shrink_stages
+        stages = stages if unit > 1 or dtype == "fp32" else 1  # as kernels/src/sizes.py has it
     if kernel == "expand":
         constants |= {"GROUP": chosen.expand_group, "BLOCK_N": chosen.block_n, "Y_UNIT": unit}
         constants |= {"WALK": chosen.walk, "RANKS": ranks}

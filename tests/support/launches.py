@@ -61,6 +61,7 @@ def described() -> list[dict[str, Any]]:
             "name": one.name,
             "grid": one.grid,
             "shared": one.metadata.shared,
+            "stages": one.metadata.num_stages,
             "specialised": {k: str(v) for k, v in one.specialised().items()},
             "signature": one.source.signature,
         }
