@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checkpoints import saved_key
@@ -111,7 +114,10 @@ def _register(root: nn.Module, key: str, parameter: nn.Parameter) -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step of any optimizer: note whose parameters it has."""
+    """Before and after a step of any optimizer: note whose parameters it has.
+
+    Before, because an interrupt may come between what a fused step has written and its end.
+    """
     owners = {
         owner
         for group in optimizer.param_groups
@@ -130,4 +136,5 @@ _HOOKS: list[Any] = []  # ours, once there is one
 def follow_optimizers() -> None:
     """From now on the steps of all optimizers are noted."""
     if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_stepped))
         _HOOKS.append(register_optimizer_step_post_hook(_stepped))

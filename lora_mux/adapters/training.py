@@ -153,9 +153,10 @@ class Training:
         self._router.passes.before = self.publish_changed
         follow_optimizers()
         slot = slot_of(handle)
-        masters = {
-            path: Masters.of(part, self._pools[path].A_rows.device)
-            for path, part in weights.items()
+        masters = {  # in the model's order, as PEFT's: optimizers know parameters by their numbers
+            path: Masters.of(weights[path], pool.A_rows.device)
+            for path, pool in self._pools.items()
+            if path in weights
         }
         follow = functools.partial(self._follow_dropout, handle)
         trained = self._trained[handle] = TrainedAdapter(name, masters, follow)

@@ -115,7 +115,8 @@ def read_peft_folder(folder: str | PathLike[str], base: BaseModel | None = None)
     if shifts:
         stored = _shifted(stored, shifts, model)
     modules = {path: (model.module(path), values) for path, values in saved.items()}
-    return replace(stored, saved=saved_modules(stored.source, modules)) if saved else stored
+    whole = saved_modules(stored.source, modules) if saved else None
+    return replace(stored, saved=whole, dropout=config.lora_dropout)
 
 
 def peft_outline(

@@ -106,6 +106,7 @@ class StoredAdapter:
     read: Callable[[bool], PackedTensors]
     # The modules that it saved as a whole, where they differ from the base's, on the host.
     saved: "StoredAdapter | None" = None
+    dropout: float = 0.0  # PEFT's lora_dropout, for whoever trains it further
 
     @property
     def digest(self) -> bytes:

@@ -71,6 +71,11 @@ class Fields:
             raise self._error(name, "an object with a number of blocks, nblocks", value)
         return count
 
+    def dropout(self, name: str) -> float:
+        """0 for what is none: whoever serves an adapter need not know how it was trained."""
+        value = self._values.get(name)
+        return float(value) if isinstance(value, int | float) and 0 <= value < 1 else 0.0
+
     def tokens(self, name: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         value = self._values.get(name)
         named = value if isinstance(value, dict) else {"": value} if value else {}

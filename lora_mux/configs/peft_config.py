@@ -24,11 +24,11 @@ from .patterns import PathEnds, PatternError, Steps
 HONOURED = frozenset(
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_bias target_modules "
     "exclude_modules layers_to_transform layers_pattern init_lora_weights bias modules_to_save "
-    "ensure_weight_tying trainable_token_indices use_bdlora use_dora".split()
+    "lora_dropout ensure_weight_tying trainable_token_indices use_bdlora use_dora".split()
 )
 # Training, initialisation, storage and metadata: the trained factors already hold their effect.
 IGNORED = frozenset(
-    "lora_dropout fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
+    "fan_in_fan_out velora_config monteclora_config loftq_config eva_config "
     "corda_config lora_ga_config runtime_config task_type auto_mapping "
     "base_model_name_or_path revision inference_mode peft_version megatron_core "
     "qalora_group_size".split()
@@ -90,6 +90,7 @@ class PeftConfig:
     blocks: int = 1  # on the diagonal of A or of B, beside which BD-LoRA has zeros
     trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name -> rows of its weight
     ensure_weight_tying: bool = False  # what is tied to a saved parameter was saved as well
+    lora_dropout: float = 0.0  # of training alone
     source: str = field(default="", compare=False)  # what error messages call it
 
     def strengths(self, paths: Collection[str]) -> dict[str, Strength]:
@@ -241,6 +242,7 @@ def parse_config(
         blocks=check.blocks("use_bdlora"),
         trainable_tokens=check.tokens("trainable_token_indices"),
         ensure_weight_tying=check.flag("ensure_weight_tying"),
+        lora_dropout=check.dropout("lora_dropout"),
         source=source,
     )
 

@@ -194,7 +194,10 @@ def frozen_weight(layer: Any, x: Tensor, plan: ops.WholePlan) -> Tensor | None:
     pool = layer.mux_pool
     if torch.compiler.is_compiling() or layer.mux_kind is not None or pool.has_gains:
         return None
-    if torch.is_autocast_enabled(x.device.type) or not plan.follows(x, pool):
+    # torch adds the bias of other rows in a step of its own, which rounds once more.
+    if torch.is_autocast_enabled(x.device.type) or not x.is_contiguous():
+        return None
+    if not plan.follows(x, pool):
         return None
     weight = plain_weight(layer, x)
     if weight is None or ops.tracked(weight, layer._parameters.get("bias")):

@@ -235,8 +235,8 @@ class MuxLinear(nn.Module):
             return None
         slots = self.mux_slots
         if self.mux_router is not None and not is_compiling():
-            self.mux_router.order.read_unseen(x.device)  # no pass waits for its adapters
-        last = None if is_compiling() else self.mux_last
+            self.mux_router.passes.handed_in(x.device)
+        last = None if is_compiling() or slots.trains else self.mux_last
         if last is not None and last.serves(x, routing, slots.suspensions):
             return last.plan  # for which x and routing were checked
         self._check_input(x)

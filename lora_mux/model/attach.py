@@ -75,8 +75,8 @@ def attach(
     size = None if memory is None else parse_size(memory)
     found, heads = find_targets(model, targets), find_heads(model, targets)
     if size is not None:  # pools of a fixed size share it from the beginning
-        return Mux(model, found | as_targets(model, heads), settings, size)
-    return Mux(model, found, settings, None, heads | find_others(model, targets))
+        return Mux(model, found | as_targets(model, heads), settings, size, heads=heads)
+    return Mux(model, found, settings, None, heads | find_others(model, targets), heads)
 
 
 def detach(model: nn.Module) -> None:

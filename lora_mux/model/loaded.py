@@ -48,6 +48,7 @@ class LoadedAdapters:
     _router: Router
     _linears: list[nn.Module]  # all that a detach changes back
     _joining: dict[str, tuple[nn.Module, Place]]  # layers that join when an adapter touches them
+    _heads: frozenset[str]  # paths of those that attach's targets did not mean
     _joined: dict[str, tuple[nn.Module, nn.Module]]  # those that have: where they are, and they
 
     @property
@@ -130,7 +131,13 @@ class LoadedAdapters:
             self._include(stored.saved.shapes(), stored.source)
         for remark in stored.outline.remarks:
             warn(f"{stored.source} {remark}")
-        return self._adapters.prepare(stored)
+        return self._prepare(stored)
+
+    def _prepare(self, stored: StoredAdapter) -> Prepared:
+        prepared = self._adapters.prepare(stored)
+        if stored.dropout:
+            self._adapters.training.dropouts[prepared.handle] = stored.dropout
+        return prepared
 
     def _publish(
         self, adapters: Mapping[str, Callable[[], Prepared]], replace: bool = False
@@ -194,6 +201,9 @@ class LoadedAdapters:
                 both.
             scaling: the factor itself.
 
+        Warns:
+            UserWarning: factors require grad, and will get none; `train` has those that do.
+
         Returns:
             The adapter's handle, for index tensors.
 
@@ -204,6 +214,11 @@ class LoadedAdapters:
         self._check_attached()
         self._slots.check_new(name)
         parts = weights_from_pairs(weights, alpha, scaling, "weights")
+        if any(getattr(f, "requires_grad", False) for pair in weights.values() for f in pair):
+            warn(
+                f"`weights` of {name!r} are copied, so that theirs get no gradients; to train the "
+                f"adapter, call train({name!r}), and give its parameters() to an optimizer"
+            )
         return self._add({name: parts}, "weights")[name]
 
     def _add(

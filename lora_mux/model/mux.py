@@ -1,7 +1,7 @@
 """Mux: all targets of an attached model share one set of adapters and one routing."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,7 @@ class Mux(GivenRows):
         settings: ops.Settings,
         memory: int | None = None,
         joining: Mapping[str, nn.Module] = MappingProxyType({}),
+        heads: Iterable[str] = (),
     ) -> None:
         self._model: nn.Module | None = model
         self._linears = [target.linear for target in targets.values()]
@@ -55,7 +56,7 @@ class Mux(GivenRows):
         self._router = Router(self._slots, settings)
         dtype = common_dtype(model)
         self._router.layout, places = find_layout(model, [*targets, *joining])
-        self._joined = {}
+        self._joined, self._heads = {}, frozenset(heads)
         self._joining = {path: (layer, places[path]) for path, layer in joining.items()}
         try:
             self._layers = {

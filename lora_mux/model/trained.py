@@ -2,19 +2,21 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..adapters import TrainedAdapter
 from ..checkpoints import copy_to_host, write_peft_folder
 from ..configs import initial_factors, new_strengths
 from ..core import LoraWeights, Routing, check_number, host_may_read, to_device
-from ..errors import AdapterError, RoutingError, TrainingError
-from ..layers import weights_from_pairs
+from ..errors import AdapterError, ArgumentTypeError, RoutingError, TrainingError
+from ..layers import find_heads, weights_from_pairs
 from .loaded import LoadedAdapters
 
 
@@ -41,7 +43,8 @@ class TrainedAdapters(LoadedAdapters):
             r: its rank.
             alpha: scaling = alpha / r, or alpha / sqrt(r) with use_rslora.
             targets: of the linear layers that carry adapters here; PEFT's target_modules. None =
-                all.
+                all that `attach` was told; with "all-linear", in either place, the output head is
+                none of them.
             dropout: see `train`.
             rank_pattern: other ranks, as PEFT has them.
             alpha_pattern: other alphas, likewise.
@@ -56,10 +59,11 @@ class TrainedAdapters(LoadedAdapters):
             ArgumentTypeError: a value has the wrong type.
             PoolCapacityError: there is no room for the adapter.
         """
-        self._check_attached()
+        model = self._check_attached()
         self._slots.check_new(name)
         rate = _rate(dropout)
-        linear = [path for path, layer in self._layers.items() if layer.mux_kind is None]
+        heads = self._heads if targets is None else find_heads(model, targets)
+        linear = [p for p, la in self._layers.items() if la.mux_kind is None and p not in heads]
         strengths = new_strengths(
             linear,
             r=r,
@@ -69,16 +73,14 @@ class TrainedAdapters(LoadedAdapters):
             alpha_pattern=alpha_pattern,
             use_rslora=use_rslora,
         )
-        generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
+        generator = _generator(seed)
         factors = {}
         for path, (rank, scaling) in strengths.items():
             pool = self._layers[path].mux_pool
             sizes = pool.in_features, pool.out_features
             factors[path] = LoraWeights(*initial_factors(*sizes, rank, generator), scaling)
-        stored = copy_to_host(f"create({name!r})", factors, False)
-        handle = self._publish({name: lambda: self._adapters.prepare(stored)})[name]
-        self._adapters.training.dropouts[handle] = rate
-        return handle
+        stored = replace(copy_to_host(f"create({name!r})", factors, False), dropout=rate)
+        return self._publish({name: lambda: self._prepare(stored)})[name]
 
     def train(
         self,
@@ -99,7 +101,7 @@ class TrainedAdapters(LoadedAdapters):
                 None: those that it was loaded from.
             dropout: how large a share of x is dropped before A, as PEFT's lora_dropout, while the
                 model and the module are in train(); from 0 to below 1. None: what `create` was
-                told, else 0. Adapters in one row need the same.
+                told, or the checkpoint's own, else 0. Adapters in one row need the same.
 
         Returns:
             The module, whose parameters and state_dict() have the keys of PEFT's files. Another
@@ -241,7 +243,7 @@ class TrainedAdapters(LoadedAdapters):
         trained = sorted(self._adapters.training.all, key=lambda one: one.mux_name)
         # Not that of a parameter: a process that trains nothing must not let the others wait.
         device = next(iter(self._layers.values())).mux_pool.A_rows.device
-        names = repr([(one.mux_name, [p.shape for p in one.mux_parameters]) for one in trained])
+        names = repr([(one.mux_name, [p.shape for p in _learning(one)]) for one in trained])
         known = int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "big")
         extremes = torch.tensor([known, -known], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
@@ -253,25 +255,45 @@ class TrainedAdapters(LoadedAdapters):
         if not trained:
             return
         # Not whether there is a gradient: a compiled pass has 0 for whom it did not name.
-        counts = torch.stack([_flat_gradient(one).any() for one in trained]).long()
+        named = torch.stack([_flat_gradient(one).any() for one in trained]).long()
+        has = [p.grad is not None for one in trained for p in _learning(one)]
+        counts = torch.cat([named, torch.tensor(has, device=device).long()])
         dist.all_reduce(counts, group=group)
-        for one, count in zip(trained, counts.tolist(), strict=True):
+        found: list[int] = counts.tolist()
+        anywhere = iter(found[len(trained) :])
+        for one, count in zip(trained, found[: len(trained)], strict=True):
+            learning = {p: next(anywhere) > 0 for p in _learning(one)}
             if not count:
                 one.zero_grad(set_to_none=True)
                 continue
             flat = _flat_gradient(one)
             dist.all_reduce(flat, group=group)
-            parts = (flat / count).split([p.numel() for p in one.mux_parameters])
-            for parameter, part in zip(one.mux_parameters, parts, strict=True):
-                if parameter.grad is None:
+            parts = (flat / count).split([p.numel() for p in learning])
+            for (parameter, some), part in zip(learning.items(), parts, strict=True):
+                if some and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
-                parameter.grad.copy_(part.view(parameter.shape))
+                if parameter.grad is not None:
+                    parameter.grad.copy_(part.view(parameter.shape))
+
+
+def _learning(trained: TrainedAdapter) -> list[Parameter]:
+    """Its parameters but for those that a user holds still, which get no gradients."""
+    return [p for p in trained.mux_parameters if p.requires_grad]
 
 
 def _flat_gradient(trained: TrainedAdapter) -> Tensor:
-    """The gradients of all its parameters, one after the other; 0 where there is none."""
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained.mux_parameters]
-    return torch.cat([gradient.flatten() for gradient in found])
+    """The gradients of its parameters, one after the other; 0 where there is none."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in _learning(trained)]
+    none = trained.mux_parameters[0].new_zeros(0)
+    return torch.cat([none, *(gradient.flatten() for gradient in found)])
+
+
+def _generator(seed: object) -> torch.Generator:
+    if seed is None:
+        return torch.default_generator
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+        raise ArgumentTypeError(f"`seed` must be an int from 0 to 2**64 - 1, got {seed!r:.80}")
+    return torch.Generator().manual_seed(seed)
 
 
 def _rate(dropout: object) -> float:
@@ -319,7 +341,10 @@ def mean_by_adapter(losses: Tensor, routing: Routing, *, mask: Tensor | None = N
             f"{list(mask.shape)}; attention_mask[:, 1:].bool() is one for the losses of all tokens "
             "but the first"
         )
-    sets, of_row = torch.unique(routing.index.sort(1).values, dim=0, return_inverse=True)
+    index = routing.index.sort(1).values
+    again = index[:, 1:] == index[:, :-1]  # an adapter that a row names twice is one
+    index = torch.cat([index[:, :1], index[:, 1:].masked_fill(again, -1)], 1).sort(1).values
+    sets, of_row = torch.unique(index, dim=0, return_inverse=True)
     found = (sets >= 0).any(1), of_row
     if host_may_read(sets):  # an ordinary copy would let the host wait for all passes so far
         counts_set, of_row = to_device(found, losses.device)

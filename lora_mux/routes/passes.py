@@ -188,6 +188,12 @@ class Passes:
         self.before()
         return Pass(self._owner)
 
+    def handed_in(self, device: torch.device) -> None:
+        """A layer takes a routing of its own, whose adapters no pass waits for."""
+        if self.current() is None:
+            self.before()
+        self._order.read_unseen(device)
+
     def begin(self, caller: FrameType) -> Pass:
         """From now on the layers that run in this context belong to a new pass.
 

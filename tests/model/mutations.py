@@ -6,6 +6,7 @@ ATTACH = "model/attach.py"
 BOUNDED = "adapters/bounded.py"
 CALL = "model/given_rows.py"
 IN_FLIGHT = "model/continuous_batching/in_flight.py"
+LENGTHS = "model/continuous_batching/lengths.py"
 OVERFLOWS = "model/continuous_batching/overflows.py"
 MANAGER = "model/continuous_batching/manager.py"
 REQUEST_ROWS = "model/continuous_batching/request_rows.py"
@@ -22,9 +23,18 @@ PEFT_MODEL = "checkpoints/peft_model.py"
 STORED_ADAPTER = "checkpoints/stored_adapter.py"
 TOP = "model/top.py"
 TRAINED = "model/trained.py"
+TRAINED_ADAPTER = "adapters/trained_adapter.py"
+TRAINING = "adapters/training.py"
+CPU_TRAINING = "ops/cpu/training.py"
+KINDS = "layers/kinds.py"
+LINEAR = "layers/linear.py"
+PASSES = "routes/passes.py"
+PEFT_FOLDER = "checkpoints/peft_folder.py"
 TEST_ADAPTER_NAMES = ("model/test_adapter_names.py",)
 TEST_CALL = ("model/test_call.py",)
 TEST_CONTINUOUS_CALLS = ("model/test_continuous_calls.py",)
+TEST_CANCELS = ("model/test_continuous_cancels.py",)
+TEST_LENGTHS = ("model/test_continuous_lengths.py",)
 TEST_OVERFLOWS = ("model/test_continuous_overflows.py",)
 TEST_COPIES = ("model/test_copies.py",)
 TEST_KINDS = ("model/test_kinds.py",)
@@ -37,6 +47,9 @@ TEST_EVENTS = ("model/test_continuous_events.py",)
 TEST_TURNS = ("model/test_continuous_turns.py",)
 TEST_OTHER_BATCHES = ("model/test_other_batches.py",)
 TEST_TOWERS = ("model/test_towers.py",)
+TEST_RARELY = ("model/test_training_rarely.py",)
+TEST_RESUMED = ("model/test_training_resumed.py",)
+TEST_ROWS = ("model/test_training_rows.py",)
 TEST_STATE = ("model/test_training_state.py",)
 TEST_BETWEEN = ("model/test_training_between.py",)
 TEST_DATA_PARALLEL = ("model/test_training_ecosystem.py",)
@@ -110,6 +123,33 @@ MUTATIONS = {
     ),
     "continuous: an overflow is answered": Mutation(
         OVERFLOWS, "fine.append(all(own))", "fine.append(True)", TEST_OVERFLOWS
+    ),
+    "continuous: a cancellation ends whoever has the name": Mutation(
+        MANAGER, "if self.distributed_helper.tp_size > 1:", "if True:", TEST_CANCELS
+    ),
+    "continuous: one sequence is cancelled, not its request": Mutation(
+        IN_FLIGHT, "request.names if name == request.names[0] else (name,)", "(name,)", TEST_CANCELS
+    ),
+    "continuous: a full cache stays closed when all are cancelled": Mutation(
+        MANAGER, "scheduler.block_new_requests = False", "pass", TEST_CANCELS
+    ),
+    "continuous: a cancelled request goes on in the batch that is computed": Mutation(
+        MANAGER, "state.status = type(state.status).FINISHED", "pass", TEST_CANCELS
+    ),
+    "continuous: sequences of a cancelled request begin": Mutation(
+        MANAGER, "if not any(state is gone for gone in cancelled)", "if True", TEST_CANCELS
+    ),
+    "continuous: a prompt without tokens ends all": Mutation(
+        LENGTHS, "if not tokens:", "if False:", TEST_LENGTHS
+    ),
+    "continuous: a prompt that is too long is added": Mutation(
+        LENGTHS, "len(tokens) > most:", "len(tokens) > most + 1:", TEST_LENGTHS
+    ),
+    "continuous: one that outgrows the cache ends all": Mutation(
+        MANAGER, "if found or not scheduler.starved_requests", "if True", TEST_LENGTHS
+    ),
+    "continuous: a full cache ends what its adapters keep back": Mutation(
+        MANAGER, "is_full &= not scheduler.active_requests", "is_full &= True", TEST_LENGTHS
     ),
     "continuous: refused requests are kept": Mutation(
         MANAGER, "if added is None:", "if False:", TEST_EVENTS
@@ -306,6 +346,51 @@ MUTATIONS = {
     ),
     "training: processes whose graphs give 0 have a share in the mean": Mutation(
         TRAINED, "_flat_gradient(one).any()", "torch.tensor(True)", TEST_DATA_PARALLEL
+    ),
+    "training: what is held still gets a gradient": Mutation(
+        TRAINED, "if some and parameter.grad is None", "if parameter.grad is None", TEST_RARELY
+    ),
+    "training: parameters that are held still count": Mutation(
+        TRAINED,
+        "[p for p in trained.mux_parameters if p.requires_grad]",
+        "[*trained.mux_parameters]",
+        TEST_RARELY,
+    ),
+    "training: parameters in a file's order": Mutation(
+        TRAINING,
+        "for path, pool in self._pools.items()\n            if path in weights",
+        "for path in weights\n            for pool in (self._pools[path],)",
+        TEST_RESUMED,
+    ),
+    "training: a checkpoint's dropout is forgotten": Mutation(
+        PEFT_FOLDER, ", dropout=config.lora_dropout", "", TEST_RESUMED
+    ),
+    "training: all-linear means the head": Mutation(
+        TRAINED, "and p not in heads", "", TEST_RESUMED
+    ),
+    "training: no trace before a step's end": Mutation(
+        TRAINED_ADAPTER,
+        "_HOOKS.append(register_optimizer_step_pre_hook(_stepped))",
+        "pass",
+        TEST_RARELY,
+    ),
+    "training: second derivatives on the CPU": Mutation(
+        CPU_TRAINING, "        refuse_second_derivatives()\n", "", TEST_RARELY
+    ),
+    "training: one node for rows of any strides": Mutation(
+        KINDS, "or not x.is_contiguous()", "", TEST_RARELY
+    ),
+    "training: the plan from before it began": Mutation(
+        LINEAR, "is_compiling() or slots.trains else", "is_compiling() else", TEST_RARELY
+    ),
+    "training: a layer by itself has old values": Mutation(
+        PASSES,
+        "        if self.current() is None:\n            self.before()\n        self._order",
+        "        self._order",
+        TEST_RARELY,
+    ),
+    "training: an adapter twice is another set": Mutation(
+        TRAINED, "masked_fill(again, -1)", "clone()", TEST_ROWS
     ),
     "training: what no process has named gets 0": Mutation(
         TRAINED, "one.zero_grad(set_to_none=True)", "pass", TEST_DATA_PARALLEL

@@ -107,13 +107,14 @@ def test_parameters_that_are_held_still(backend: Any) -> None:
 
 
 def test_no_gradients_of_gradients() -> None:
-    for backend, error in (("reference", TrainingError), ("auto", RuntimeError)):
+    """Also where what comes to the layer is constant, of which autograd would see nothing."""
+    for backend in ("reference", "auto"):
         model, mux = attached(backend=backend)
         both, x = mux.train("both"), torch.randn(2, 6, requires_grad=True)
-        y = run(model, mux, ["both", None], x).square().sum()
-        with pytest.raises(error, match="create_graph|once_differentiable"):
-            (first,) = torch.autograd.grad(y, x, create_graph=True)
-            first.sum().backward()
+        for loss in (lambda y: y.square().sum(), lambda y: y.sum()):
+            y = loss(run(model, mux, ["both", None], x))
+            with pytest.raises(TrainingError, match="create_graph"):
+                torch.autograd.grad(y, x, create_graph=True)
         assert len(list(both.parameters())) == 4
 
 
@@ -188,6 +189,26 @@ def test_processes_that_train_nothing() -> None:
         dist.destroy_process_group()
 
 
+def test_gradients_that_nobody_has_are_not_made() -> None:
+    """As of what a user holds still, which AdamW would let decay."""
+    model, mux = attached()
+    trained = mux.train("both")
+    (A, B), (C, D) = ([p for p in trained.parameters()][i : i + 2] for i in (0, 2))
+    A.requires_grad_(False)
+    run(model, mux, ["both"], torch.randn(1, 6)).sum().backward()
+    want, C.grad = [B.grad, D.grad], None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mux.reduce_gradients()
+        assert A.grad is None and C.grad is None
+        torch.testing.assert_close([B.grad, D.grad], want)
+        trained.requires_grad_(False)
+        mux.reduce_gradients()
+        assert all(p.grad is None for p in trained.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_plan_with_other_strengths() -> None:
     """As a split layer puts in."""
     model, mux = attached()
@@ -217,3 +238,101 @@ def test_a_head_that_was_replaced_before_it_joined() -> None:
     model.lm_head = nn.Linear(8, 5)
     with pytest.raises(TargetError, match="must be the layer that was attached"):
         mux.add_adapter("head", {"lm_head": pair(8, 5)}, alpha=3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_layer_with_a_routing_of_its_own(backend: Any) -> None:
+    """It has what was learnt, and gives gradients, whatever equal rows it had before."""
+    model, mux = attached(backend=backend)
+    layer, x = model[1], torch.randn(3, 8)
+    index = torch.tensor([[mux.adapters["second"]], [-1], [mux.adapters["second"]]])
+    layer(x, lora_mux.Routing(index))
+    trained = mux.train("second")
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+
+    def check() -> None:
+        A, B = trained.parameters()
+        added = x @ A.T @ B.T  # alpha is the rank
+        want = (
+            nn.functional.linear(x, layer.weight, layer.bias)
+            + torch.tensor([[1.0], [0.0], [1.0]]) * added
+        )
+        y = layer(x, lora_mux.Routing(index.clone()))
+        torch.testing.assert_close(y, want)
+        mine = torch.autograd.grad(y.square().sum(), list(trained.parameters()))
+        theirs = torch.autograd.grad(want.square().sum(), list(trained.parameters()))
+        torch.testing.assert_close(mine, theirs)
+
+    check()
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.mul_(2.0)
+    check()
+    layer(x, lora_mux.Routing(index)).sum().backward()
+    optimizer.step()
+    check()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_interrupt_after_a_step_has_written(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what a fused kernel wrote, torch's counters know nothing."""
+    model, mux = attached()
+    trained, x = mux.train("both"), torch.randn(2, 6)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.1, fused=fused)
+    run(model, mux, ["both", None], x).sum().backward()
+    before = run(model, mux, ["both", None], x)
+    counted = iter([False, True])
+
+    def interrupted() -> None:
+        if next(counted):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trained, "mux_note_stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    after = run(model, mux, ["both", None], x)
+    mux.publish("both")
+    assert torch.equal(after, run(model, mux, ["both", None], x))
+    assert not torch.equal(after, before)
+
+
+def test_factors_that_require_grad() -> None:
+    """They are copied; it is said who learns."""
+    _, mux = attached()
+    A, B = pair(6, 8)
+    with pytest.warns(UserWarning, match=r"call train\('mine'\), and give its parameters"):
+        mux.add_adapter("mine", {"0": (nn.Parameter(A), B)}, alpha=3)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, 1 << 64, -1, True])
+def test_a_seed_that_is_none(seed: Any) -> None:
+    _, mux = attached()
+    with pytest.raises(lora_mux.errors.ArgumentTypeError, match="`seed` must be an int"):
+        mux.create("new", r=2, alpha=2, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_beside_those_that_train_keep_their_bits(dtype: torch.dtype, backend: Any) -> None:
+    """Whatever the strides of x: torch adds the bias of some in a step of its own."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(10, 20)).to(dtype).requires_grad_(False)
+    whole = torch.randn(3, 16, 12).to(dtype)
+    inputs = whole[..., :10], whole[..., ::1][..., 2:], torch.randn(3, 10, 16).to(dtype).mT
+    plain = [layer(x) for x in inputs]
+    mux = lora_mux.attach(layer, targets=["0"], backend=backend)
+    mux.create("a", r=2, alpha=2, seed=1)
+    mux.add_adapter("s", {"0": pair(10, 20)}, alpha=3)
+    rows = ["a", None, "s"]
+    served = [run(layer, mux, rows, x) for x in inputs]
+    trained = mux.train("a")
+    for x, base, before in zip(inputs, plain, served, strict=True):
+        y = run(layer, mux, rows, x)
+        assert torch.equal(y[1], base[1]) and torch.equal(y[2], before[2])
+        _, B = trained.parameters()  # 0, so that A gets no gradient yet
+        (of_B,) = torch.autograd.grad(y.float().sum(), [B])
+        want = (x[0].float() @ trained.weights["0"].A.T).sum(0).expand(20, 2)
+        torch.testing.assert_close(of_B, want, rtol=0.02, atol=0.02)

@@ -520,6 +520,12 @@ class TestMeans:
         want = torch.tensor([[third, third], [third, 0], [1.0, 0], [0, 0]])
         torch.testing.assert_close(losses.grad, want)
 
+    def test_an_adapter_that_a_row_names_twice(self) -> None:
+        """Its set is that of rows which name it once."""
+        routing = lora_mux.Routing(torch.tensor([[0, 0], [0, -1], [-1, 0], [1, 0]]))
+        losses = torch.tensor([1.0, 3.0, 5.0, 7.0])
+        assert lora_mux.mean_by_adapter(losses, routing).item() == 3.0 + 7.0
+
     def test_a_wrong_number_of_rows(self) -> None:
         routing = lora_mux.Routing(torch.tensor([[0], [1]]))
         with pytest.raises(lora_mux.errors.RoutingError, match="\\[2, ...\\]"):

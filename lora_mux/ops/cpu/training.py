@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core import AnyPool, Pool, Span, computed_once
 from ..forms import tracked
-from ..operands import check_unchanged
+from ..operands import check_unchanged, refuse_second_derivatives
 from .groups import by_slot
 from .plan import MOVED, Blocks, Plan, Rows, block, blocks_of, rows_of, taken
 
@@ -164,8 +163,8 @@ class _Layer(torch.autograd.Function):
         return training.add(torch.nn.functional.linear(x, weight, bias), x, pool, owned=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         with torch.autocast("cpu", enabled=False):
             return _gradients(ctx, grad)
 
