@@ -304,7 +304,7 @@ class Adapters(WrittenPools):
     def _end_training(self, handle: int) -> None:
         """Of an adapter that goes. Those it is promised to go on with what the pools hold."""
         if handle in self.training.handles and handle in self._promises.handles:
-            held = copy_to_host("what was learnt", self.training.in_pools(handle), False)
+            held = copy_to_host("what was learnt", self.training.copied(handle), False)
             self._learnt(handle, held)
         self.training.end(handle)
 

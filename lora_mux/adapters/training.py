@@ -116,7 +116,7 @@ class Training:
         slot = slot_of(handle)
         spans = [span for pool in self._pools.values() if (span := pool.span(slot)) is not None]
         if handle not in self._origins and not any(span.cast for span in spans):
-            return {path: part.cloned() for path, part in self.in_pools(handle).items()}
+            return self.copied(handle)
         stored = self._origins.get(handle)
         if stored is None:
             raise TrainingError(
@@ -125,6 +125,14 @@ class Training:
                 "begins with the tensors, and load(name, folder, replace=True) reads a file again"
             )
         return stored.weights(stored.read(False))
+
+    def copied(self, handle: int) -> dict[str, LoraWeights]:
+        """Path -> copies of the factors of an adapter as the pools hold them."""
+        slots, order = [slot_of(handle)], self._router.order
+        order.routed(slots)  # the current stream waits for who wrote them
+        copies = {path: part.cloned() for path, part in self.in_pools(handle).items()}
+        order.left(slots)  # and who writes there next waits for it
+        return copies
 
     def in_pools(self, handle: int) -> dict[str, LoraWeights]:
         """Path -> the factors of an adapter as the pools hold them; not copies."""

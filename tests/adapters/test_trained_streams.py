@@ -160,6 +160,17 @@ def test_what_was_learnt_is_read_on_another_stream(stage: Stage) -> None:
             CUDA.touch(part.A, False, "a save")
 
 
+def test_what_was_loaded_is_read_on_another_stream(tmp_path: Path, cuda: Cuda) -> None:
+    """By who begins to train it, or saves it: after its load, and before its rows are another's."""
+    stage = Stage(tmp_path, None)
+    with torch.cuda.stream(Stream()):
+        stage.mux.save("b", tmp_path / "b")
+        begin(stage)
+    stage.mux.remove("b")
+    stage.mux.load("b", tmp_path / "b")
+    run(stage)
+
+
 def test_nobody_waits_on_the_host(stage: Stage) -> None:
     a, b = begin(stage), begin(stage, "b")
     run(stage)
