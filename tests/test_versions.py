@@ -40,7 +40,7 @@ RANGE = {
 # themselves out where the kernels cannot run.
 PART = (
     *("core", "kernels/test_kernels.py", "ops/test_operators.py", "ops/test_autocast.py"),
-    *("checkpoints/test_peft_folder.py", "checkpoints/test_peft_config.py"),
+    *("checkpoints/test_peft_folder.py", "configs/test_peft_config.py"),
     *("routes/test_passes.py", "layers/test_module.py", "adapters/test_bounded.py"),
     *("model/test_compile.py", "model/test_peft.py", "model/test_peft_conformance.py"),
     *("model/test_attach_peft.py", "model/test_generation.py", "model/test_towers.py"),
@@ -61,6 +61,12 @@ def test_the_oldest_are_the_bounds_that_a_user_gets() -> None:
     for name, version in asdict(RANGE["oldest"]).items():
         bound = re.search(rf'{name}>=([\d.]+)[";]|requires-{name} = ">=([\d.]+)"', text)
         assert bound and version.removesuffix(".0") == (bound[1] or bound[2]), name
+
+
+def test_the_part_is_there() -> None:
+    """The long test would find out after minutes."""
+    for part in PART:
+        assert (ROOT / "tests" / part).exists(), part
 
 
 def interpreter(version: str) -> str:
