@@ -80,7 +80,7 @@ class Older(Checked):
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         response: JSONResponse = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
-        order = next(given for given in (*args, *kwargs.values()) if isinstance(given, Order))
+        order = _order(*args, *kwargs.values())
         if not order.stops:
             return response
         answer = json.loads(response.body)
@@ -119,7 +119,44 @@ class Completion(Older, CompletionHandler):
 
 
 class Response(Checked, ResponseHandler):
+    """transformers' own says of all answers that they are complete."""
+
     kind = fields.Response
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
+        response: JSONResponse = await super()._non_streaming(*args, **kwargs)
+        answer = json.loads(response.body)
+        return JSONResponse(answer) if _cut(answer, _order(*args, *kwargs.values())) else response
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> Any:
+        response = super()._streaming(*args, **kwargs)
+        order = _order(*args, *kwargs.values())
+        response.body_iterator = _with_status(response.body_iterator, order)
+        return response
+
+
+def _order(*given: Any) -> Order:
+    return next(each for each in given if isinstance(each, Order))
+
+
+def _cut(answer: dict[str, Any], order: Order) -> bool:
+    """Whether `max_output_tokens` has cut an answer of /v1/responses, which then says so."""
+    most = order.max_new_tokens
+    if most is None or answer["usage"]["output_tokens"] < most:
+        return False
+    answer["status"] = answer["output"][-1]["status"] = "incomplete"
+    answer["incomplete_details"] = {"reason": "max_output_tokens"}
+    return True
+
+
+async def _with_status(parts: Any, order: Order) -> AsyncIterator[str]:
+    async with aclosing(parts):
+        async for part in parts:
+            if '"type":"response.completed"' in part:  # in a text, quotes are escaped
+                event = json.loads(part.removeprefix("data: "))
+                if _cut(event["response"], order):
+                    part = f"data: {json.dumps({**event, 'type': 'response.incomplete'})}\n\n"
+            yield part
 
 
 def build(
@@ -143,6 +180,10 @@ def build(
     if loadable is not None:
         add_loading(app, models, loadable)
     _add_page(app)
+    app.router.routes.sort(key=lambda route: "GET" not in route.methods)  # a 405 names the first's
+    for route in app.router.routes:
+        if "GET" in route.methods:
+            route.methods.add("HEAD")  # FastAPI leaves it out, and uvicorn sends no body then
     _add_errors(app)
     app.add_middleware(Gate, key=key, local=local)
     return app
@@ -168,7 +209,7 @@ def _add_page(app: FastAPI) -> None:
 def _add_errors(app: FastAPI) -> None:
     async def explain(request: Request, error: Any) -> JSONResponse:
         if isinstance(error, HTTPException):
-            return refusal(error.status_code, error.detail)
+            return refusal(error.status_code, error.detail, error.headers)
         if isinstance(error, RequestValidationError):
             return refusal(400, fields.explain(error.errors()))
         if isinstance(error, UnknownAdapterError):

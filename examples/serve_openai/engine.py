@@ -66,6 +66,14 @@ def sampling(
     }
 
 
+def _note_end(order: Order, output: Any) -> None:
+    """An answer that its own last token ends was not cut, also at the last token of all."""
+    ends = order.eos_token_id
+    if output.is_finished() and output.generated_tokens:
+        if output.generated_tokens[-1] in (ends if isinstance(ends, list) else [ends]):
+            order.max_new_tokens = None
+
+
 class Engine(CBGenerateManager):
     """The requests that are being answered.
 
@@ -116,6 +124,7 @@ class Engine(CBGenerateManager):
         def on_output(output: Any) -> None:
             if texts.stopped:  # this one was on its way
                 return
+            _note_end(gen_config, output)
             streamer.put(output)
             if texts.stopped:
                 self._stop(name, gen_config, output)
@@ -146,6 +155,7 @@ class Engine(CBGenerateManager):
         streamer = self._streamer(name, processor, texts, parser)
 
         def on_output(output: Any) -> None:
+            _note_end(gen_config, output)
             if gen_config.stops and not texts.stopped:
                 streamer.put(output)
                 if texts.stopped:

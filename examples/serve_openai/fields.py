@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import lora_mux
 
 Nothing = Field(default=None, ge=0, le=0)  # a penalty of 0 is none
+# What says what is the case anyhow is taken, and transformers does not see it.
+Unseen = Field(default=None, exclude=True)
+Empty = Field(default=None, exclude=True, max_length=0)
 LARGEST_WEIGHT = 10.0  # larger ones overflow, fp16 first, and then there is no answer
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 SURROGATE = re.compile("[\ud800-\udfff]")  # a str has one only if its other half is missing
@@ -88,6 +91,7 @@ class AskedByOldFields(Asked):
     n: Literal[1] | None = None
     presence_penalty: float | None = Nothing
     frequency_penalty: float | None = Nothing
+    logit_bias: dict[str, Any] | None = Empty
 
     @property
     def longest(self) -> int | None:
@@ -99,20 +103,39 @@ class AskedByOldFields(Asked):
 
 
 class Text(BaseModel):
-    """A part of a message."""
+    """A part of a message; of an answer that comes back, with what it says beside its text."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: list[Any] | None = Empty
+    logprobs: list[Any] | None = Empty
 
 
 class Message(BaseModel):
-    """A message of plain text."""
+    """A message of plain text; an answer may come back as it was sent."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Text]
+    id: str | None = Unseen
+    status: Literal["completed", "incomplete"] | None = Unseen
+    annotations: list[Any] | None = Empty
+
+
+class PlainText(BaseModel):
+    """The form of an answer that is text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+
+
+class TextForm(BaseModel):
+    """What responses have for it."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: PlainText | None = None
 
 
 class Chat(AskedByOldFields):
@@ -121,7 +144,10 @@ class Chat(AskedByOldFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: Literal[False] | None = None
+    tools: list[Any] | None = Empty
     tool_choice: Literal["none", "auto"] | None = None
+    response_format: PlainText | None = Unseen
+    modalities: list[Literal["text"]] | None = Unseen
 
     @property
     def longest(self) -> int | None:
@@ -134,6 +160,7 @@ class Completion(AskedByOldFields):
     prompt: str
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
+    suffix: Literal[""] | None = Unseen
 
 
 class Response(Asked):
@@ -142,6 +169,9 @@ class Response(Asked):
     input: str | Annotated[list[Message], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
+    text: TextForm | None = Unseen
+    tools: list[Any] | None = Empty
+    include: list[Any] | None = Empty
     tool_choice: Literal["none", "auto"] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
@@ -175,7 +205,8 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> str:
     if not path or problem["type"] == "json_invalid":
         return "the body must be an object in JSON, with `Content-Type: application/json`"
     field = ".".join(path)
-    if problem["type"] == "extra_forbidden":
+    is_more_than_nothing = problem.get("ctx", {}).get("max_length") == 0
+    if problem["type"] == "extra_forbidden" or is_more_than_nothing:
         return f"`{field}` is not served here, and is not ignored either: leave it out"
     return f"`{field}`: {problem['msg']}, got {repr(problem['input'])[:80]}"
 

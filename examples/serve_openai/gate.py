@@ -1,8 +1,9 @@
 """In front of the application: for whom a request is, the key, its size, and who hangs up."""
 
 import asyncio
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,6 +12,9 @@ from starlette.responses import JSONResponse
 LOCAL = {"127.0.0.1", "localhost"}
 PUBLIC = "/", "/health"  # all else needs the key, under whatever prefix the application is
 LARGEST = 4 << 20  # bytes of a request; texts are tokenized on the event loop, where all wait
+SLOWEST = 20  # seconds for a whole request: less than the end of the server waits for its answers
+# A name or an address, and a port; what is no such is compared as a whole, and is nobody's.
+HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?", re.ASCII)
 
 _AT_END: ContextVar[list[Callable[[], None]]] = ContextVar("at_end")
 
@@ -23,10 +27,11 @@ def at_end(free: Callable[[], None]) -> None:
     _AT_END.get().append(free)
 
 
-def refusal(status: int, message: str) -> JSONResponse:
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error in OpenAI's form, which its client shows."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    content = {"error": {"message": message, "type": kind, "code": status}}
+    return JSONResponse(content, status, headers)
 
 
 class Gate:
@@ -55,7 +60,12 @@ class Gate:
             message = "the server's key must come as `Authorization: Bearer KEY`"
             await refusal(401, message)(scope, receive, send)
             return
-        body = await _body(receive)
+        try:
+            body = await asyncio.wait_for(_body(receive), SLOWEST)
+        except asyncio.TimeoutError:
+            message = f"a request must be sent within {SLOWEST} seconds: send it again"
+            await refusal(408, message)(scope, receive, send)
+            return
         if body is None:
             message = f"a request must have at most {LARGEST} bytes: send a shorter text"
             await refusal(413, message)(scope, receive, send)
@@ -101,7 +111,8 @@ class Gate:
 def _hosts(scope: Any) -> set[str]:
     """To whom a request was sent, without ports; {""} = it does not say."""
     given = [value for name, value in scope["headers"] if name == b"host"] or [b""]
-    return {value.decode("latin-1").partition(":")[0].lower() for value in given}
+    texts = [value.decode("latin-1").lower() for value in given]
+    return {found[1] if (found := HOST.fullmatch(text)) else text for text in texts}
 
 
 async def _body(receive: Any) -> bytes | None:

@@ -118,6 +118,8 @@ def write_peft_folder(
 def _checked_place(folder: object) -> Path:
     if not isinstance(folder, str | PathLike) or isinstance(os.fspath(folder), bytes):
         raise ArgumentTypeError(f"`folder` must be a path, got {type(folder).__name__}")
+    if os.fspath(folder) == "":
+        raise CheckpointError("`folder` must be a path, got ''; write '.' for the current folder")
     place = Path(folder)
     try:
         place.lstat()

@@ -21,7 +21,7 @@ from ..errors import AdapterError, ArgumentTypeError, UnknownAdapterError
 from .routing import BASE, NONE, Routing
 from .selections import Companion, Companions
 from .streams import has_streams, to_device
-from .weights import Dropout
+from .weights import dropout_of_rows
 
 # handle = generation << 16 | slot fits an int32 index: 65,536 slots with 32,768 tenants each.
 SLOT_BITS = 16
@@ -64,12 +64,12 @@ class Slots:
         self.suspensions = 0
         self.name_changes = 0  # how often a name was removed, or given to another adapter
         self.trained: tuple[int, ...] = ()  # those whose parameters autograd may follow, in order
-        self.dropout = Dropout()
+        self.dropout: dict[int, float] = {}  # see dropout_of_rows
         self.captured = False  # a CUDA graph reads the pools, which then cannot grow any more
 
     def __getstate__(self) -> dict[str, Any]:
         # No graph reads the pools of a copy, and it trains nothing.
-        return {**vars(self), "captured": False, "trained": (), "dropout": Dropout()}
+        return {**vars(self), "captured": False, "trained": (), "dropout": {}}
 
     @property
     def next_generations(self) -> list[int]:
@@ -211,6 +211,10 @@ class Slots:
     def trains(self) -> bool:
         """Whether passes that begin now may train an adapter, or drop something of its x."""
         return bool(self.trained) and (torch.is_grad_enabled() or bool(self.dropout))
+
+    def dropout_of_rows(self, slots: Tensor) -> Tensor:
+        """How large a share of each row of x is dropped, [M, 1], for slots [M, J]."""
+        return dropout_of_rows(self.dropout, slots)
 
     def trained_among(self, used: Collection[int] | None) -> tuple[int, ...]:
         """The slots of trained adapters that a batch may select; None = only the device knows."""

@@ -1,5 +1,6 @@
 """One adapter's part of one layer, what must be true of it, and what is trained of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -119,44 +120,46 @@ class Masters(NamedTuple):
                 parameter.grad = parameter.grad.to(device)
 
 
-class Dropout(dict[int, float]):
-    """How large a share of x is dropped before the A of trained adapters: slot -> 0 < p < 1."""
+def dropout_of_rows(dropout: Mapping[int, float], slots: Tensor) -> Tensor:
+    """How large a share of each row of x is dropped, [M, 1], before the A of trained adapters.
 
-    def of_rows(self, slots: Tensor) -> Tensor:
-        """The share [M, 1] of each row, for slots [M, J].
+    Adapters of one row have one x. Where theirs are unequal it is NaN, if the host may not read the
+    slots.
 
-        Adapters of one row have one x. Where theirs are unequal it is NaN, if the host may not
-        read the slots.
+    Args:
+        dropout: of slots, from above 0 to below 1. No class of ours: torch.compile knows of no
+            other mapping than dict whether it is empty, before torch 2.7.
+        slots: [M, J].
 
-        Raises:
-            RoutingError: the host may, and there is such a row.
-            TrainingError: a CUDA graph is being captured, which nothing can be copied into.
-        """
-        if is_capturing(slots.device):
-            raise TrainingError(
-                "a CUDA graph must be captured of a pass that drops nothing, got one of a model in "
-                "train() beside adapters with dropout; call eval() on the model, or on what "
-                "train(name) returned, before capturing"
-            )
-        highest = max([0, *self])  # no default=, which torch.compile does not know
-        table = torch.zeros(highest + 1, dtype=torch.float32)
-        for slot, rate in self.items():
-            table[slot] = rate
-        (rates,) = to_device([table], slots.device)
-        known = (slots >= 0) & (slots < len(table))
-        each = torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0)
-        most = each.amax(1, True)
-        if slots.shape[1] == 1:
-            return most
-        unequal = ((each != most) & (slots >= 0)).any(1, True)
-        if host_may_read(slots) and bool(unequal.any()):
-            row = int(unequal.flatten().nonzero()[0])
-            raise RoutingError(
-                "`rows` must name adapters of one dropout in each row while they are trained, got "
-                f"{sorted(each[row][slots[row] >= 0].tolist())}; give them the same, or call "
-                "eval() on what train() returned"
-            )
-        return torch.where(unequal, torch.nan, most)
+    Raises:
+        RoutingError: the host may, and there is such a row.
+        TrainingError: a CUDA graph is being captured, which nothing can be copied into.
+    """
+    if is_capturing(slots.device):
+        raise TrainingError(
+            "a CUDA graph must be captured of a pass that drops nothing, got one of a model in "
+            "train() beside adapters with dropout; call eval() on the model, or on what "
+            "train(name) returned, before capturing"
+        )
+    highest = max([0, *dropout])  # no default=, which torch.compile does not know
+    table = torch.zeros(highest + 1, dtype=torch.float32)
+    for slot, rate in dropout.items():
+        table[slot] = rate
+    (rates,) = to_device([table], slots.device)
+    known = (slots >= 0) & (slots < len(table))
+    each = torch.where(known, rates[torch.where(known, slots, 0).long()], 0.0)
+    most = each.amax(1, True)
+    if slots.shape[1] == 1:
+        return most
+    unequal = ((each != most) & (slots >= 0)).any(1, True)
+    if host_may_read(slots) and bool(unequal.any()):
+        row = int(unequal.flatten().nonzero()[0])
+        raise RoutingError(
+            "`rows` must name adapters of one dropout in each row while they are trained, got "
+            f"{sorted(each[row][slots[row] >= 0].tolist())}; give them the same, or call "
+            "eval() on what train() returned"
+        )
+    return torch.where(unequal, torch.nan, most)
 
 
 def on_diagonal(factor: Tensor, blocks: int) -> Tensor:

@@ -183,7 +183,7 @@ class MuxLinear(nn.Module):
             return plan.linear(x, self.weight, self.bias, pool)
         if isinstance(plan, ops.WHOLE):
             if self.training and self.mux_slots.dropout:
-                here = ops.dropped(here, self.mux_slots.dropout.of_rows(plan.slots))
+                here = ops.dropped(here, self.mux_slots.dropout_of_rows(plan.slots))
             elif not kwargs and (weight := frozen_weight(self, x, plan)) is not None:
                 return plan.linear(x, weight, self.bias, pool)
         y = self.mux_base(x, **kwargs)

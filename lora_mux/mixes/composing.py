@@ -57,9 +57,11 @@ def compose(
         RoutingError: the row is malformed.
         UnknownAdapterError: a name in the row is not in `folders`.
         AdapterError: nothing is left of the row, or adapters disagree about a layer's shape.
-        CheckpointError: a folder cannot be read, is one that is composed, or cannot be written; or
-            it holds more than LoRA on linear layers, which has no such sum: DoRA, saved modules,
-            embeddings, convolutions.
+        CheckpointError: a folder cannot be read, is one that the row names, or cannot be written;
+            or it holds more than LoRA on linear layers, which has no such sum: DoRA, saved modules,
+            embeddings, convolutions. Or it holds copies of the base's weights, as PEFT saves them
+            beside LoRA on a head: without the model nobody can tell whether they are equal to its.
+            Saved with save_embedding_layers=False it can be composed.
     """
     chosen = parse_row(row) if isinstance(row, str) else selected_adapters(row, "row")
     weights = {name: weight for name, weight in chosen.items() if weight}
@@ -77,14 +79,14 @@ def compose(
             f"`row` must select an adapter with a weight other than 0, got {short(row)}, which is "
             "the base model; ask the engine for that one by its own name"
         )
-    paths = {"folder": folder, **{f"folders[{short(name)}]": folders[name] for name in weights}}
+    paths = {"folder": folder, **{f"folders[{short(name)}]": folders[name] for name in chosen}}
     for argument, path in paths.items():
         if not isinstance(path, str | PathLike):
             raise ArgumentTypeError(f"`{argument}` must be a path, got {type(path).__name__}")
-    for name in weights:
+    for name in chosen:
         if _is_same(folders[name], folder):
             raise CheckpointError(
-                f"`folder` must be none of those that are composed, got that of {short(name)}; "
+                f"`folder` must be none of those that the row names, got that of {short(name)}; "
                 "write to another"
             )
     parts = {name: _factors(name, folders[name]) for name in weights}
@@ -100,7 +102,16 @@ def _is_same(one: str | PathLike[str], other: str | PathLike[str]) -> bool:
 
 def _factors(name: str, folder: str | PathLike[str]) -> dict[str, LoraWeights]:
     """Path -> the factors of an adapter, which may be summed."""
-    stored = read_peft_folder(folder)
+    try:
+        stored = read_peft_folder(folder)
+    except CheckpointError as error:
+        if ".base_layer." not in str(error):  # which names the key
+            raise
+        raise CheckpointError(
+            f"adapter {short(name)} must hold no copy of the base's weights to be composed, since "
+            "without the model nobody can tell whether it is equal to them; save the adapter with "
+            f"save_embedding_layers=False, or serve it with lora_mux ({error})"
+        ) from None
     for remark in stored.outline.remarks:
         warn(f"adapter {short(name)}: {stored.source} {remark}")
     for path, keys in stored.outline.keys.items():

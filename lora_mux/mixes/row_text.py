@@ -2,8 +2,9 @@
 
     ROW = "__base__" | TERM ("+" TERM)*        TERM = [WEIGHT "*"] NAME
 
-A WEIGHT is a decimal number such as 0.4, -0.5 or 1e-3. A NAME begins with a letter, a digit or "_",
-and goes on with those, "." and "-". There are no spaces.
+A WEIGHT is a decimal number such as 0.4, -0.5, 1e-3 or 1e5. A NAME begins with a letter, a digit or
+"_", and goes on with those, "." and "-". There are no spaces. A "+" always joins terms, and is in
+no number: 1e+2*sql is refused, which may mean 100*sql, or an adapter 1e and 2*sql.
 """
 
 import re
@@ -11,8 +12,10 @@ import re
 from ..core import BASE, Selection, check_number, selected_adapters
 from ..errors import ArgumentTypeError, RoutingError, short
 
-WEIGHT = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*", re.ASCII)
+WEIGHT = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?\*", re.ASCII)
 NAME = re.compile(r"\w[\w.-]*")
+NUMBER_OR_NAME = re.compile(r"(\d+\.?\d*[eE])\+(\d+\*)", re.ASCII)  # 1e+2*: 100, or 1e and 2
+BEGUN_NUMBER = re.compile(r"\d+\.?\d*[eE]", re.ASCII)  # a name that a + could make such
 MAX_CHARACTERS = 4096  # of a row, which may come from a stranger
 
 
@@ -23,8 +26,8 @@ def parse_row(text: str) -> dict[str, float]:
 
     Raises:
         ArgumentTypeError: it is no str.
-        RoutingError: names the position, counted from 0, where the text is no row. Or it names an
-            adapter twice, or a weight is not finite in fp32.
+        RoutingError: names the position, counted from 0, where the text is no row, or could be two.
+            Or it names an adapter twice, or a weight is not finite in fp32.
 
     Examples:
         >>> parse_row("sql+0.4*french")
@@ -50,6 +53,8 @@ def parse_row(text: str) -> dict[str, float]:
         if factor := WEIGHT.match(text, at):
             at = factor.end()
             weight = check_number(float(factor[0][:-1]), f"text[{start}:{at - 1}]")
+        elif either := NUMBER_OR_NAME.match(text, at):
+            raise _two_readings(text, at, *either.groups())
         name = NAME.match(text, at)
         if name is None:
             raise _error(text, at, "the name of an adapter")
@@ -71,6 +76,15 @@ def _error(text: str, at: int, expected: str) -> RoutingError:
         f"`text` must have {expected} at position {at}, got {rest} in {short(text)}; a row is "
         f"{BASE}, or NAME or WEIGHT*NAME joined by +, such as sql+0.4*french+-0.5*legal, without "
         "spaces; a NAME has letters, digits, _, . and -"
+    )
+
+
+def _two_readings(text: str, at: int, begun: str, rest: str) -> RoutingError:
+    """That a number could also be a name and the weight after it, and how to say which it is."""
+    return RoutingError(
+        f"`text` must have one meaning at position {at}, got {short(text[at : at + 20])} in "
+        f"{short(text)}; write {short(begun + rest)} where a weight is meant, or "
+        f"{short(f'1*{begun}+{rest}')} where {short(begun)} is an adapter"
     )
 
 
@@ -105,4 +119,6 @@ def format_row(row: Selection) -> str:
 
 
 def _term(name: str, weight: float) -> str:
-    return name if weight == 1 else f"{repr(weight).removesuffix('.0')}*{name}"
+    if weight == 1 and not BEGUN_NUMBER.fullmatch(name):
+        return name
+    return f"{repr(weight).removesuffix('.0').replace('e+', 'e')}*{name}"

@@ -182,8 +182,8 @@ def test_names_of_models_that_are_none(
     stage: SimpleNamespace, model: str, status: int, said: str
 ) -> None:
     messages = [{"role": "user", "content": "x"}]
-    with pytest.raises(openai.APIStatusError) as caught:
-        client(stage).chat.completions.create(model=model, messages=messages)
+    with client(stage) as asker, pytest.raises(openai.APIStatusError) as caught:
+        asker.chat.completions.create(model=model, messages=messages)
     assert caught.value.status_code == status and said in caught.value.body["message"]
 
 
@@ -206,7 +206,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ("completions", {"prompt": "x", "stop": [1]}, "`stop"),
         ("responses", {"input": "x", "stop": "x"}, "`stop` is not served"),
         ("chat/completions", {**CHAT, "tools": [{}]}, "`tools` is not served"),
-        ("chat/completions", {**CHAT, "response_format": {"type": "x"}}, "`response_format`"),
+        ("chat/completions", {**CHAT, "response_format": {"type": "x"}}, "`response_format.type`"),
+        ("chat/completions", {**CHAT, "modalities": ["text", "audio"]}, "`modalities.1`"),
         ("chat/completions", {**CHAT, "logit_bias": {"1": 2}}, "`logit_bias`"),
         ("chat/completions", {**CHAT, "frequency_penalty": 0.5}, "`frequency_penalty`"),
         ("chat/completions", {**CHAT, "generation_config": "{}"}, "`generation_config`"),
@@ -222,7 +223,10 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ("completions", {"prompt": "y" * CACHE}, f"got {CACHE} and 1"),
         ("completions", {"prompt": ""}, "must have a token"),
         ("completions", {"prompt": "x", "echo": True}, "`echo`"),
-        ("completions", {"prompt": "x", "suffix": "y"}, "`suffix` is not served"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "`suffix`"),
+        ("responses", {"input": "x", "tools": [{}]}, "`tools` is not served"),
+        ("responses", {"input": "x", "include": ["y"]}, "`include` is not served"),
+        ("responses", {"input": "x", "text": {"format": {"type": "y"}}}, "`text.format.type`"),
         ("responses", {"input": "x", "previous_response_id": "1"}, "`previous_response_id`"),
         ("responses", {"input": "x", "reasoning": {}}, "`reasoning`"),
         ("responses", {"input": []}, "`input"),
@@ -257,6 +261,71 @@ def test_fields_that_say_nothing_are_taken(stage: SimpleNamespace) -> None:
     parts = [{"type": "text", "text": "hello"}]
     message = {"role": "user", "content": parts, "refusal": None, "tool_calls": None}
     assert answer(chat(stage, "sql", messages=[message])) == got
+    more = {"logit_bias": {}, "response_format": {"type": "text"}, "modalities": ["text"]}
+    assert answer(chat(stage, "sql", tools=[], **more)) == got
+    how = {"model": "base:sql", "temperature": 0}
+    old = post(stage, "completions", prompt="hello", max_tokens=16, suffix="", logit_bias={}, **how)
+    assert old.json()["choices"][0]["text"] == stage.tiny.answer("sql", "hello", 16, False)
+    form = {"text": {"format": {"type": "text"}}, "tools": [], "include": []}
+    new = post(stage, "responses", input="hello", max_output_tokens=16, **form, **how)
+    assert new.json()["output"][0]["content"][0]["text"] == got
+
+
+def test_an_answer_comes_back_as_it_was_sent(stage: SimpleNamespace) -> None:
+    """As clients keep a conversation: with all that the answer said beside its text."""
+    how = {"model": "base:sql", "temperature": 0}
+    with client(stage) as asker:
+        old = asker.chat.completions.create(messages=message("hello"), max_tokens=8, **how)
+        new = asker.responses.create(input="hello", max_output_tokens=8, **how)
+    said = old.choices[0].message
+    assert new.output_text == said.content
+
+    def read(path: str, **given: Any) -> int:
+        usage = post(stage, path, **given, **how).json()["usage"]
+        return int(usage["input_tokens" if path == "responses" else "prompt_tokens"])
+
+    def between(answers: list[Any]) -> list[Any]:
+        return [*message("hello"), *answers, *message("more")]
+
+    plain = between([{"role": "assistant", "content": said.content}])
+    expected = read("chat/completions", messages=plain)
+    assert expected > read("chat/completions", messages=message("more")) + len(said.content or "")
+    for dump in (said.model_dump(), said.to_dict()):
+        whole = between([{"annotations": [], **dump}])  # as OpenAI's own answers have
+        assert read("chat/completions", messages=whole) == expected
+    for output in (new.model_dump()["output"], new.to_dict()["output"]):
+        output[0]["content"][0]["logprobs"] = []
+        assert read("responses", input=between(output)) == expected
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_response_says_whether_it_was_cut(
+    stage: SimpleNamespace, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the model itself ends is whole, also at the last token of all."""
+
+    def ask(most: int) -> Any:
+        how = {"model": "base:french", "temperature": 0, "stream": stream}
+        with client(stage) as asker:
+            made = asker.responses.create(input="hello", max_output_tokens=most, **how)
+            if not stream:
+                return made
+            last = [*made][-1]
+        assert last.type == f"response.{last.response.status}"
+        return last.response
+
+    parts = ["", *(stage.tiny.answer("french", "hello", n) for n in range(1, 17))]
+    tokens = [long.removeprefix(short) for short, long in itertools.pairwise(parts)]
+    most = max(n for n, token in enumerate(tokens, 1) if token and tokens.index(token) == n - 1)
+    cut = ask(most)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    assert cut.output[0].status == "incomplete" and cut.usage.output_tokens == most
+    usual = stage.models.model.generation_config
+    last = stage.tiny.tokenizer.get_vocab()[tokens[most - 1]]
+    monkeypatch.setattr(usual, "eos_token_id", [usual.eos_token_id, last])
+    whole = ask(most)
+    assert whole.usage.output_tokens == most
+    assert whole.status == "completed" and whole.incomplete_details is None
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
@@ -490,6 +559,32 @@ def test_too_many_requests_at_once(stage: SimpleNamespace) -> None:
     assert response.status_code == 503 and "try later" in response.text
 
 
+def test_the_head_alone_and_methods_that_are_not_served(stage: SimpleNamespace) -> None:
+    for path in ("", "health", "v1/models"):
+        whole, head = httpx.get(f"{stage.url}/{path}"), httpx.head(f"{stage.url}/{path}")
+        assert head.status_code == 200 and not head.content
+        for header in ("content-type", "content-length"):
+            assert head.headers[header] == whole.headers[header]
+        refused = httpx.delete(f"{stage.url}/{path}")
+        assert refused.status_code == 405 and {*refused.headers["allow"].split(", ")} >= {"GET"}
+    refused = httpx.get(f"{stage.url}/v1/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+
+
+def test_a_body_that_does_not_come(stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is told, and the request holds up nothing, such as the end of the server."""
+    gate, patience = example("gate"), example("__main__").PATIENCE
+    assert gate.SLOWEST < patience
+    monkeypatch.setattr(gate, "SLOWEST", 0.2)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", httpx.URL(stage.url).port), 5) as asker:
+        asker.sendall(head.encode())
+        said = b"".join(iter(lambda: asker.recv(1 << 16), b""))  # to the end of the connection
+    assert said.startswith(b"HTTP/1.1 408 ")
+    error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == 408 and "within 0.2 seconds" in error["message"]
+
+
 def test_what_transformers_would_serve_besides_is_not_there(stage: SimpleNamespace) -> None:
     """/reset takes the model away from everybody, /load_model fetches one from anywhere."""
     for path in ("reset", "load_model", "v1/systemone", "v1/audio/transcriptions"):
@@ -500,18 +595,33 @@ def test_what_transformers_would_serve_besides_is_not_there(stage: SimpleNamespa
         assert post(stage, path, lora_name="sql", lora_path="sql").status_code == 404
 
 
+ODD_HOSTS = [
+    "[::1]",
+    "[::1]:80",
+    "localhost:80@evil",
+    "localhost:80:80",
+    "[localhost",
+    "me@localhost",
+]
+
+
 def test_a_name_that_was_taken_for_this_machine(stage: SimpleNamespace) -> None:
     """As by a web page whose server says that its name is 127.0.0.1."""
     url, port = f"{stage.url}/v1/models", httpx.URL(stage.url).port
-    for host in ("example.org", f"example.org:{port}", "127.0.0.1.example.org", "", "[::1]"):
+    for host in ("example.org", f"example.org:{port}", "127.0.0.1.example.org", "", *ODD_HOSTS):
         response = httpx.get(url, headers={"host": host})
         assert response.status_code == 400
         said = response.json()["error"]["message"]
         assert "`Host` must be 127.0.0.1 or localhost, got" in said and "--host" in said
     for host in ("127.0.0.1", f"localhost:{port}", "LOCALHOST"):
         assert httpx.get(url, headers={"host": host}).status_code == 200
-    with pytest.raises(openai.BadRequestError, match="got 'example.org'"):
-        client(stage).models.list(extra_headers={"host": "example.org"})
+    response = httpx.get(url, headers={"host": "[::1]:80"})
+    assert "got '[::1]'" in response.json()["error"]["message"]
+    with (
+        client(stage) as asker,
+        pytest.raises(openai.BadRequestError, match="got 'example.org'"),
+    ):
+        asker.models.list(extra_headers={"host": "example.org"})
 
 
 def test_an_older_transformers(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,8 +645,8 @@ def test_a_worker_that_died(tiny: Tiny) -> None:
         broken = SimpleNamespace(url=url)
         models.model.register_forward_hook(fail)
         streamed = chat(broken, "sql", stream=True)
-        with pytest.raises(openai.APIError, match="quoted"):
-            client(broken).chat.completions.create(**CHAT, model="base", stream=True).close()
+        with client(broken) as asker, pytest.raises(openai.APIError, match="quoted"):
+            asker.chat.completions.create(**CHAT, model="base", stream=True).close()
         assert httpx.get(f"{url}/health").status_code == 503
         response = chat(broken, "sql")
     assert "a 'quoted' failure" in streamed.text

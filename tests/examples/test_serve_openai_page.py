@@ -196,6 +196,33 @@ def test_twenty_adapters_with_all_sliders_at_an_end(page: Any, stage: SimpleName
             stage.models.mux.remove(name)
 
 
+def test_names_that_mean_something_in_javascript(page: Any, stage: SimpleNamespace) -> None:
+    """Members of each object, and a number, which would come first."""
+    odd = ["toString", "constructor", "__proto__", "7"]
+    usual = [*stage.models.mux.adapters]
+    stage.models.mux.load_many(dict.fromkeys(odd, stage.tiny.adapters / "sql"))
+    try:
+        page.browser.refresh()
+        page.wait(lambda: len(page.names("b")) == 7)
+        assert page.names("a") == page.names("b") == [*usual, *odd]
+        assert page.text("#a code") == "base" and page.text("#b code") == f"base:{usual[0]}"
+        page.slide("b", usual[0], 0)
+        for name in odd:
+            page.slide("b", name, 0.5)
+        rest = "+".join(f"0.5*{name}" for name in odd)
+        assert page.text("#b code") == f"base:{rest}"
+        page.browser.execute_script("return list()")  # it waits; what was chosen stays
+        assert page.text("#b code") == f"base:{rest}"
+        page.fill("#tokens", "8")
+        page.click("#ask")
+        page.wait(lambda: "tokens in" in page.text("#b .note"))
+        assert page.text("#b .answer") == stage.tiny.answer("2*sql", "What do you know?", 8)
+        assert not page.complaints()
+    finally:
+        for name in odd:
+            stage.models.mux.remove(name)
+
+
 def test_any_characters_and_a_long_answer(page: Any, stage: SimpleNamespace) -> None:
     text = "\u00fc \u4f60\u597d \U0001f600 </textarea>\n\n<script>throw 1</script>\t\\ \"'"
     page.browser.execute_script("arguments[0].value = arguments[1]", page.find("#prompt"), text)
@@ -242,7 +269,6 @@ def test_a_server_that_is_gone(browser: Any, stage: SimpleNamespace, tmp_path: P
         page = Page(browser)
         page.wait(lambda: page.names("a"))
         page.fill("#tokens", "900")
-        page.fill("#temperature", "2")
         page.click("#ask")
         page.wait(lambda: page.text("#a .answer") and page.text("#b .answer"))
         server.process.kill()

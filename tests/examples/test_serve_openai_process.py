@@ -219,6 +219,14 @@ def test_many_requests_while_adapters_come_and_go(stage: SimpleNamespace) -> Non
     ("arguments", "said"),
     [
         (["sql"], "an adapter must be NAME=FOLDER, got 'sql'"),
+        (["adapters/my sql"], "an adapter must be NAME=FOLDER, got 'adapters/my sql'"),
+        (["my sql=x"], "an adapter must be NAME=FOLDER, got 'my sql=x': `row` must have names"),
+        (["sql="], "an adapter must be NAME=FOLDER, got 'sql='"),
+        (["=x"], "an adapter must be NAME=FOLDER, got '=x'"),
+        (["sql=x", "french=y", "sql=z"], "NAME must be given once, got 'sql' twice"),
+        (["--cache-tokens", "0"], "--cache-tokens: must be a whole number from 1"),
+        (["--most-requests", "-1"], "--most-requests: must be a whole number from 1"),
+        (["--port", "65536"], "--port: must be a whole number from 0 to 65535"),
         (["--loadable", "."], "a key in the environment as LORA_MUX_API_KEY"),
     ],
 )

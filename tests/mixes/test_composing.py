@@ -24,6 +24,7 @@ from lora_mux.errors import (
 )
 from peft_oracle import MODELS, configs, peft, save_adapters, set_weights
 
+WEIGHTS = "adapter_model.safetensors"
 X = torch.arange(12).reshape(2, 6) * 17 % 200 + 2
 ROWS = [
     {"plain": 1.0},
@@ -189,9 +190,38 @@ def test_adapters_of_another_base(tmp_path: Path) -> None:
 def test_a_source_is_not_overwritten(stage: Any) -> None:
     folder = stage.folders["plain"]
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match="none of those that are composed, got that of 'pl"):
-        lora_mux.compose(stage.folders, "plain+rank1", folder / ".." / "plain")
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    for row in ("plain+rank1", "rank1+0*plain"):
+        with pytest.raises(CheckpointError, match="none of those that the row names, got that of "):
+            lora_mux.compose(stage.folders, row, folder / ".." / "plain")
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_without_a_name(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="`folder` must be a path, got ''; write '.' for"):
+        lora_mux.compose(stage.folders, "plain", "")
+    assert not list(tmp_path.iterdir())
+    assert lora_mux.compose(stage.folders, "plain", ".") == Path(".")
+
+
+def test_a_head_with_a_copy_of_the_base(tmp_path: Path) -> None:
+    """PEFT saves one along, and without it the adapter can be composed."""
+    base = MODELS["llama"]()
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"])
+    theirs = save_adapters(base, {"a": config}, tmp_path)
+    assert "base_layer" in str([*safetensors.torch.load_file(tmp_path / "a" / WEIGHTS)])
+    with pytest.raises(CheckpointError, match="no copy of .* save_embedding_layers=False.*lm_head"):
+        lora_mux.compose({"a": tmp_path / "a"}, "0.5*a", tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+    theirs.save_pretrained(tmp_path, selected_adapters=["a"], save_embedding_layers=False)
+    mix = lora_mux.compose({"a": tmp_path / "a"}, "0.5*a", tmp_path / "mix")
+    set_weights(theirs, {"a": 0.5})
+    found = opened_by_peft(base.double(), mix)
+    torch.testing.assert_close(
+        answer(found, "llama"), answer(theirs.double(), "llama"), rtol=2e-6, atol=2e-6
+    )
 
 
 MORE = {

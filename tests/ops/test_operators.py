@@ -350,7 +350,7 @@ def test_settings_are_kept_by_copies() -> None:
 
 
 @pytest.mark.usefixtures("mended", "quiet")
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.interpreter)])
 @pytest.mark.parametrize("block", [8, 5])  # of the latter the kernels make a copy
 class TestColumns:
     """A pool of an engine's, B [slots, N, R], gives what the same one row by row gives."""

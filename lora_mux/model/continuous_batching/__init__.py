@@ -6,6 +6,7 @@ requests that are due, one request after the other.
 
 request_rows  what a request asks for: its row, and the promise that its adapters stay
 in_flight     the requests of a manager that are not over yet
+lengths       how many tokens a request can have
 overflows     a request whose adapters overflow fails alone
 manager       put before transformers' manager: notes requests, and routes each batch by token
 """

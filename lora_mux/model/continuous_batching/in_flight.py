@@ -20,6 +20,7 @@ class Request:
     names: tuple[str, ...]
     is_put: bool = False  # it is in the manager's queue, or was
     is_seen: bool = False  # it has left that queue, and transformers' scheduler has or had it
+    cancelled: set[str] = field(default_factory=set)  # those of its names that are
 
 
 class InFlight:
@@ -58,9 +59,12 @@ class InFlight:
             for name in request.names:
                 other = self._requests.get(name)
                 if other and not (other.is_seen and not any(map(is_alive, other.names))):
+                    gone = name in other.cancelled
+                    why = "was cancelled and is not cleared away" if gone else "is still in flight"
+                    instead = "try again later" if gone else "wait for the answer"
                     raise RoutingError(
-                        f"`request_id` must be new, got {name!r}, which is still in flight; leave "
-                        "it out, or wait for the answer"
+                        f"`request_id` must be new, got {name!r}, which {why}; leave it out, or "
+                        f"{instead}"
                     )
             self._requests.update(dict.fromkeys(request.names, request))
 
@@ -70,6 +74,21 @@ class InFlight:
             for name in request.names:
                 if self._requests.get(name) is request:
                     del self._requests[name]
+
+    def cancel(self, name: str) -> None:
+        """Note that a request in flight is cancelled, by its own name with all its sequences.
+
+        Not by its name alone: the next one of that name may be added before anybody looks.
+        """
+        with self._lock:
+            request = self._requests.get(name)
+            if request is not None:
+                request.cancelled.update(request.names if name == request.names[0] else (name,))
+
+    def cancelled(self) -> list[str]:
+        """The names that are cancelled, and not forgotten yet."""
+        with self._lock:
+            return [name for name, r in self._requests.items() if name in r.cancelled]
 
     def forget(self, queued: Callable[[], Set[str]], is_alive: Callable[[str], bool]) -> None:
         """Forget the requests of which nothing is left.
@@ -149,7 +168,8 @@ class Residents:
             try:
                 self._hold(asked.handles)
                 if self._slots.dropout:
-                    self._slots.dropout.of_rows(self._slots.resolve(asked.index[None], True))
+                    slots = self._slots.resolve(asked.index[None], True)
+                    self._slots.dropout_of_rows(slots)
             except PoolCapacityError:
                 if new and first is None:
                     self._first = first = Waiting(name, asked, asked.promise)

@@ -4,16 +4,17 @@ It notes what each request was added with, and lets transformers' scheduler have
 whose adapters fit into the memory. Each batch is routed by token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import cache, partial
 from typing import Any
 
-from ...errors import LoraMuxError, RoutingError
+from ...errors import InputError, LoraMuxError, RoutingError
 from ...routes import Route, Rows
 from ..given_rows import KEYWORD, GivenRows
 from .in_flight import InFlight, Request, Residents
+from .lengths import check_length, most_tokens, too_long
 from .overflows import Overflows
 from .request_rows import (
     NOBODY,
@@ -35,6 +36,7 @@ class MuxManager:
     batch_processor: Any
     input_queue: Any
     is_tp_driver: bool
+    distributed_helper: Any
     mux: GivenRows
     mux_requests: InFlight
     mux_residents: Residents
@@ -46,6 +48,7 @@ class MuxManager:
         add = super().add_requests  # type: ignore[misc]
         if due_rows() is not None:  # called by generate_batch()
             return add(inputs, *args, **kwargs)
+        inputs = [self._fitting(input_ids) for input_ids in inputs]
         with requests_due(self._checked(rows_of_requests(self.mux, len(inputs), given))):
             return add(inputs, *args, **kwargs)
 
@@ -59,8 +62,11 @@ class MuxManager:
         Raises:
             RoutingError: a request of this name is in flight.
             PoolCapacityError: its adapters can never be resident together.
+            InputError: it has no tokens, or the cache can never hold them.
         """
         due, own = due_rows(), kwargs.pop(KEYWORD, NOT_GIVEN)
+        if due is None:  # else they were looked at together, or fail alone in generate_batch()
+            input_ids = self._fitting(input_ids)
         row = next(due) if due is not None else self._checked([row_of_request(self.mux, own)])[0]
         if request_id is None:  # it must be known before the manager's thread sees the request
             with self._request_lock:  # type: ignore[attr-defined]
@@ -77,6 +83,21 @@ class MuxManager:
             if added is None:  # refused, or interrupted
                 self.mux_requests.drop(request)
         return added
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel a request, if it is in flight, with all its sequences.
+
+        transformers would end whoever has this name when its thread looks.
+        """
+        if self.distributed_helper.tp_size > 1:  # all processes must learn of it at once
+            super().cancel_request(request_id)  # type: ignore[misc]
+        else:
+            self.mux_requests.cancel(request_id)
+
+    def _fitting(self, input_ids: Any) -> list[Any]:
+        tokens, processor = [*input_ids], self.batch_processor
+        check_length(tokens, None if processor is None else most_tokens(processor))
+        return tokens
 
     def _checked(self, rows: list[RequestRow]) -> list[RequestRow]:
         if any(row.handles for row in rows):
@@ -103,6 +124,9 @@ class MuxManager:
         scheduler.clear_cancelled_requests = partial(
             self._clear_cancelled_requests, scheduler, clear
         )
+        offloading = processor.offloading_manager
+        offload = type(offloading).offload_requests.__get__(offloading)
+        offloading.offload_requests = partial(self._offload_requests, processor, offload)
         self.mux_overflows = Overflows(processor, partial(self._fail, processor))
         return processor
 
@@ -121,16 +145,53 @@ class MuxManager:
     def _process_candidates(
         self, processor: Any, process: Callable[..., Any], candidates: Any, *args: Any
     ) -> Any:
-        """Let the scheduler have the candidates whose adapters fit."""
+        """Let the scheduler have the candidates whose adapters fit, and whose tokens ever do."""
         scheduler, fail = processor.scheduler, partial(self._fail, processor)
         there = (s for s in candidates if not scheduler.request_is_cancelled(s.request_id))
+        short = self._short(processor, there, fail)
         new = scheduler.waiting_requests.__contains__
-        return process(self.mux_residents.fitting(there, self._row, new, fail), *args)
+        scheduled, is_full, *rest = process(
+            self.mux_residents.fitting(short, self._row, new, fail), *args
+        )
+        # Where one that runs is kept back by its adapters, others wait for its cache.
+        is_full &= not scheduler.active_requests or bool(scheduler.starved_requests)
+        return scheduled, is_full, *rest
+
+    def _short(
+        self, processor: Any, candidates: Iterable[Any], fail: Callable[[Any, LoraMuxError], None]
+    ) -> Iterator[Any]:
+        most = most_tokens(processor)
+        for state in candidates:
+            try:
+                check_length(state.initial_tokens, most)
+            except InputError as error:
+                fail(state, error)
+            else:
+                yield state
+
+    def _offload_requests(self, processor: Any, offload: Callable[[], Any]) -> Any:
+        """Make room in the cache. The only request that runs has all of it: it fails alone."""
+        found, scheduler = offload(), processor.scheduler
+        if found or not scheduler.starved_requests or len(scheduler.active_requests) > 1:
+            return found
+        state = scheduler.starved_requests[0][0]
+        self._fail(processor, state, too_long(most_tokens(processor), "more"))
+        for gone in scheduler.clear_cancelled_requests():
+            processor.offloading_manager.free_request_cpu_cache(gone)
+        return True
 
     def _clear_cancelled_requests(self, scheduler: Any, clear: Callable[[], Any]) -> Any:
         """Forget what is over. Nothing is between the queue and the scheduler at this moment."""
         self.mux_residents.let_go()
+        for name in filter(self._is_alive, self.mux_requests.cancelled()):
+            scheduler.set_request_cancellation(name)
         cancelled = clear()
+        for state in cancelled:  # it may be in a batch that is computed, of which nothing is taken
+            state.status = type(state.status).FINISHED
+        forks = scheduler._requests_to_fork
+        forks[:] = [state for state in forks if not any(state is gone for gone in cancelled)]
+        if not scheduler.active_requests:  # transformers waits until one of them ends by itself
+            scheduler.block_new_requests = False
         self.mux_residents.forget(self._row, scheduler.waiting_requests.__contains__)
         self.mux_requests.forget(self._queued, self._is_alive)
         return cancelled
