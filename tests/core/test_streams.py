@@ -75,3 +75,8 @@ def test_a_check_waits_for_the_pass_whatever_stream_it_is_on(cuda: Cuda) -> None
 
 def a_pair() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 12), torch.randn(10, 2)
+
+
+def test_a_device_without_streams_is_read_as_it_is() -> None:
+    with streams.reading(CPU, None, []):
+        pass

@@ -78,6 +78,8 @@ def test_steps_of_training_are_launched_again(report: dict[str, Any]) -> None:
     names = [one["name"].removesuffix("_kernel") for one in found["parts"]["again"]]
     layer = ["shrink", "expand"] * 2
     assert names == ["plan", *layer, "weight_gradient", "parts", "weight_gradient"]
+    names = [one["name"].removesuffix("_kernel") for one in found["invariant"]["again"]]
+    assert names.count("reduce") == 2, "each in parts, whatever the batch"
 
 
 def test_training_meets_the_operators_where_something_looks_on(report: dict[str, Any]) -> None:
@@ -87,6 +89,10 @@ def test_training_meets_the_operators_where_something_looks_on(report: dict[str,
     assert found["operators"] == [
         f"lora_mux::{name}" for name in ("add_lora_", "linear", "plan", "weight_gradient")
     ]
+
+
+def test_a_layer_that_trains_nothing_beside_one_that_does(report: dict[str, Any]) -> None:
+    assert report["beside_training"] < 0.01
 
 
 def test_modes_and_autograd_still_meet_the_operators(report: dict[str, Any]) -> None:

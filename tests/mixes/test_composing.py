@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,3 +271,19 @@ def test_an_old_mix_is_replaced_as_a_whole(
     with pytest.raises(CheckpointError, match="nothing in it has changed"):
         lora_mux.compose(stage.folders, "rank64", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_folders_that_are_no_mapping(stage: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="`folders` must map names to folders, got list"):
+        lora_mux.compose([*stage.folders], "plain", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_file_lacks_is_said(stage: Any, tmp_path: Path) -> None:
+    lacking = tmp_path / "lacking"
+    shutil.copytree(stage.folders["plain"], lacking)
+    config = json.loads((lacking / "adapter_config.json").read_text("utf-8"))
+    config["trainable_token_indices"] = [1, 2]
+    (lacking / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.warns(UserWarning, match="lacks the tokens that its config trains"):
+        lora_mux.compose({"plain": lacking}, "plain", tmp_path / "new")

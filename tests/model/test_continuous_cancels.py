@@ -256,3 +256,20 @@ def test_other_processes_learn_of_it(
     monkeypatch.setattr(manager.distributed_helper, "tp_size", processes)
     manager.cancel_request("x")
     assert manager.cancel_queue.qsize() == processes - 1
+
+
+def test_adapters_need_one_process(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would not learn what a request asks for."""
+    manager = model.init_continuous_batching(**settings())
+    monkeypatch.setattr(manager.distributed_helper, "tp_size", 2)
+    with pytest.raises(RoutingError, match="one of 2 with tensor parallelism"):
+        manager.add_request(PROMPT, adapter_names="plain")
+
+
+def test_a_name_of_before_a_stop(stage: Any, model: Any) -> None:
+    """Whatever the thread has left of it when it ended."""
+    manager = by_hand(model)
+    manager.add_request(PROMPT, "x", adapter_names="plain")
+    assert manager.batch_processor.prepare_next_batch()
+    manager.batch_processor = None  # as stop() does
+    assert manager.add_request(PROMPT, "x", adapter_names="plain") == "x"

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from continuous import batching, collected, crowded
 
 from lora_mux.errors import InputError
+from lora_mux.model.continuous_batching.lengths import most_tokens
 from peft_oracle import attached_llama, set_weights, transformers
 
 # Before, a cache holds two tokens less than its room, and generate_batch waits for what failed.
@@ -152,3 +154,10 @@ def test_a_full_cache_whose_adapters_have_no_room(stage: Any, tmp_path: Path) ->
     }
     for name, entry in zip(names, entries, strict=True):
         assert outputs[name].generated_tokens == answer(stage, entry, prompt)
+
+
+def test_a_model_that_sees_the_last_tokens_only() -> None:
+    """Its cache holds a request of any length."""
+    sliding, none = SimpleNamespace(read_cache_limit=8), SimpleNamespace(read_cache_limit=None)
+    for cache, scheduler in ((sliding, none), (none, sliding)):
+        assert most_tokens(SimpleNamespace(cache=cache, scheduler=scheduler)) is None

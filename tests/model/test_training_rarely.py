@@ -336,3 +336,38 @@ def test_rows_beside_those_that_train_keep_their_bits(dtype: torch.dtype, backen
         (of_B,) = torch.autograd.grad(y.float().sum(), [B])
         want = (x[0].float() @ trained.weights["0"].A.T).sum(0).expand(20, 2)
         torch.testing.assert_close(of_B, want, rtol=0.02, atol=0.02)
+
+
+def test_a_training_that_an_interrupt_has_left_half_ended() -> None:
+    """The next change ends it: of a name that is gone, or of a slot that trains no more."""
+    for leave in ("name", "slot"):
+        _, mux = attached()
+        mux.train("both")
+        training, handle = mux._adapters.training, mux.adapters["both"]
+        if leave == "slot":
+            mux._slots.trained = ()
+        training.mend([handle] if leave == "slot" else [])
+        assert not mux.trained and not any(pool.masters for pool in training._pools.values())
+
+
+def test_means_where_the_host_may_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a graph is captured."""
+    monkeypatch.setattr(lora_mux.model.trained, "host_may_read", lambda tensor: False)
+    routing = lora_mux.Routing(torch.tensor([[0], [0], [1], [-1]]))
+    assert lora_mux.mean_by_adapter(torch.tensor([1.0, 3.0, 5.0, 9.0]), routing).item() == 7.0
+
+
+def test_a_model_that_is_nowhere() -> None:
+    """On the meta device: shapes are right, and no backend has anything to follow."""
+    model = nn.Sequential(nn.Linear(6, 8, device="meta"))
+    mux = lora_mux.attach(model)
+    assert run(model, mux, [None, None], torch.empty(2, 6, device="meta")).shape == (2, 8)
+
+
+def test_a_users_own_list_of_what_ddp_leaves_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["mine"])
+    mux = lora_mux.attach(model)
+    assert len(model._ddp_params_and_buffers_to_ignore) > 1
+    mux.detach()
+    assert {*model._ddp_params_and_buffers_to_ignore} == {"mine"}

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_mux
 from layer import ROUTINGS, LayerCase, check_relative_norm
 from lora_mux import Routing, ops
-from lora_mux.kernels import installed
+from lora_mux.kernels import config, installed, launch
 from lora_mux.layers.kinds import plain_weight
-from lora_mux.ops import dispatch
+from lora_mux.ops import dispatch, on_triton
 from oracle import Adapter, assert_close, forward
 
 pytestmark = pytest.mark.interpreter
@@ -574,3 +575,12 @@ class TestGraphs:
         capturing(monkeypatch)
         with pytest.raises(lora_mux.errors.RoutingError, match="once under this route before"):
             model(torch.randn(2, 16))
+
+
+def test_fused_is_no_launch_where_B_stands_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """expand alone reads an engine's pool."""
+    monkeypatch.setattr(launch, "stream_number", lambda device: 0)
+    plan: Any = SimpleNamespace(block_m=config.fused_tile_rows(4), slots=torch.zeros(4, 1))
+    rows: Any = SimpleNamespace(B_rows=torch.zeros(2, 8, 16))
+    how: Any = None
+    assert on_triton.linear(torch.zeros(4, 16), torch.zeros(8, 16), None, rows, plan, how) is None

@@ -238,10 +238,13 @@ class Training:
 
     RANKS = {"a": 8, "b": 24, "c": 3}
 
-    def __init__(self, dtype: torch.dtype = HALF, wide: int = K) -> None:
+    def __init__(
+        self, dtype: torch.dtype = HALF, wide: int = K, base: bool = False, **how: Any
+    ) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(wide, N, dtype=dtype)).requires_grad_(False)
-        self.mux, self.wide, self.dtype = lora_mux.attach(self.model, backend="triton"), wide, dtype
+        self.model = nn.Sequential(nn.Linear(wide, N, dtype=dtype)).requires_grad_(base)
+        self.mux = lora_mux.attach(self.model, backend="triton", **how)
+        self.wide, self.dtype = wide, dtype
         self.scaling, self.parameters = {}, {}
         for name, rank in self.RANKS.items():
             A, B = torch.randn(rank, wide) / wide**0.5, torch.randn(N, rank)
@@ -249,8 +252,11 @@ class Training:
             self.scaling[name] = 4 / rank
             self.parameters[name] = [*self.mux.train(name).parameters()]
 
-    def run(self, rows: int, to_x: bool = True, expanded: bool = False) -> tuple[Any, list[Tensor]]:
+    def run(
+        self, rows: int, to_x: bool = True, expanded: bool = False, autocast: bool = False
+    ) -> tuple[Any, list[Tensor]]:
         """What is launched for a forward and backward, and the largest error of a gradient."""
+        torch.manual_seed(rows)  # the same adapters each time
         names = [(None, "a", "b", "c", "b")[i] for i in torch.randint(5, (rows,)).tolist()]
         x = torch.randn(rows, self.wide).to(self.dtype).requires_grad_(to_x)
         dy = torch.randn(1 if expanded else rows, N).to(self.dtype).expand(rows, N)
@@ -260,7 +266,8 @@ class Training:
         LAUNCHES.clear()
         with self.mux.route(names):
             y = self.model(x)
-        y.backward(dy)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            y.backward(dy)
         launched = described()
         return launched, [self._error(leaf, want) for leaf, want in self._truth(names, x, dy)]
 
@@ -288,7 +295,8 @@ class Training:
 
 def training() -> dict[str, Any]:
     """Steps that are launched by triton alone, and again after others were; and their gradients."""
-    half, wide = Training(), Training(wide=512)
+    half, wide, learning = Training(), Training(wide=512), Training(base=True)
+    invariant = Training(batch_invariant=True)
     runs: dict[str, Callable[[], tuple[Any, Any]]] = {
         "plain": lambda: half.run(20),
         "other rows": lambda: half.run(9),
@@ -297,6 +305,9 @@ def training() -> dict[str, Any]:
         "fp32": lambda: Training(torch.float32).run(20),
         "x needs none": lambda: half.run(20, to_x=False),
         "dy for all": lambda: half.run(20, expanded=True),
+        "under autocast": lambda: half.run(20, autocast=True),
+        "beside a base that learns": lambda: learning.run(20),
+        "invariant": lambda: invariant.run(20),
     }
     found: dict[str, Any] = {}
     driver, patch, pairs_by = triton.runtime.driver.active, pytest.MonkeyPatch(), pairs.pairs_by
@@ -314,6 +325,26 @@ def training() -> dict[str, Any]:
         (launches, errors), calls = by_triton(run)
         found[name] |= {"again": launches, "by triton": calls, "error": max(errors)}
     return found
+
+
+def beside_training() -> float:
+    """The error of a layer that trains nothing, after one that does; in units of the answer."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(K, K, dtype=HALF), nn.Linear(K, N, dtype=HALF)
+    model = nn.Sequential(first, second).requires_grad_(False)
+    mux = lora_mux.attach(model, backend="triton")
+    A, B = torch.randn(8, K).to(HALF) / 6, torch.randn(N, 8).to(HALF)
+    mux.add_adapter("served", {"1": (A, B)}, scaling=1.0)
+    mux.create("trained", r=8, alpha=8, targets=["0"])
+    parameters = [*mux.train("trained").parameters()]
+    x = torch.randn(5, K).to(HALF)
+    with mux.route(["trained", "served", None, "served", "trained"]):
+        y = model(x)
+    y.float().sum().backward()
+    assert all(one.grad is not None for one in parameters)
+    want = second(first(x)).double()
+    want[[1, 3]] += first(x)[[1, 3]].double() @ A.T.double() @ B.T.double()
+    return float((y.detach().double() - want).abs().max() / want.abs().max())
 
 
 def watched_training() -> dict[str, Any]:
@@ -334,6 +365,9 @@ def watched_training() -> dict[str, Any]:
     def same(one: Tensor | None, other: Tensor | None) -> bool:
         return one is other if one is None or other is None else torch.equal(one, other)
 
+    for shape, count in (((K,), 1), ((0, K), 0)):  # which are for the operators
+        one = Routing(torch.full((count, 1), stage.mux.adapters["a"]))
+        assert stage.model[0](torch.zeros(shape, dtype=HALF), one).shape == (*shape[:-1], N)
     step()
     own, alone = by_triton(step)
     with Seen() as seen:
@@ -375,7 +409,7 @@ if __name__ == "__main__":
     ops.dispatch._interpreted = lambda: True  # on the CPU, please
     with mend_bf16(), without_repetitions():
         report: dict[str, Any] = {"again": again()}
-        for part in (watched, dispatched, devices, training, watched_training):
+        for part in (watched, dispatched, devices, training, watched_training, beside_training):
             _AGAIN.clear()
             report[part.__name__] = part()
         on("gfx942")
