@@ -268,7 +268,7 @@ class TrainedAdapters(LoadedAdapters):
                 continue
             flat = _flat_gradient(one)
             dist.all_reduce(flat, group=group)
-            parts = (flat / count).split([p.numel() for p in learning])
+            parts = torch.split(flat / count, [p.numel() for p in learning])
             for (parameter, some), part in zip(learning.items(), parts, strict=True):
                 if some and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
