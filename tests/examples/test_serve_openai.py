@@ -576,8 +576,9 @@ def test_a_body_that_does_not_come(stage: SimpleNamespace, monkeypatch: pytest.M
     gate, patience = example("gate"), example("__main__").PATIENCE
     assert gate.SLOWEST < patience
     monkeypatch.setattr(gate, "SLOWEST", 0.2)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{"
-    with socket.create_connection(("127.0.0.1", httpx.URL(stage.url).port), 5) as asker:
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 5000"]
+    head = "\r\n".join([*lines, "Connection: close", "", "{"])
+    with socket.create_connection(("127.0.0.1", httpx.URL(stage.url).port), PATIENCE) as asker:
         asker.sendall(head.encode())
         said = b"".join(iter(lambda: asker.recv(1 << 16), b""))  # to the end of the connection
     assert said.startswith(b"HTTP/1.1 408 ")
