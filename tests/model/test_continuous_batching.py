@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import batching, collected, crowded
+from continuous import alone, batching, collected, crowded
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -31,23 +31,12 @@ NEW = 12
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made = attached_llama(tmp_path_factory.mktemp("adapters"))
     base, theirs = made.base, made.peft
-    answers = [alone(base, theirs, *pair) for pair in zip(PROMPTS, ROWS, strict=True)]
+    answers = [alone(base, theirs, *pair, NEW) for pair in zip(PROMPTS, ROWS, strict=True)]
     # Without its adapters, each prompt gets another answer.
     for prompt, row, answer in zip(PROMPTS, ROWS, answers, strict=True):
-        assert row is None or answer != alone(base, theirs, prompt, None)
+        assert row is None or answer != alone(base, theirs, prompt, None, NEW)
     made.answers = answers
     return made
-
-
-def alone(base: Any, theirs: Any, prompt: list[int], row: Any) -> list[int]:
-    """What PEFT, or the plain model, answers to this prompt alone."""
-    model = base
-    if row is not None:
-        set_weights(theirs, row if isinstance(row, dict) else {row: 1.0})
-        model = theirs
-    ids = torch.tensor([prompt])
-    new: list[int] = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
-    return new[len(prompt) :]
 
 
 def settings(sequences: int = 1, **fields: Any) -> dict[str, Any]:
@@ -85,12 +74,12 @@ def test_an_entry_for_each_request(stage: SimpleNamespace) -> None:
     )
     with stage.mux.route(index):
         got = generate_batch(stage.model)
-    assert got[0] == alone(stage.base, stage.peft, PROMPTS[0], "biased")
+    assert got[0] == alone(stage.base, stage.peft, PROMPTS[0], "biased", NEW)
     assert got[1] == stage.answers[1]
 
 
 def test_one_adapter_for_all_requests(stage: SimpleNamespace) -> None:
-    want = [alone(stage.base, stage.peft, prompt, "rslora") for prompt in PROMPTS]
+    want = [alone(stage.base, stage.peft, prompt, "rslora", NEW) for prompt in PROMPTS]
     stage.mux.set_adapter("rslora")
     try:
         assert generate_batch(stage.model) == want
@@ -98,7 +87,7 @@ def test_one_adapter_for_all_requests(stage: SimpleNamespace) -> None:
             base = generate_batch(stage.model)
     finally:
         stage.mux.set_adapter(None)
-    assert base == [alone(stage.base, stage.peft, prompt, None) for prompt in PROMPTS]
+    assert base == [alone(stage.base, stage.peft, prompt, None, NEW) for prompt in PROMPTS]
 
 
 def test_requests_that_come_one_by_one(stage: SimpleNamespace) -> None:
@@ -186,7 +175,7 @@ def test_the_output_head_may_be_a_target(stage: SimpleNamespace) -> None:
         if row:
             with torch.no_grad():
                 plain.lm_head.weight += B @ A
-        assert answer == alone(plain, None, prompt, None)
+        assert answer == alone(plain, None, prompt, None, NEW)
 
 
 def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path: Path) -> None:
@@ -201,7 +190,7 @@ def test_adapters_that_take_turns_in_the_memory(stage: SimpleNamespace, tmp_path
                 names.append(manager.add_request(prompt))
         results = collected(manager, 5)
     for name, prompt, row in zip(names, PROMPTS, rows, strict=True):
-        assert results[name] == alone(stage.base, stage.peft, prompt, row)
+        assert results[name] == alone(stage.base, stage.peft, prompt, row, NEW)
 
 
 def test_batches_that_are_prepared_in_turns(
@@ -258,7 +247,7 @@ def test_a_manager_that_outlives_the_mux(stage: SimpleNamespace) -> None:
         with torch.no_grad():
             plain.lm_head.weight += B @ A
         for prompt, answer in zip(PROMPTS, answers.values(), strict=True):
-            assert answer.generated_tokens == alone(plain, None, prompt, None)
+            assert answer.generated_tokens == alone(plain, None, prompt, None, NEW)
         mux.detach()
     model.destroy_cached_continuous_batching_manager()
 
@@ -296,7 +285,7 @@ class TestRefusals:
             with mux.route(["late"]), pytest.raises(lora_mux.LoraMuxError, match="allow_block"):
                 manager.add_request(PROMPTS[0])
             assert list(collected(manager, 1).values()) == [
-                alone(stage.base, None, PROMPTS[0], None)
+                alone(stage.base, None, PROMPTS[0], None, NEW)
             ]
 
     def test_graphs(self, stage: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

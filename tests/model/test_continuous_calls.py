@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import batching, collected, crowded
+from continuous import alone, batching, collected, crowded
 
 import lora_mux
 from lora_mux.errors import (
@@ -19,7 +19,7 @@ from lora_mux.errors import (
     RoutingError,
     UnknownAdapterError,
 )
-from peft_oracle import attached_llama, configs, save_adapters, set_weights, transformers
+from peft_oracle import attached_llama, configs, save_adapters, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -32,22 +32,14 @@ NEW = 8
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made = attached_llama(tmp_path_factory.mktemp("adapters"))
     made.folder = tmp_path_factory.mktemp("more")
-    made.answers = [alone(made, *pair) for pair in zip(PROMPTS, ROWS, strict=True)]
+    made.answers = [answer_to(made, *pair) for pair in zip(PROMPTS, ROWS, strict=True)]
     for prompt, row, answer in zip(PROMPTS, ROWS, made.answers, strict=True):
-        assert row is None or answer != alone(made, prompt, None)
+        assert row is None or answer != answer_to(made, prompt, None)
     return made
 
 
-def alone(stage: SimpleNamespace, prompt: list[int], row: Any) -> list[int]:
-    """What PEFT, or the plain model, answers to this prompt alone."""
-    model = stage.base
-    if row is not None:
-        names = [row] if isinstance(row, str) else row
-        set_weights(stage.peft, row if isinstance(row, dict) else dict.fromkeys(names, 1.0))
-        model = stage.peft
-    ids = torch.tensor([prompt])
-    new: list[int] = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
-    return new[len(prompt) :]
+def answer_to(stage: SimpleNamespace, prompt: list[int], row: Any) -> list[int]:
+    return alone(stage.base, stage.peft, prompt, row, NEW)
 
 
 def settings(**fields: Any) -> dict[str, Any]:
@@ -99,7 +91,7 @@ def test_many_at_once(stage: SimpleNamespace) -> None:
             stage.mux.set_adapter(None)
         results = collected(manager, 6)
     assert [results[name] for name in names] == stage.answers
-    assert results[sticky[0]] == alone(stage, PROMPTS[0], "rslora")
+    assert results[sticky[0]] == answer_to(stage, PROMPTS[0], "rslora")
 
 
 def test_generate_batch(stage: SimpleNamespace) -> None:
@@ -225,7 +217,7 @@ def test_requests_that_wait_keep_no_adapter_in_the_memory(
     how = settings(max_requests_per_batch=1)
     out = mux.model.generate_batch(PROMPTS, adapter_names=rows, **how)
     for made, prompt, row in zip(out.values(), PROMPTS, rows, strict=True):
-        assert made.generated_tokens == alone(stage, prompt, row)
+        assert made.generated_tokens == answer_to(stage, prompt, row)
 
 
 class TestRefusals:
@@ -294,5 +286,5 @@ class TestRefusals:
                 ready.set()
                 assert over.wait(10)
             thread.join()
-            assert collected(manager, 1) == {names[0]: alone(stage, PROMPTS[0], None)}
+            assert collected(manager, 1) == {names[0]: answer_to(stage, PROMPTS[0], None)}
         assert "has no rows" in str(caught[0])

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
-from continuous import batching, collected
+from continuous import alone, batching, collected
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from lora_mux.errors import RoutingError
-from peft_oracle import attached_llama, set_weights, transformers
+from peft_oracle import attached_llama, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -33,12 +32,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def answer(stage: Any, entry: str) -> list[int]:
-    model = stage.base if entry == "__base__" else stage.peft
-    if entry != "__base__":
-        set_weights(model, {entry: 1.0})
-    ids = torch.tensor([PROMPT])
-    made: list[int] = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
-    return made[len(PROMPT) :]
+    return alone(stage.base, stage.peft, PROMPT, entry, NEW)
 
 
 def settings(new: int = NEW, sequences: int = 1, **fields: Any) -> dict[str, Any]:

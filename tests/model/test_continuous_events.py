@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import batching, collected, crowded
+from continuous import alone, batching, collected, crowded
 
 import lora_mux
 from lora_mux.errors import (
@@ -26,7 +26,7 @@ from lora_mux.errors import (
 )
 from lora_mux.model.continuous_batching.in_flight import InFlight, Request
 from lora_mux.model.continuous_batching.request_rows import NOBODY
-from peft_oracle import attached_llama, configs, save_adapters, set_weights, transformers
+from peft_oracle import attached_llama, configs, save_adapters, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -50,18 +50,9 @@ def answer(
     stage: SimpleNamespace, row: Any, prompt: list[int] = PROMPT, new: int = NEW
 ) -> list[int]:
     """What PEFT, or the plain model, answers alone. "other" is that of `others`."""
-    model = stage.base
     if row == "other":
-        model = stage.other_peft
-        set_weights(model, {"plain": 1.0})
-    elif row is not None:
-        model = stage.peft
-        set_weights(model, row if isinstance(row, dict) else {row: 1.0})
-    ids = torch.tensor([prompt])
-    found: list[int] = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[
-        0
-    ].tolist()
-    return found[len(prompt) :]
+        return alone(stage.base, stage.other_peft, prompt, "plain", new)
+    return alone(stage.base, stage.peft, prompt, row, new)
 
 
 def settings(**fields: Any) -> dict[str, Any]:

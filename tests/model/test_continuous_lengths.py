@@ -7,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from continuous import batching, collected, crowded
+from continuous import alone, batching, collected, crowded
 
 from lora_mux.errors import InputError
 from lora_mux.model.continuous_batching.lengths import most_tokens
-from peft_oracle import attached_llama, set_weights, transformers
+from peft_oracle import attached_llama, transformers
 
 # Before, a cache holds two tokens less than its room, and generate_batch waits for what failed.
 pytest.importorskip("transformers", "5.23")
@@ -29,12 +28,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def answer(stage: Any, entry: str, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    model = stage.base if entry == "__base__" else stage.peft
-    if entry != "__base__":
-        set_weights(model, {entry: 1.0})
-    ids = torch.tensor([prompt])
-    made: list[int] = model.generate(ids, max_new_tokens=new, do_sample=False)[0].tolist()
-    return made[len(prompt) :]
+    return alone(stage.base, stage.peft, prompt, entry, new)
 
 
 def settings(**fields: Any) -> dict[str, Any]:

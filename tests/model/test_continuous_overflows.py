@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from continuous import batching
+from continuous import alone, batching
 
 import lora_mux
-from peft_oracle import attached_llama, set_weights, transformers
+from peft_oracle import attached_llama, transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft", "ignore:.*:FutureWarning")
 
@@ -40,12 +40,7 @@ def model(request: pytest.FixtureRequest, stage: Any) -> Any:
 
 
 def answer(stage: Any, row: Any) -> list[int]:
-    model = stage.base if row is None else stage.peft
-    if row is not None:
-        set_weights(model, row if isinstance(row, dict) else {row: 1.0})
-    ids = torch.tensor([PROMPT])
-    made: list[int] = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0].tolist()
-    return made[len(PROMPT) :]
+    return alone(stage.base, stage.peft, PROMPT, row, NEW)
 
 
 def outputs(manager: Any, names: list[str]) -> Iterator[Any]:

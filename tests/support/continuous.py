@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lora_mux
 from lora_mux.errors import PoolCapacityError
-from peft_oracle import configs, save_adapters, transformers
+from peft_oracle import configs, save_adapters, set_weights, transformers
 
 
 def batching(page: int = 8, **fields: Any) -> Any:
@@ -28,6 +29,26 @@ def collected(manager: Any, count: int, seconds: float = 20.0) -> dict[str, list
         assert result is not None and result.error is None, result
         results[result.request_id] = result.generated_tokens
     return results
+
+
+def alone(base: Any, theirs: Any, prompt: list[int], row: Any, new: int) -> list[int]:
+    """What the plain model, or PEFT's with a row in force, answers to a prompt alone, greedily.
+
+    Args:
+        base: the plain model.
+        theirs: PEFT's.
+        prompt: its tokens.
+        row: a name, names, or name -> weight; None or "__base__" = the plain model.
+        new: how many tokens the answer has at most.
+    """
+    model = base
+    if row is not None and row != "__base__":
+        model = theirs
+        names = [row] if isinstance(row, str) else row
+        set_weights(model, row if isinstance(row, dict) else dict.fromkeys(names, 1.0))
+    ids = torch.tensor([prompt])
+    made: list[int] = model.generate(ids, max_new_tokens=new, do_sample=False)[0].tolist()
+    return made[len(prompt) :]
 
 
 def crowded(base: Any, folder: Path) -> lora_mux.Mux:
